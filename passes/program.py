@@ -1,0 +1,75 @@
+"""The program that the passes work on: a graph without weights, and the edits its weights must get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The rows `start : start + rows` of a linear layer's weight (and bias): where q, k or v come from."""
+
+    weight: str
+    bias: str | None
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention, read off the graph: layer index, marker node, shapes, and where q and k come from.
+
+    `reason` is None where the key scales can be folded, else a sentence why not; then the projections may be None.
+    RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
+    """
+
+    layer: int
+    node: str
+    num_attention_heads: int
+    num_key_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
+    query: Projection | None
+    key: Projection | None
+    value: Projection | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """Weight edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or a bias) by `scale`, in float64."""
+
+    tensor: str
+    start: int
+    scale: Tensor
+
+    def apply(self, value: Tensor) -> Tensor:
+        """The edited tensor, in the dtype of `value`."""
+        edited = value.to(torch.float64)
+        rows = slice(self.start, self.start + self.scale.shape[0])
+        edited[rows] *= self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
+        return edited.to(value.dtype)
+
+
+@dataclass
+class Program:
+    """What passes read and rewrite.
+
+    `graph_module` has one placeholder for each input (`input_ids`, `position_ids`, from RewriteAttention on also `cache`),
+    for each weight and for each constant, and returns the logits. `weights` maps a placeholder's name to the tensor's name
+    in the checkpoint; `constants` maps a placeholder's name to its value (RoPE frequencies and the like, never weights).
+    """
+
+    graph_module: GraphModule
+    weights: dict[str, str]
+    constants: dict[str, Tensor]
+    sites: list[AttentionSite] = field(default_factory=list)
+    edits: list[RowScale] = field(default_factory=list)

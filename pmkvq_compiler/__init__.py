@@ -1,0 +1,1 @@
+"""A compiler for key/value-cache quantization."""

@@ -1,0 +1,9 @@
+"""Errors that end a compile. Each message is one sentence or two: the value, the reason, what to do."""
+
+
+class CompileError(Exception):
+    """The compile cannot go on; the command line prints the message and exits with 1."""
+
+
+class UsageError(CompileError):
+    """The request itself is wrong; the command line prints the message and exits with 2."""

@@ -1,0 +1,34 @@
+"""What a user may choose: one frozen record, filled by the command line or by a caller of `compile_model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Recipe = Literal["best", "pm-kvq", "uniform", "none"]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of one compile. Lengths are in tokens; `None` means "decide from the model"."""
+
+    model: str
+    output: Path
+    budget: str | None = None
+    """`512MiB`, `25%` (of the 16-bit cache) or `3.2bits` (true bits a number); needed by every recipe but `none`."""
+    max_len: int | None = None
+    batch_size: int = 1
+    recipe: Recipe = "best"
+    bits: tuple[int, ...] = (8, 4, 2)
+    sink: int | None = None
+    window: int | None = None
+    block: int = 64
+    calib: str = "builtin"
+    calib_samples: int = 8
+    calib_len: int = 512
+    effective_len: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    dry_run: bool = False
+    force: bool = False

@@ -1,0 +1,115 @@
+"""The bit plan: what each layer's cache looks like, and how many bytes that takes.
+
+Everything that counts bytes is here, once: the planner chooses with these functions, the cache allocates with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+KeyAxis = Literal["token", "channel"]
+
+PARAMETER_BYTES = 4  # a group's mid and range, fp16 each
+CODE_BITS = (16, 8, 4, 2)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The cache of one layer.
+
+    A sequence's tokens are kept as `[sink | blocks | window]`: the first `sink` tokens and the up to `window` most recent
+    ones in the model's dtype, everything between as quantized blocks of `block` tokens. `key_bits` and `value_bits` are
+    the final widths; `stages` are the (key, value) widths that the layer passes through, widest first, ending at the final
+    ones. A layer with no stages is never quantized: its window holds every token (`--recipe none`).
+
+    `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
+    ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see.
+    `arena_bytes` is the layer's whole share of the budget, for all sequences of the plan.
+    """
+
+    num_key_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    key_bits: int
+    value_bits: int
+    key_axis: KeyAxis
+    sink: int
+    window: int
+    block: int
+    sliding_window: int | None
+    stages: tuple[tuple[int, int], ...]
+    arena_bytes: int
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.stages)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The caches of all layers, made for `batch_size` sequences of `max_len` tokens within `budget` bytes.
+
+    `dtype` names the model's own dtype ("float32", "bfloat16", "float16"), which sink and window are counted in.
+    """
+
+    recipe: str
+    budget: int
+    max_len: int
+    batch_size: int
+    dtype: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(layer.arena_bytes for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CachePlan:
+        def layer(entry: dict[str, Any]) -> LayerPlan:
+            return LayerPlan(**{**entry, "stages": tuple((key, value) for key, value in entry["stages"])})
+
+        return cls(**{**data, "layers": tuple(layer(entry) for entry in data["layers"])})
+
+
+def block_bytes(layer: LayerPlan, key_bits: int, value_bits: int) -> int:
+    """Bytes of one quantized block of one head: K and V codes and the parameters of their groups."""
+    key_groups = layer.block if layer.key_axis == "token" else layer.key_head_dim
+    parameters = (key_groups + layer.block) * PARAMETER_BYTES
+    codes = layer.block * (layer.key_head_dim * key_bits + layer.value_head_dim * value_bits) // 8
+    return parameters + codes
+
+
+def buffer_bytes(layer: LayerPlan, itemsize: int) -> int:
+    """Bytes of sink and window of one head, in a dtype of `itemsize` bytes."""
+    return (layer.sink + layer.window) * (layer.key_head_dim + layer.value_head_dim) * itemsize
+
+
+def blocks_needed(layer: LayerPlan, max_len: int) -> int:
+    """Quantized blocks that a sequence of `max_len` tokens holds at most.
+
+    A full window sends its oldest block away when the next token arrives, so at least `window - block + 1` recent tokens
+    are in it. A sliding-window layer needs no token that its window has passed.
+    """
+    if not layer.quantized:
+        return 0
+    tokens = max_len - layer.sink - layer.window
+    if layer.sliding_window is not None:
+        tokens = min(tokens, layer.sliding_window - (layer.window - layer.block + 1))
+    return max(0, -(-tokens // layer.block))
+
+
+def sequence_bytes(layer: LayerPlan, max_len: int, itemsize: int, stage: int = -1) -> int:
+    """Bytes that one sequence of `max_len` tokens takes in this layer at a stage (the final one unless told)."""
+    pool = blocks_needed(layer, max_len) * block_bytes(layer, *layer.stages[stage]) if layer.quantized else 0
+    return layer.num_key_value_heads * (buffer_bytes(layer, itemsize) + pool)
+
+
+def original_bytes(layer: LayerPlan, max_len: int) -> int:
+    """Bytes of the same layer's cache at 16 bits a number, the yardstick of budgets given as `25%` or `3.2bits`."""
+    tokens = max_len if layer.sliding_window is None else min(max_len, layer.sliding_window)
+    return layer.num_key_value_heads * tokens * (layer.key_head_dim + layer.value_head_dim) * 2

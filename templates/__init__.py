@@ -1,0 +1,1 @@
+"""Jinja2 sources of everything that the compiler writes."""
