@@ -113,3 +113,24 @@ def original_bytes(layer: LayerPlan, max_len: int) -> int:
     """Bytes of the same layer's cache at 16 bits a number, the yardstick of budgets given as `25%` or `3.2bits`."""
     tokens = max_len if layer.sliding_window is None else min(max_len, layer.sliding_window)
     return layer.num_key_value_heads * tokens * (layer.key_head_dim + layer.value_head_dim) * 2
+
+
+def fitted(layer: LayerPlan, max_len: int) -> LayerPlan:
+    """The same layer for sequences of at most `max_len` tokens: a window longer than that would be wasted."""
+    return dataclasses.replace(layer, window=min(layer.window, max(1, max_len - layer.sink)))
+
+
+def longest(plan: CachePlan, batch_size: int, itemsize: int) -> int:
+    """Tokens a sequence that `batch_size` sequences may have within the plan's arenas, 0 if none."""
+
+    def fits(max_len: int) -> bool:
+        return all(
+            batch_size * sequence_bytes(fitted(layer, max_len), max_len, itemsize) <= layer.arena_bytes
+            for layer in plan.layers
+        )
+
+    low, high = 0, plan.max_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,182 @@
+"""Attention over the progressive cache: the reference path, plain PyTorch.
+
+Codes are never turned back into K and V. With x = zero + c * step, the query meets integer codes:
+
+    K grouped by token    q . k_t = step_t (q . c_t) + zero_t sum(q)
+    K grouped by channel  q . k_t = (q * step) . c_t + q . zero
+    V grouped by token    sum_t p_t v_t = sum_t (p_t step_t) c_t + sum_t p_t zero_t
+
+A few blocks at a time are unpacked to floats, contracted and forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .quantize import byte_order, step_and_zero, unpack_bytes
+
+if TYPE_CHECKING:
+    from .cache import Cache, LayerCache, Records
+
+UNPACKED_NUMBERS = 1 << 18
+"""Codes unpacked at once: a megabyte of floats, about what a core's cache holds."""
+
+SCORES = 1 << 22
+"""Scores held at once; a long prompt's queries are taken in tiles of about so many."""
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache,
+    layer: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of new tokens over the cached ones and themselves; the new tokens are appended to the cache.
+
+    `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; which columns are a
+    sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the softmax
+    and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
+    """
+    store = cache.layers[layer]
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    for sequence, own in enumerate(cache.columns):
+        if own.start < own.stop:
+            out[sequence, :, own] = _attend(
+                q[sequence, :, own] * scale, k[sequence, :, own], v[sequence, :, own], store, sequence, softcap, sinks
+            )
+    return out
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    store: LayerCache,
+    sequence: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence: scaled `queries` [Hq, S, dk], fresh `keys` and `values` [Hkv, S, d] to [Hq, S, dv]."""
+    heads, count, compute = keys.shape[0], queries.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    start = store.length(sequence)
+    grouped = queries.to(compute).unflatten(0, (heads, -1))
+    if count == 1:
+        store.append(sequence, keys, values)
+        keys, values = keys[:, :0], values[:, :0]
+    keys, values = keys.to(compute), values.to(compute)
+    stored = store.rows[sequence] + store.live_blocks(sequence) * store.plan.block + keys.shape[1]
+    tile = max(1, SCORES // (queries.shape[0] * stored))
+    parts = []
+    for first in range(0, count, tile):
+        chunk = grouped[:, :, first : first + tile]
+        visible = _visible(store, sequence, start, first, chunk.shape[2], keys.shape[1])
+        parts.append(_attend_tile(chunk, keys, values, store, sequence, visible, softcap, sinks))
+    if count > 1:
+        store.append(sequence, keys, values)
+    return torch.cat(parts, dim=2).flatten(0, 1).to(queries.dtype)
+
+
+def _visible(store: LayerCache, sequence: int, start: int, first: int, count: int, fresh: int) -> Tensor | None:
+    """Mask [count, stored + fresh] of the keys that each query may see; None where all may be seen."""
+    window, device = store.plan.sliding_window, store.arena.device
+    if window is None and not fresh:
+        return None
+    own = torch.arange(start, start + fresh, device=device)
+    positions = torch.cat([store.positions(sequence), own])
+    queries = torch.arange(start + first, start + first + count, device=device).unsqueeze(-1)
+    visible = positions <= queries
+    return visible if window is None else visible & (positions > queries - window)
+
+
+def _attend_tile(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    store: LayerCache,
+    sequence: int,
+    visible: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Grouped `queries` [Hkv, G, s, dk] to [Hkv, G, s, dv]: scores of pool, rows and fresh keys, one softmax, values."""
+    heads, group, count, _ = queries.shape
+    flat = queries.reshape(heads, group * count, -1)
+    rows = store.rows[sequence]
+    buffered_keys = store.keys[sequence, :, :rows].to(flat.dtype)
+    buffered_values = store.values[sequence, :, :rows].to(flat.dtype)
+    pieces = [_key_scores(flat, records) for records in _chunks(store, sequence)]
+    pieces.append(flat @ buffered_keys.transpose(1, 2))
+    if keys.shape[1]:
+        pieces.append(flat @ keys.transpose(1, 2))
+    scores = torch.cat(pieces, dim=-1).unflatten(1, (group, count))
+    weights = _softmax(scores, visible, softcap, sinks).flatten(1, 2)
+    pooled = store.live_blocks(sequence) * store.plan.block
+    out = weights[..., pooled : pooled + rows] @ buffered_values
+    if keys.shape[1]:
+        out += weights[..., pooled + rows :] @ values
+    done = 0
+    for records in _chunks(store, sequence):
+        tokens = records.value_parameters.shape[1] * store.plan.block
+        out += _value_sums(weights[..., done : done + tokens], records)
+        done += tokens
+    return out.unflatten(1, (group, count))
+
+
+def _softmax(scores: Tensor, visible: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of `scores` [Hkv, G, s, T], with soft cap, mask and sink logits."""
+    if softcap is not None:
+        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
+    if visible is not None:
+        scores.masked_fill_(~visible, float("-inf"))
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    heads, group, count, _ = scores.shape
+    column = sinks.to(scores.dtype).reshape(heads, group, 1, 1).expand(-1, -1, count, 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+
+
+def _chunks(store: LayerCache, sequence: int) -> list[Records]:
+    """The live blocks of a sequence, as many at a time as should be unpacked at once."""
+    plan, live = store.plan, store.live_blocks(sequence)
+    block = plan.num_key_value_heads * plan.block * max(plan.key_head_dim, plan.value_head_dim)
+    step = max(1, UNPACKED_NUMBERS // block)
+    return [store.records(sequence, start, min(live, start + step)) for start in range(0, live, step)]
+
+
+def _key_scores(queries: Tensor, records: Records) -> Tensor:
+    """q . k of scaled `queries` [H, R, dk] with the keys of n blocks: [H, R, n * block]."""
+    heads, blocks, block, _ = records.key_codes.shape
+    bits, width = records.key_bits, queries.shape[-1]
+    codes = unpack_bytes(records.key_codes, bits, queries.new_empty(heads, blocks, block, width))
+    mid, value_range = records.key_parameters.unbind(2)
+    step, zero = step_and_zero(mid, value_range, bits)
+    if not records.key_by_channel:
+        scores = byte_order(queries, bits) @ codes.flatten(1, 2).transpose(1, 2)
+        total = queries.sum(-1, keepdim=True)
+        return torch.addcmul(total * zero.flatten(1).unsqueeze(1), scores, step.flatten(1).unsqueeze(1))
+    scaled = byte_order(queries.unsqueeze(1) * step.unsqueeze(2), bits)
+    scores = scaled.flatten(0, 1) @ codes.flatten(0, 1).transpose(1, 2)
+    offsets = queries @ zero.transpose(1, 2)
+    scores = scores.unflatten(0, (heads, blocks)).transpose(1, 2) + offsets.unsqueeze(-1)
+    return scores.flatten(2)
+
+
+def _value_sums(weights: Tensor, records: Records) -> Tensor:
+    """Sum of the values of n blocks under `weights` [H, R, n * block]: [H, R, dv]."""
+    heads, blocks, width, _ = records.value_codes.shape
+    bits, block = records.value_bits, records.value_parameters.shape[-1]
+    codes = unpack_bytes(records.value_codes, bits, weights.new_empty(heads, blocks, width, block))
+    mid, value_range = records.value_parameters.unbind(2)
+    step, zero = step_and_zero(mid, value_range, bits)
+    offsets = weights @ zero.flatten(1).unsqueeze(-1)
+    scaled = (weights * step.flatten(1).unsqueeze(1)).unflatten(-1, (blocks, block))
+    ordered = byte_order(scaled, bits).transpose(1, 2).flatten(0, 1)
+    sums = ordered @ codes.flatten(0, 1).transpose(1, 2)
+    return sums.unflatten(0, (heads, blocks)).sum(1) + offsets

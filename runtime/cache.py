@@ -1,0 +1,276 @@
+"""The progressive cache: one arena a layer, allocated once, whose codes are halved in place when it is full.
+
+An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and window
+lie together so that one product serves both. A block's record in the pool is `[K mids, ranges | V mids, ranges | K codes |
+V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records, shorter, from the
+front of the pool; what that frees at the end takes new blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import CacheFull, InputError
+from .plan import (
+    PARAMETER_BYTES,
+    CachePlan,
+    LayerPlan,
+    block_bytes,
+    blocks_needed,
+    buffer_bytes,
+    fitted,
+    longest,
+    sequence_bytes,
+)
+from .quantize import encode, group_parameters, pack, shift_to, unpack
+
+ALIGNMENT = 16
+BLOCKS_LOWERED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Records:
+    """Views of n quantized blocks of one sequence, all heads.
+
+    `key_parameters` [H, n, 2, groups] and `value_parameters` [H, n, 2, block] hold mid and range (fp16); `key_codes`
+    [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8).
+    """
+
+    key_bits: int
+    value_bits: int
+    key_by_channel: bool
+    key_parameters: Tensor
+    value_parameters: Tensor
+    key_codes: Tensor
+    value_codes: Tensor
+
+
+class LayerCache:
+    """The cache of one layer for `batch_size` sequences, each with its own length."""
+
+    def __init__(self, plan: LayerPlan, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan = fitted(plan, max_len)
+        self.ring = blocks_needed(plan, max_len)
+        """Blocks that are ever alive at once; a sliding-window layer reuses the slots of passed ones."""
+        share = plan.arena_bytes // batch_size
+        widest = sequence_bytes(plan, max_len, dtype.itemsize, stage=0) if plan.quantized else share
+        head_bytes = min(share, widest) // plan.num_key_value_heads
+        if not self.ring:
+            head_bytes = buffer_bytes(plan, dtype.itemsize)
+        self.arena = torch.empty(
+            batch_size, plan.num_key_value_heads, head_bytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=device
+        )
+        rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
+        buffers = buffer_bytes(plan, dtype.itemsize)
+        self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
+        self.values = self.arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
+        self.pool = self.arena[..., buffers:]
+        self.stage = 0
+        self.rows = [0] * batch_size
+        self.flushed = [0] * batch_size
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Present widths of K and V codes (of the model's dtype in a layer that is never quantized)."""
+        return self.plan.stages[self.stage] if self.plan.quantized else (self.plan.key_bits, self.plan.value_bits)
+
+    @property
+    def bytes_used(self) -> int:
+        plan, row_bytes = self.plan, self.plan.key_head_dim * self.keys.itemsize
+        row_bytes += self.plan.value_head_dim * self.values.itemsize
+        blocks = sum(min(count, self.ring) for count in self.flushed)
+        record = block_bytes(plan, *self.bits) if blocks else 0
+        return plan.num_key_value_heads * (sum(self.rows) * row_bytes + blocks * record)
+
+    def capacity(self) -> int:
+        """Blocks of a sequence that the pool holds at the present widths."""
+        return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *self.bits))
+
+    def live_blocks(self, sequence: int) -> int:
+        return min(self.flushed[sequence], self.ring)
+
+    def length(self, sequence: int) -> int:
+        """Tokens that the sequence has had, those that a sliding window passed included."""
+        return self.rows[sequence] + self.flushed[sequence] * self.plan.block
+
+    def positions(self, sequence: int) -> Tensor:
+        """Position of every stored token (int64): pool slots first, then sink and window rows."""
+        plan, live, flushed = self.plan, self.live_blocks(sequence), self.flushed[sequence]
+        device = self.arena.device
+        slots = torch.arange(live, device=device)
+        newest = flushed - 1 - (flushed - 1 - slots) % max(1, self.ring)
+        starts = plan.sink + newest * plan.block
+        pooled = starts.unsqueeze(-1) + torch.arange(plan.block, device=device)
+        rows = torch.arange(self.rows[sequence], device=device)
+        buffered = torch.where(rows < plan.sink, rows, rows + flushed * plan.block)
+        return torch.cat([pooled.flatten(), buffered])
+
+    def records(self, sequence: int, start: int, stop: int, bits: tuple[int, int] | None = None) -> Records:
+        """The blocks in slots `start` to `stop` at the present widths, or as they lie at `bits`."""
+        plan, (key_bits, value_bits) = self.plan, bits or self.bits
+        size = block_bytes(plan, key_bits, value_bits)
+        raw = self.pool[sequence, :, start * size : stop * size].unflatten(-1, (stop - start, size))
+        key_groups = plan.block if plan.key_axis == "token" else plan.key_head_dim
+        sizes = [
+            key_groups * PARAMETER_BYTES,
+            plan.block * PARAMETER_BYTES,
+            plan.block * plan.key_head_dim * key_bits // 8,
+            plan.block * plan.value_head_dim * value_bits // 8,
+        ]
+        key_parameters, value_parameters, key_codes, value_codes = raw.split(sizes, dim=-1)
+        return Records(
+            key_bits=key_bits,
+            value_bits=value_bits,
+            key_by_channel=plan.key_axis == "channel",
+            key_parameters=key_parameters.view(torch.float16).unflatten(-1, (2, key_groups)),
+            value_parameters=value_parameters.view(torch.float16).unflatten(-1, (2, plan.block)),
+            key_codes=key_codes.unflatten(-1, (plan.block, -1)),
+            value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
+        )
+
+    def append(self, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (`keys` [H, S, key_head_dim], `values` [H, S, value_head_dim]) to one sequence.
+
+        A token that meets a full window first sends the window's oldest block to the pool.
+        """
+        plan, row = self.plan, self.rows[sequence]
+        fits = min(keys.shape[1], plan.sink + plan.window - row)
+        self.keys[sequence, :, row : row + fits] = keys[:, :fits]
+        self.values[sequence, :, row : row + fits] = values[:, :fits]
+        self.rows[sequence] += fits
+        if fits < keys.shape[1]:
+            self._flush(sequence, keys[:, fits:], values[:, fits:])
+
+    def _flush(self, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Append tokens to a full window: its oldest blocks, and if need be the oldest of the new, go to the pool."""
+        plan, sink = self.plan, self.plan.sink
+        keys = torch.cat([self.keys[sequence, :, sink:], keys.to(self.keys.dtype)], dim=1)
+        values = torch.cat([self.values[sequence, :, sink:], values.to(self.values.dtype)], dim=1)
+        blocks = -(-(keys.shape[1] - plan.window) // plan.block)
+        leaving = blocks * plan.block
+        if self.ring:
+            self._store(
+                sequence,
+                keys[:, :leaving].unflatten(1, (blocks, plan.block)),
+                values[:, :leaving].unflatten(1, (blocks, plan.block)),
+            )
+        self.flushed[sequence] += blocks
+        rows = sink + keys.shape[1] - leaving
+        self.keys[sequence, :, sink:rows] = keys[:, leaving:]
+        self.values[sequence, :, sink:rows] = values[:, leaving:]
+        self.rows[sequence] = rows
+
+    def _store(self, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Quantize blocks (`keys` [H, n, block, key_head_dim]) into the next slots, lowering the layer until they fit."""
+        first, last = self.flushed[sequence], self.flushed[sequence] + keys.shape[1]
+        while min(last, self.ring) > self.capacity():
+            self.lower()
+        block = max(first, last - self.ring)
+        while block < last:
+            slot = block % self.ring
+            run = min(last - block, self.ring - slot)
+            chosen = slice(block - first, block - first + run)
+            self._write(self.records(sequence, slot, slot + run), keys[:, chosen], values[:, chosen])
+            block += run
+
+    def _write(self, records: Records, keys: Tensor, values: Tensor) -> None:
+        key_dim = -1 if self.plan.key_axis == "token" else -2
+        key_mid, key_range = group_parameters(keys, key_dim)
+        value_mid, value_range = group_parameters(values, -1)
+        records.key_parameters.copy_(torch.stack([key_mid.squeeze(key_dim), key_range.squeeze(key_dim)], dim=2))
+        records.value_parameters.copy_(torch.stack([value_mid.squeeze(-1), value_range.squeeze(-1)], dim=2))
+        key_codes = encode(keys, key_mid, key_range, records.key_bits)
+        value_codes = encode(values, value_mid, value_range, records.value_bits).transpose(-1, -2)
+        records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
+        records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
+
+    def lower(self) -> None:
+        """Halve the codes of all sequences to the next stage, in place (PM-KVQ, equivalent right shift)."""
+        before, after = self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
+        for sequence in range(len(self.rows)):
+            live = self.live_blocks(sequence)
+            for start in range(0, live, BLOCKS_LOWERED_AT_ONCE):
+                stop = min(live, start + BLOCKS_LOWERED_AT_ONCE)
+                _lower_records(
+                    self.records(sequence, start, stop, before), self.records(sequence, start, stop, after)
+                )
+        self.stage += 1
+
+
+def _lower_records(wide: Records, narrow: Records) -> None:
+    """Rewrite records at narrower widths. They may overlap: everything is read before anything is written."""
+    key_parameters, value_parameters = wide.key_parameters.clone(), wide.value_parameters.clone()
+    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits)
+    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits)
+    narrow.key_parameters.copy_(key_parameters)
+    narrow.value_parameters.copy_(value_parameters)
+    narrow.key_codes.copy_(key_codes)
+    narrow.value_codes.copy_(value_codes)
+
+
+def _lower_codes(packed: Tensor, bits: int, target: int) -> Tensor:
+    if bits == target:
+        return packed.clone()
+    codes = unpack(packed.view(torch.int16), bits)
+    return pack(shift_to(codes, bits, target), target).view(torch.uint8)
+
+
+class Cache:
+    """The key/value cache of a model: a `LayerCache` a layer and the length of every sequence.
+
+    Raises `InputError` where `batch_size` sequences of `max_len` tokens do not fit the plan's bytes.
+    """
+
+    def __init__(
+        self, plan: CachePlan, batch_size: int, max_len: int | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        largest = longest(plan, batch_size, dtype.itemsize)
+        if batch_size < 1 or largest < 1:
+            raise InputError(
+                f"batch_size {batch_size} cannot be held: the plan's {plan.arena_bytes:,} bytes are for "
+                f"{plan.batch_size} sequence(s) of {plan.max_len:,} tokens; compile with a larger --budget or --batch-size"
+            )
+        self.max_len = largest if max_len is None else max_len
+        if not 1 <= self.max_len <= largest:
+            raise InputError(
+                f"max_len {max_len} is not between 1 and {largest:,}, the tokens that {batch_size} sequence(s) may have "
+                f"within this artifact's budget; compile with a larger --max-len or --budget"
+            )
+        self.layers = [LayerCache(layer, batch_size, self.max_len, dtype, device) for layer in plan.layers]
+        self.batch_size = batch_size
+        self.length = [0] * batch_size
+        self.columns: list[slice] = []
+        """Columns of each sequence's own tokens in the call under way; the rest is padding."""
+
+    @property
+    def bits(self) -> list[tuple[int, int]]:
+        """Present (K, V) widths of every layer."""
+        return [layer.bits for layer in self.layers]
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes of all tensors that the cache owns: constant from its first token to its last."""
+        return sum(layer.arena.nbytes for layer in self.layers)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of `bytes_reserved` that hold tokens now."""
+        return sum(layer.bytes_used for layer in self.layers)
+
+    def begin(self, columns: list[slice]) -> None:
+        """Announce a call's tokens. Raises `CacheFull` where they do not fit, before anything is changed."""
+        for sequence, (length, own) in enumerate(zip(self.length, columns, strict=True)):
+            new = own.stop - own.start
+            if length + new > self.max_len:
+                raise CacheFull(
+                    f"sequence {sequence} has {length:,} of {self.max_len:,} tokens and {new:,} more do not fit; "
+                    f"make a cache with a larger max_len or compile with a larger --max-len"
+                )
+        self.columns = columns
+
+    def end(self) -> None:
+        """Count the tokens of the call that `begin` announced."""
+        self.length = [length + own.stop - own.start for length, own in zip(self.length, self.columns, strict=True)]

@@ -1,0 +1,123 @@
+"""The number format: groups of integer codes around a middle, lowered by shifts and packed in 16-bit words.
+
+A group stores `mid` and `range` in fp16 and codes `c` in `[0, 2^b - 1]`:
+
+    x = mid + (c - (2^b - 1) / 2) * range / (2^b - 1)
+
+`mid` and `range` do not depend on b, so lowering the bits touches codes only (PM-KVQ, section 3.2, "equivalent right
+shift"). A shift from 2n to n bits divides by the odd number 2^n + 1, whose rounding boundaries are rounding boundaries of
+the wider codes too: shifted codes equal codes quantized at the narrow width at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 16
+LARGEST_FP16 = 65504.0
+
+
+def levels(bits: int) -> int:
+    """The largest code of a width."""
+    return (1 << bits) - 1
+
+
+def group_parameters(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`mid` and `range` (fp16, `dim` kept at size 1) of the groups along `dim`.
+
+    `range` is rounded up from the deviation around the *stored* `mid`, so no value of the group clips. Numbers beyond
+    fp16 (65,504) saturate.
+    """
+    low, high = (bound.to(torch.float32) for bound in torch.aminmax(x, dim=dim, keepdim=True))
+    mid = (low / 2 + high / 2).clamp(-LARGEST_FP16, LARGEST_FP16).to(torch.float16)
+    exact = (2 * torch.maximum(high - mid.float(), mid.float() - low)).clamp(max=LARGEST_FP16)
+    nearest = exact.to(torch.float16)
+    next_larger = (nearest.view(torch.int16) + 1).view(torch.float16)
+    return mid, torch.where(nearest.float() < exact, next_larger, nearest)
+
+
+def encode(x: Tensor, mid: Tensor, value_range: Tensor, bits: int) -> Tensor:
+    """Codes (int32, shape of `x`) of `x` in groups of the given parameters, which broadcast against `x`."""
+    top = levels(bits)
+    codes_per_unit = torch.where(value_range > 0, top / value_range.to(torch.float32), 0.0)
+    codes = (x.to(torch.float32) - mid.to(torch.float32)) * codes_per_unit + top / 2
+    return codes.round_().clamp_(0, top).to(torch.int32)
+
+
+def step_and_zero(mid: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`step` and `zero` (float32) with `x = zero + c * step`."""
+    step = value_range.to(torch.float32) / levels(bits)
+    return step, mid.to(torch.float32) - step * (levels(bits) / 2)
+
+
+def decode(codes: Tensor, mid: Tensor, value_range: Tensor, bits: int) -> Tensor:
+    """The numbers (float32) that codes stand for."""
+    step = value_range.to(torch.float32) / levels(bits)
+    return mid.to(torch.float32) + (codes.to(torch.float32) - levels(bits) / 2) * step
+
+
+def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
+    """`x` after a round trip through codes of `bits` bits, groups along `dim`; shape and dtype of `x`."""
+    mid, value_range = group_parameters(x, dim)
+    return decode(encode(x, mid, value_range, bits), mid, value_range, bits).to(x.dtype)
+
+
+def shift(codes: Tensor, bits: int) -> Tensor:
+    """Equivalent right shift from `bits` = 2n to n bits: `round(c / (2^n + 1))` by shifts and adds (any integer dtype)."""
+    n = bits // 2
+    wide = codes.to(torch.int64)
+    scaled = (wide << 2 * n) - (wide << n) + wide
+    half = (1 << (3 * n - 1)) - (1 << (2 * n - 1)) + (1 << (n - 1))
+    return ((scaled + half) >> 3 * n).to(codes.dtype)
+
+
+def shift_to(codes: Tensor, bits: int, target: int) -> Tensor:
+    """Codes of width `bits` lowered step by step to `target`."""
+    while bits > target:
+        codes, bits = shift(codes, bits), bits // 2
+    return codes
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[..., n]` as 16-bit words `[..., W]` (int16), W = n * bits / 16.
+
+    Field i of word w holds element `i * W + w`: one shift and one mask give a contiguous slice of the elements.
+    """
+    fields = WORD_BITS // bits
+    words = codes.unflatten(-1, (fields, -1)).to(torch.int32)
+    shifts = torch.arange(fields, dtype=torch.int32, device=codes.device).mul_(bits).unsqueeze(-1)
+    return (words << shifts).sum(-2, dtype=torch.int32).to(torch.int16)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: int16 words `[..., W]` to codes `[..., n]` (int32)."""
+    fields = WORD_BITS // bits
+    shifts = torch.arange(fields, dtype=torch.int32, device=words.device).mul_(bits).unsqueeze(-1)
+    return ((words.to(torch.int32).unsqueeze(-2) >> shifts) & levels(bits)).flatten(-2)
+
+
+def byte_order(x: Tensor, bits: int) -> Tensor:
+    """The last dimension of `x` in the order in which packed *bytes* yield their elements.
+
+    On a little-endian machine a word's two bytes are read apart: taking field f of every byte, for f = 0, 1, ..., gives
+    element `(f + o * F) * W + w` at byte `2 w + o`, F fields a byte. Contracting codes in that order with an operand put
+    in that order spares both the 16-bit arithmetic and the sorting of codes.
+    """
+    fields = max(1, 8 // bits)
+    if bits == WORD_BITS:
+        return x
+    return x.unflatten(-1, (2, fields, -1)).movedim(-3, -1).flatten(-3)
+
+
+def unpack_bytes(packed: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Codes of packed bytes `[..., 2 W]` (uint8) as numbers, in byte order, written into `out` (`[..., n]`, float)."""
+    if bits == WORD_BITS:
+        return out.copy_(packed.view(torch.uint16))
+    if bits == 8:
+        return out.copy_(packed)
+    fields = out.unflatten(-1, (8 // bits, -1))
+    for field in range(8 // bits):
+        codes = packed >> (field * bits) if field else packed
+        fields[..., field, :].copy_(codes & levels(bits) if field < 8 // bits - 1 else codes)
+    return out
