@@ -1,1 +1,19 @@
 """What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors alone."""
+
+from .cache import Cache
+from .errors import ArtifactError, CacheFull, InputError
+from .load import FORMAT_VERSION, load
+from .model import CompiledModel
+from .plan import CachePlan, LayerPlan
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ArtifactError",
+    "Cache",
+    "CacheFull",
+    "CachePlan",
+    "CompiledModel",
+    "InputError",
+    "LayerPlan",
+    "load",
+]

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .quantize import byte_order, step_and_zero, unpack_bytes
+from .quantize import fields_of, step_and_zero, unpack_bytes
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache, Records
 
-UNPACKED_NUMBERS = 1 << 18
-"""Codes unpacked at once: a megabyte of floats, about what a core's cache holds."""
+UNPACKED_NUMBERS = 1 << 19
+"""Codes unpacked at once: two megabytes of floats. Smaller chunks fit a nearer cache but pay more calls."""
 
 SCORES = 1 << 22
 """Scores held at once; a long prompt's queries are taken in tiles of about so many."""
@@ -41,8 +41,8 @@ def cached_attention(
     """Causal attention of new tokens over the cached ones and themselves; the new tokens are appended to the cache.
 
     `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; which columns are a
-    sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the softmax
-    and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
+    sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the
+    softmax and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
     """
     store = cache.layers[layer]
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -105,7 +105,8 @@ def _attend_tile(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Grouped `queries` [Hkv, G, s, dk] to [Hkv, G, s, dv]: scores of pool, rows and fresh keys, one softmax, values."""
+    """Grouped `queries` [Hkv, G, s, dk] to [Hkv, G, s, dv]: scores of pool, rows and fresh keys, one softmax,
+    values."""
     heads, group, count, _ = queries.shape
     flat = queries.reshape(heads, group * count, -1)
     rows = store.rows[sequence]
@@ -152,31 +153,31 @@ def _chunks(store: LayerCache, sequence: int) -> list[Records]:
 
 def _key_scores(queries: Tensor, records: Records) -> Tensor:
     """q . k of scaled `queries` [H, R, dk] with the keys of n blocks: [H, R, n * block]."""
-    heads, blocks, block, _ = records.key_codes.shape
-    bits, width = records.key_bits, queries.shape[-1]
-    codes = unpack_bytes(records.key_codes, bits, queries.new_empty(heads, blocks, block, width))
-    mid, value_range = records.key_parameters.unbind(2)
-    step, zero = step_and_zero(mid, value_range, bits)
-    if not records.key_by_channel:
-        scores = byte_order(queries, bits) @ codes.flatten(1, 2).transpose(1, 2)
-        total = queries.sum(-1, keepdim=True)
-        return torch.addcmul(total * zero.flatten(1).unsqueeze(1), scores, step.flatten(1).unsqueeze(1))
-    scaled = byte_order(queries.unsqueeze(1) * step.unsqueeze(2), bits)
-    scores = scaled.flatten(0, 1) @ codes.flatten(0, 1).transpose(1, 2)
-    offsets = queries @ zero.transpose(1, 2)
-    scores = scores.unflatten(0, (heads, blocks)).transpose(1, 2) + offsets.unsqueeze(-1)
-    return scores.flatten(2)
+    heads, blocks, bits = *records.key_codes.shape[:2], records.key_bits
+    codes = unpack_bytes(records.key_codes, bits, queries.dtype)
+    step, zero = step_and_zero(*records.key_parameters.unbind(2), bits)
+    if records.key_by_channel:
+        scaled = fields_of(queries.unsqueeze(1) * step.unsqueeze(2), bits)
+        scores = _contract(scaled.flatten(1, 2), codes.flatten(1, 2)).unflatten(0, (heads, blocks))
+        offsets = queries @ zero.transpose(1, 2)
+        return (scores.transpose(1, 2) + offsets.unsqueeze(-1)).flatten(2)
+    scores = _contract(fields_of(queries, bits), codes.flatten(2, 3))
+    total = queries.sum(-1, keepdim=True)
+    return torch.addcmul(total * zero.flatten(1).unsqueeze(1), scores, step.flatten(1).unsqueeze(1))
 
 
 def _value_sums(weights: Tensor, records: Records) -> Tensor:
     """Sum of the values of n blocks under `weights` [H, R, n * block]: [H, R, dv]."""
-    heads, blocks, width, _ = records.value_codes.shape
-    bits, block = records.value_bits, records.value_parameters.shape[-1]
-    codes = unpack_bytes(records.value_codes, bits, weights.new_empty(heads, blocks, width, block))
-    mid, value_range = records.value_parameters.unbind(2)
-    step, zero = step_and_zero(mid, value_range, bits)
+    heads, blocks, bits = *records.value_codes.shape[:2], records.value_bits
+    codes = unpack_bytes(records.value_codes, bits, weights.dtype)
+    step, zero = step_and_zero(*records.value_parameters.unbind(2), bits)
+    scaled = (weights * step.flatten(1).unsqueeze(1)).unflatten(-1, (blocks, -1)).transpose(1, 2)
+    sums = _contract(fields_of(scaled, bits).flatten(1, 2), codes.flatten(1, 2))
     offsets = weights @ zero.flatten(1).unsqueeze(-1)
-    scaled = (weights * step.flatten(1).unsqueeze(1)).unflatten(-1, (blocks, block))
-    ordered = byte_order(scaled, bits).transpose(1, 2).flatten(0, 1)
-    sums = ordered @ codes.flatten(0, 1).transpose(1, 2)
     return sums.unflatten(0, (heads, blocks)).sum(1) + offsets
+
+
+def _contract(operand: Tensor, codes: Tensor) -> Tensor:
+    """Product over fields and their elements: `operand` [F, B, R, w], `codes` [F, B, N, w] to [B, R, N]."""
+    products = torch.bmm(operand.flatten(0, 1), codes.flatten(0, 1).transpose(1, 2))
+    return products if codes.shape[0] == 1 else products.unflatten(0, codes.shape[:2]).sum(0)

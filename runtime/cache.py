@@ -1,9 +1,9 @@
 """The progressive cache: one arena a layer, allocated once, whose codes are halved in place when it is full.
 
-An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and window
-lie together so that one product serves both. A block's record in the pool is `[K mids, ranges | V mids, ranges | K codes |
-V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records, shorter, from the
-front of the pool; what that frees at the end takes new blocks.
+An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and
+window lie together so that one product serves both. A block's record in the pool is `[K mids, ranges | V mids, ranges
+| K codes | V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records,
+shorter, from the front of the pool; what that frees at the end takes new blocks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Records:
 class LayerCache:
     """The cache of one layer for `batch_size` sequences, each with its own length."""
 
-    def __init__(self, plan: LayerPlan, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, plan: LayerPlan, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.plan = plan = fitted(plan, max_len)
         self.ring = blocks_needed(plan, max_len)
         """Blocks that are ever alive at once; a sliding-window layer reuses the slots of passed ones."""
@@ -164,7 +166,8 @@ class LayerCache:
         self.rows[sequence] = rows
 
     def _store(self, sequence: int, keys: Tensor, values: Tensor) -> None:
-        """Quantize blocks (`keys` [H, n, block, key_head_dim]) into the next slots, lowering the layer until they fit."""
+        """Quantize blocks (`keys` [H, n, block, key_head_dim]) into the next slots, lowering the layer until they
+        fit."""
         first, last = self.flushed[sequence], self.flushed[sequence] + keys.shape[1]
         while min(last, self.ring) > self.capacity():
             self.lower()
@@ -194,9 +197,7 @@ class LayerCache:
             live = self.live_blocks(sequence)
             for start in range(0, live, BLOCKS_LOWERED_AT_ONCE):
                 stop = min(live, start + BLOCKS_LOWERED_AT_ONCE)
-                _lower_records(
-                    self.records(sequence, start, stop, before), self.records(sequence, start, stop, after)
-                )
+                _lower_records(self.records(sequence, start, stop, before), self.records(sequence, start, stop, after))
         self.stage += 1
 
 
@@ -231,13 +232,14 @@ class Cache:
         if batch_size < 1 or largest < 1:
             raise InputError(
                 f"batch_size {batch_size} cannot be held: the plan's {plan.arena_bytes:,} bytes are for "
-                f"{plan.batch_size} sequence(s) of {plan.max_len:,} tokens; compile with a larger --budget or --batch-size"
+                f"{plan.batch_size} sequence(s) of {plan.max_len:,} tokens; "
+                f"compile with a larger --budget or --batch-size"
             )
         self.max_len = largest if max_len is None else max_len
         if not 1 <= self.max_len <= largest:
             raise InputError(
-                f"max_len {max_len} is not between 1 and {largest:,}, the tokens that {batch_size} sequence(s) may have "
-                f"within this artifact's budget; compile with a larger --max-len or --budget"
+                f"max_len {max_len} is not between 1 and {largest:,}, the tokens that {batch_size} sequence(s) may "
+                f"have within this artifact's budget; compile with a larger --max-len or --budget"
             )
         self.layers = [LayerCache(layer, batch_size, self.max_len, dtype, device) for layer in plan.layers]
         self.batch_size = batch_size

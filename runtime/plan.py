@@ -19,10 +19,11 @@ CODE_BITS = (16, 8, 4, 2)
 class LayerPlan:
     """The cache of one layer.
 
-    A sequence's tokens are kept as `[sink | blocks | window]`: the first `sink` tokens and the up to `window` most recent
-    ones in the model's dtype, everything between as quantized blocks of `block` tokens. `key_bits` and `value_bits` are
-    the final widths; `stages` are the (key, value) widths that the layer passes through, widest first, ending at the final
-    ones. A layer with no stages is never quantized: its window holds every token (`--recipe none`).
+    A sequence's tokens are kept as `[sink | blocks | window]`: the first `sink` tokens and the up to `window` most
+    recent ones in the model's dtype, everything between as quantized blocks of `block` tokens. `key_bits` and
+    `value_bits` are the final widths; `stages` are the (key, value) widths that the layer passes through, widest
+    first, ending at the final ones. A layer with no stages is never quantized: its window holds every token (`--recipe
+    none`).
 
     `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
     ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see.
@@ -92,8 +93,8 @@ def buffer_bytes(layer: LayerPlan, itemsize: int) -> int:
 def blocks_needed(layer: LayerPlan, max_len: int) -> int:
     """Quantized blocks that a sequence of `max_len` tokens holds at most.
 
-    A full window sends its oldest block away when the next token arrives, so at least `window - block + 1` recent tokens
-    are in it. A sliding-window layer needs no token that its window has passed.
+    A full window sends its oldest block away when the next token arrives, so at least `window - block + 1` recent
+    tokens are in it. A sliding-window layer needs no token that its window has passed.
     """
     if not layer.quantized:
         return 0

@@ -5,8 +5,8 @@ A group stores `mid` and `range` in fp16 and codes `c` in `[0, 2^b - 1]`:
     x = mid + (c - (2^b - 1) / 2) * range / (2^b - 1)
 
 `mid` and `range` do not depend on b, so lowering the bits touches codes only (PM-KVQ, section 3.2, "equivalent right
-shift"). A shift from 2n to n bits divides by the odd number 2^n + 1, whose rounding boundaries are rounding boundaries of
-the wider codes too: shifted codes equal codes quantized at the narrow width at once.
+shift"). A shift from 2n to n bits divides by the odd number 2^n + 1, whose rounding boundaries are rounding boundaries
+of the wider codes too: shifted codes equal codes quantized at the narrow width at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def shift(codes: Tensor, bits: int) -> Tensor:
-    """Equivalent right shift from `bits` = 2n to n bits: `round(c / (2^n + 1))` by shifts and adds (any integer dtype)."""
+    """Equivalent right shift from `bits` = 2n to n bits: `round(c / (2^n + 1))` by shifts and adds (any integer
+    dtype)."""
     n = bits // 2
     wide = codes.to(torch.int64)
     scaled = (wide << 2 * n) - (wide << n) + wide
@@ -97,27 +98,26 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return ((words.to(torch.int32).unsqueeze(-2) >> shifts) & levels(bits)).flatten(-2)
 
 
-def byte_order(x: Tensor, bits: int) -> Tensor:
-    """The last dimension of `x` in the order in which packed *bytes* yield their elements.
+def fields_of(x: Tensor, bits: int) -> Tensor:
+    """The last dimension of `x` [..., n] as fields of packed bytes: [F, ..., n / F], F codes a byte.
 
-    On a little-endian machine a word's two bytes are read apart: taking field f of every byte, for f = 0, 1, ..., gives
-    element `(f + o * F) * W + w` at byte `2 w + o`, F fields a byte. Contracting codes in that order with an operand put
-    in that order spares both the 16-bit arithmetic and the sorting of codes.
+    A byte's field f, over all bytes of a little-endian word array, holds elements in an order of its own: byte `2 w + o`
+    has element `(f + o * F) * W + w`. Contracting `unpack_bytes` with an operand in the same order spares 16-bit
+    arithmetic and the sorting of codes.
     """
-    fields = max(1, 8 // bits)
     if bits == WORD_BITS:
-        return x
-    return x.unflatten(-1, (2, fields, -1)).movedim(-3, -1).flatten(-3)
+        return x.unsqueeze(0)
+    return x.unflatten(-1, (2, 8 // bits, -1)).movedim(-2, 0).transpose(-1, -2).flatten(-2)
 
 
-def unpack_bytes(packed: Tensor, bits: int, out: Tensor) -> Tensor:
-    """Codes of packed bytes `[..., 2 W]` (uint8) as numbers, in byte order, written into `out` (`[..., n]`, float)."""
+def unpack_bytes(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Codes of packed bytes `[..., b]` (uint8) as numbers: field by field, [F, ..., b], F codes a byte.
+
+    The fields stay apart because strided writes into one tensor cost several times what contiguous ones do.
+    """
     if bits == WORD_BITS:
-        return out.copy_(packed.view(torch.uint16))
+        return packed.view(torch.uint16).to(dtype).unsqueeze(0)
     if bits == 8:
-        return out.copy_(packed)
-    fields = out.unflatten(-1, (8 // bits, -1))
-    for field in range(8 // bits):
-        codes = packed >> (field * bits) if field else packed
-        fields[..., field, :].copy_(codes & levels(bits) if field < 8 // bits - 1 else codes)
-    return out
+        return packed.to(dtype).unsqueeze(0)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, *[1] * packed.dim())
+    return (packed.unsqueeze(0) >> shifts).bitwise_and_(levels(bits)).to(dtype)

@@ -23,7 +23,9 @@ SHAPE: dict[str, Any] = {
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A causal language model of `model_type` with random weights and biases (none left at zero)."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides}
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

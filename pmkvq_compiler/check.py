@@ -1,0 +1,84 @@
+"""The last step of a compile: load what was written in a fresh process and hold it against the source model.
+
+Two figures. *Full precision*: the check text in one call, in which attention sees its K and V before they are quantized,
+so folds and generated code are all that can differ. *Planned precision*: the same text fed piece by piece into a cache
+whose layers are all at their final bits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pmkvq_compiler import runtime
+from pmkvq_compiler.errors import CompileError
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights."""
+
+PIECE = 32
+
+
+def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+    """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the last N of `input_ids` [1, S].
+
+    Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
+    """
+    reference = folder / ".reference.safetensors"
+    save_file({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
+    try:
+        command = [sys.executable, "-m", "pmkvq_compiler.check", str(folder), str(reference)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        reference.unlink()
+    if done.returncode != 0:
+        raise CompileError(f"the artifact does not load in a fresh process; this is a defect of the compiler:\n{done.stderr}")
+    figures: dict[str, float] = json.loads(done.stdout)
+    tolerance = TOLERANCE[dtype]
+    if not figures["full_precision_error"] <= tolerance:
+        raise CompileError(
+            f"the artifact's logits differ from the source model's by {figures['full_precision_error']:.1e} in relative "
+            f"norm, more than {tolerance:.0e}; nothing was kept: please report this model"
+        )
+    if not figures["planned_precision_kl"] < float("inf"):
+        raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
+    return figures
+
+
+def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+    """Relative norm of the logits' difference at full precision; that and the mean KL (nats) at planned precision."""
+    count = logits.shape[0]
+    whole = model(input_ids)[0, -count:]
+    cache = model.new_cache(max_len=input_ids.shape[1])
+    for layer in cache.layers:
+        while layer.stage + 1 < len(layer.plan.stages):
+            layer.lower()
+    pieces = [model(piece, cache)[0] for piece in input_ids.split(PIECE, dim=1)]
+    planned = torch.cat(pieces)[-count:]
+    return {
+        "full_precision_error": relative_norm(whole, logits),
+        "planned_precision_error": relative_norm(planned, logits),
+        "planned_precision_kl": mean_divergence(planned, logits),
+    }
+
+
+def relative_norm(out: Tensor, reference: Tensor) -> float:
+    """‖out − reference‖ / ‖reference‖ in float64."""
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def mean_divergence(out: Tensor, reference: Tensor) -> float:
+    """Mean over rows of KL(reference ‖ out) of the distributions that logits [N, V] stand for, in nats."""
+    expected, found = reference.double().log_softmax(-1), out.double().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+if __name__ == "__main__":
+    reference = load_file(sys.argv[2])
+    print(json.dumps(measure(runtime.load(sys.argv[1]), reference["input_ids"], reference["logits"])))

@@ -1,0 +1,137 @@
+"""Load an artifact: check it, bind its weights to its generated code.
+
+Loading runs the artifact's `model.py`. The digests find damage, not malice: load artifacts that you would run code
+from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import ArtifactError
+from .model import CompiledModel
+
+FORMAT_VERSION = 1
+MANIFEST = "pmkvq.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load(
+    path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> CompiledModel:
+    """The model in the artifact folder `path`, in its own dtype and on the CPU unless told otherwise.
+
+    Raises `ArtifactError` where the folder is no artifact, holds a changed file, or has a newer format.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    _verify_files(folder, manifest["files"])
+    code = _import(folder / manifest["package"] / "model.py")
+    plan = _import(folder / manifest["package"] / "plan.py").PLAN
+    target = _dtype(plan.dtype if dtype is None else dtype)
+    place = torch.device("cpu" if device is None else device)
+    weights = _read_weights(folder, manifest, target, place)
+    hidden_states, logits = code.bind(weights)
+    generation = _read_json(folder / "generation_config.json")
+    ends = generation.get("eos_token_id")
+    return CompiledModel(
+        plan=plan,
+        hidden_states=hidden_states,
+        logits=logits,
+        vocab_size=manifest["vocab_size"],
+        eos_token_ids=frozenset([ends] if isinstance(ends, int) else ends or []),
+        pad_token_id=generation.get("pad_token_id"),
+        dtype=target,
+        device=place,
+    )
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}; pass one of these")
+    return DTYPES[dtype]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); compile the artifact again") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no {MANIFEST}; pass a folder that pmkvq-compile wrote"
+        )
+    manifest = _read_json(folder / MANIFEST)
+    version = manifest.get("format_version")
+    if not isinstance(version, int):
+        raise ArtifactError(f"{folder / MANIFEST} names no format_version; compile the artifact again")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format version {version} and this runtime reads up to {FORMAT_VERSION}; "
+            f"upgrade pmkvq-compiler, or compile the model with this version"
+        )
+    return manifest
+
+
+def _verify_files(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing; copy the artifact again or compile it again")
+        if file_digest(folder / name) != digest:
+            raise ArtifactError(
+                f"{folder / name} was changed after the compile: its sha256 is not the one in {MANIFEST}; "
+                f"copy the artifact again or compile it again"
+            )
+
+
+def _import(path: Path) -> ModuleType:
+    """Run a generated file as a sibling of this runtime, which its relative imports then find.
+
+    That holds inside an artifact and in the compiler's environment alike, and leaves one set of classes in either.
+    """
+    parent = __package__.rpartition(".")[0]
+    name = f"{parent}._artifact_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _read_weights(
+    folder: Path, manifest: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights in `dtype`; constants (RoPE frequencies and the like) as they are stored."""
+    weights: dict[str, Tensor] = {}
+    try:
+        for name in manifest["weights"]:
+            shard = load_file(folder / name, device=str(device))
+            weights.update({key: value.to(dtype) for key, value in shard.items()})
+        weights.update(load_file(folder / manifest["package"] / "constants.safetensors", device=str(device)))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"the weights in {folder} cannot be read ({error}); compile the artifact again") from error
+    return weights
