@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
+
+from pmkvq_compiler.runtime.plan import CachePlan
+
+WRAPPER = "model."
+"""Capture holds the model in an attribute of this name: module paths in a graph begin with it, tensor names do not."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class RowScale:
-    """Weight edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or a bias) by `scale`, in float64."""
+    """Weight edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64."""
 
     tensor: str
     start: int
@@ -59,17 +64,31 @@ class RowScale:
         return edited.to(value.dtype)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that is computed from the configuration (RoPE frequencies and the like), and its buffer's name."""
+
+    name: str
+    value: Tensor
+
+
 @dataclass
 class Program:
     """What passes read and rewrite.
 
-    `graph_module` has one placeholder for each input (`input_ids`, `position_ids`, from RewriteAttention on also `cache`),
-    for each weight and for each constant, and returns the logits. `weights` maps a placeholder's name to the tensor's name
-    in the checkpoint; `constants` maps a placeholder's name to its value (RoPE frequencies and the like, never weights).
+    `graph_module` has one placeholder for each input (`input_ids`, `position_ids`, from RewriteAttention on also
+    `cache`), for each weight and for each constant, and returns the logits. `weights` maps a placeholder's name to the
+    tensor's name in the checkpoint, `constants` a placeholder's name to the constant. `plan` is what BakePlan was
+    given; each layer's part is also on the node of its attention.
     """
 
     graph_module: GraphModule
     weights: dict[str, str]
-    constants: dict[str, Tensor]
+    constants: dict[str, Constant]
     sites: list[AttentionSite] = field(default_factory=list)
     edits: list[RowScale] = field(default_factory=list)
+    plan: CachePlan | None = None
+
+    @property
+    def graph(self) -> Graph:
+        return self.graph_module.graph

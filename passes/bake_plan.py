@@ -1,0 +1,57 @@
+"""Put the bit plan into the graph."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+
+from .base import Pass
+from .ops import cached_attention
+from .program import AttentionSite, Program
+from .verify import Stage
+
+
+class BakePlan(Pass):
+    """Give every cached attention its layer's plan as the constant `plan`, and the program the whole plan.
+
+    1. The plan has one entry for each layer of the graph.
+    2. Heads, head dimensions and sliding window of each entry are those that LocateAttention read off the graph.
+    """
+
+    takes = Stage.REWRITTEN
+    leaves = Stage.REWRITTEN
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+
+    def requires(self, program: Program) -> None:
+        if len(self.plan.layers) != len(program.sites):
+            raise ValueError(f"the plan has {len(self.plan.layers)} layers and the graph {len(program.sites)}")
+        for site in program.sites:
+            _check(site, self.plan.layers[site.layer])
+
+    def run(self, program: Program) -> bool:
+        for node in cached_attentions(program):
+            node.update_kwarg("plan", self.plan.layers[node.args[4]])
+        program.plan = self.plan
+        return True
+
+
+def cached_attentions(program: Program) -> list[Node]:
+    return program.graph.find_nodes(op="call_function", target=cached_attention)
+
+
+def layer_plans(program: Program) -> list[LayerPlan]:
+    """The plan of each layer as the graph has it, outlined or not."""
+    plans = {node.args[4]: node.kwargs["plan"] for node in cached_attentions(program)}
+    plans |= {call.args[0]: call.args[1] for call in program.graph.find_nodes(op="call_module")}
+    return [plans[layer] for layer in sorted(plans)]
+
+
+def _check(site: AttentionSite, plan: LayerPlan) -> None:
+    """Raises `ValueError` where a layer's plan is not of its shape."""
+    for name in ("num_key_value_heads", "key_head_dim", "value_head_dim", "sliding_window"):
+        planned, found = getattr(plan, name), getattr(site, name)
+        if planned != found:
+            raise ValueError(f"the plan of layer {site.layer} has {name} {planned} and the graph {found}")

@@ -1,0 +1,206 @@
+"""Bring the graph into one plain form, without what has no effect."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import SymInt
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from .base import Pass
+from .ops import CASTS
+from .program import Program
+from .verify import Stage, is_assertion
+
+aten = torch.ops.aten
+
+
+class Canonicalize(Pass):
+    """Drop what has no effect, and say the same thing in one way. Running it twice changes nothing more.
+
+    A cast to bfloat16 is one to the model's own dtype (see `capture`); casts are compared as they stand in the graph.
+
+    1. Assertions are dropped.
+    2. What returns its operand is replaced by it: dropout, casts to the dtype at hand, full slices, expansions to the
+       same shape, products with 1, detached and aliased tensors, copies made contiguous for a reshape alone.
+    3. Casts of every kind become `to.dtype`; a device named in one is that of its operand.
+    4. Batch and sequence size are read off `input_ids`, and every size is computed once.
+    5. An op in place becomes its functional form where no view shares the value, a copy into a slice a `slice_scatter`;
+       elsewhere the verifier refuses it.
+    6. `histc` counts in float32: of integers it exists on some devices only.
+    7. Dead code goes, and with it the weights that nothing reads.
+    """
+
+    takes = Stage.REWRITTEN
+    leaves = Stage.CANONICAL
+
+    def run(self, program: Program) -> bool:
+        graph = program.graph
+        modified = _read_sizes_once(graph)
+        for node in list(graph.nodes):
+            if node.op == "call_function":
+                modified |= any(rule(node) for rule in RULES)
+        modified |= graph.eliminate_dead_code()
+        return _drop_unread(program) or modified
+
+
+def _drop_assertion(node: Node) -> bool:
+    if not is_assertion(node):
+        return False
+    node.graph.erase_node(node)
+    return True
+
+
+def _drop_identity(node: Node) -> bool:
+    operand = node.args[0] if node.args else None
+    if not isinstance(operand, Node) or not _returns_operand(node, operand):
+        return False
+    node.replace_all_uses_with(operand)
+    node.graph.erase_node(node)
+    return True
+
+
+def _returns_operand(node: Node, operand: Node) -> bool:
+    before, after = operand.meta.get("val"), node.meta.get("val")
+    if node.target in CASTS:
+        return before.dtype == after.dtype
+    if node.target is aten.slice.Tensor:
+        return tuple(node.args[2:]) in ((), (0, sys.maxsize), (None, None), (0, None))
+    if node.target is aten.expand.default:
+        return _same_form(operand, node)
+    if node.target is aten.mul.Tensor:
+        return node.args[1] == 1 and before.dtype == after.dtype
+    if node.target is aten.dropout.default:
+        return node.args[2] is False
+    if node.target is aten.contiguous.default:
+        return all(user.target is aten.reshape.default for user in node.users)
+    return node.target in (aten.detach.default, aten.alias.default)
+
+
+def _unify_cast(node: Node) -> bool:
+    if node.target not in CASTS or node.target is aten.to.dtype:
+        return False
+    node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
+    return True
+
+
+def _make_functional(node: Node) -> bool:
+    """`x.op_(...)` becomes `op(x, ...)`, which later readers of x then read."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return False
+    functional, changed = _functional_form(node.target), node.args[0]
+    earlier = [user for user in changed.users if user < node]
+    outlives_call = changed.op == "placeholder" and earlier
+    if functional is None or outlives_call or any(_shares_memory(one) for one in (changed, *earlier)):
+        return False
+    node.target = functional
+    changed.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
+    return True
+
+
+def _scatter_slice(node: Node) -> bool:
+    """`x[a:b].copy_(y)` becomes `slice_scatter(x, y, a, b)`, which later readers of x then read."""
+    if node.target is not aten.copy_.default or node.args[0].target is not aten.slice.Tensor:
+        return False
+    part, values = node.args[:2]
+    whole = part.args[0]
+    earlier = [user for user in whole.users if user < part]
+    owned = whole.op == "call_function" and not any(_shares_memory(one) for one in (whole, *earlier))
+    if not owned or list(part.users) != [node] or node.users or not _same_form(part, values):
+        return False
+    with node.graph.inserting_before(node):
+        scattered = node.graph.call_function(aten.slice_scatter.default, (whole, values, *part.args[1:]))
+    scattered.meta = {**node.meta, "val": whole.meta["val"]}
+    whole.replace_all_uses_with(scattered, delete_user_cb=lambda user: user > node)
+    node.graph.erase_node(node)
+    node.graph.erase_node(part)
+    return True
+
+
+def _same_form(one: Node, other: Node) -> bool:
+    """Whether two values have the same shape and dtype."""
+    first, second = one.meta["val"], other.meta["val"]
+    return first.dtype == second.dtype and list(map(str, first.shape)) == list(map(str, second.shape))
+
+
+def _functional_form(target: OpOverload) -> OpOverload | None:
+    """`aten.add.Tensor` of `aten.add_.Tensor`."""
+    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the node's value may be a view of another node's."""
+    source = node.args[0] if node.target is operator.getitem else node
+    schema = getattr(source.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _count_in_float(node: Node) -> bool:
+    if node.target is not aten.histc.default or node.args[0].meta["val"].is_floating_point():
+        return False
+    with node.graph.inserting_before(node):
+        cast = node.graph.call_function(aten.to.dtype, (node.args[0], torch.float32))
+    cast.meta = {**node.meta, "val": node.args[0].meta["val"].to(torch.float32)}
+    node.meta["val"] = node.meta["val"].to(torch.float32)
+    node.update_arg(0, cast)
+    return True
+
+
+RULES: tuple[Callable[[Node], bool], ...] = (
+    _drop_assertion,
+    _drop_identity,
+    _unify_cast,
+    _scatter_slice,
+    _make_functional,
+    _count_in_float,
+)
+"""A node that one rule has changed or erased is not given to the next: `any` stops there."""
+
+
+def _read_sizes_once(graph: Graph) -> bool:
+    """Read batch and sequence size off `input_ids`, and compute every size that follows from them once."""
+    (input_ids,) = (node for node in graph.find_nodes(op="placeholder") if node.name == "input_ids")
+    first: dict[str, Node] = {}
+    for dim in (1, 0):
+        first[str(input_ids.meta["val"].shape[dim])] = _size_of(input_ids, dim)
+    modified = False
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), SymInt):
+            continue
+        known = first.setdefault(str(node.meta["val"]), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+            modified = True
+    return modified
+
+
+def _size_of(input_ids: Node, dim: int) -> Node:
+    """The node with one size of `input_ids`, before all other ops."""
+    graph = input_ids.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        if node.args == (input_ids, dim) and "nn_module_stack" not in node.meta:
+            return node
+    with graph.inserting_after(last):
+        size = graph.call_function(aten.sym_size.int, (input_ids, dim))
+    size.meta["val"] = input_ids.meta["val"].shape[dim]
+    return size
+
+
+def _drop_unread(program: Program) -> bool:
+    unread = [
+        node
+        for node in program.graph.find_nodes(op="placeholder")
+        if not node.users and (node.name in program.weights or node.name in program.constants)
+    ]
+    for node in unread:
+        program.weights.pop(node.name, None)
+        program.constants.pop(node.name, None)
+        program.graph.erase_node(node)
+    return bool(unread)

@@ -1,0 +1,226 @@
+"""Find where each layer's q, k and v come from, and whether key scales can be folded there."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch.fx import Graph, Node
+
+from .base import Pass
+from .ops import CASTS, MARKER
+from .program import AttentionSite, Program, Projection
+from .verify import Stage, is_assertion
+
+aten = torch.ops.aten
+
+COPIES = frozenset({*CASTS, aten.contiguous.default, aten.clone.default})
+NORMS = frozenset({aten.rsqrt.default, aten.layer_norm.default, aten.rms_norm.default, aten.linalg_vector_norm.default})
+DIVISIONS = frozenset({aten.slice.Tensor, operator.getitem})
+LINEARS = frozenset({aten.linear.default, aten.addmm.default})
+
+
+class LocateAttention(Pass):
+    """Fill `program.sites`, one `AttentionSite` for each marker. Analysis only.
+
+    1. Shapes, scale, window, soft cap and sinks are read off the marker.
+    2. From k, then from q, walk back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin` with x1, x2 the
+       halves of x's channels, then through the split into heads, to a linear layer with an optional bias.
+    3. Casts and copies are looked through; anything else in between ends the match with a reason.
+    4. What is matched must feed this attention only, or scaling it would change something else too.
+    5. v is walked back in the same way but without RoPE; nothing depends on its match yet.
+    """
+
+    takes = Stage.CAPTURED
+    leaves = Stage.CAPTURED
+
+    def run(self, program: Program) -> bool:
+        program.sites = [_locate(marker, program) for marker in markers(program.graph)]
+        return True
+
+    def ensures(self, program: Program) -> None:
+        if len(program.sites) != len(markers(program.graph)):
+            raise ValueError(f"{len(program.sites)} sites for {len(markers(program.graph))} markers")
+
+
+def markers(graph: Graph) -> list[Node]:
+    return graph.find_nodes(op="call_function", target=MARKER)
+
+
+class _NoMatchError(Exception):
+    """The walk met something else; the message is the reason."""
+
+
+def _locate(marker: Node, program: Program) -> AttentionSite:
+    q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
+    query = key = value = reason = None
+    try:
+        key = _walk(k, marker, program, rotary=True)
+        query = _walk(q, marker, program, rotary=True)
+    except _NoMatchError as error:
+        reason = str(error)
+    with suppress(_NoMatchError):
+        value = _walk(v, marker, program, rotary=False)
+    return AttentionSite(
+        layer=layer,
+        node=marker.name,
+        num_attention_heads=q.meta["val"].shape[1],
+        num_key_value_heads=k.meta["val"].shape[1],
+        key_head_dim=k.meta["val"].shape[3],
+        value_head_dim=v.meta["val"].shape[3],
+        scale=scale,
+        sliding_window=sliding_window or None,
+        softcap=softcap or None,
+        has_sinks=sinks is not None,
+        query=query,
+        key=key,
+        value=value,
+        reason=reason,
+    )
+
+
+def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projection:
+    """The rows of the linear layer behind an operand of `marker`. Raises `_NoMatchError`."""
+    seen: set[Node] = set()
+    node = _match_rotary(operand, seen) if rotary else operand
+    linear = _match_heads(node, seen)
+    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+    for parameter in parameters:
+        if parameter.name not in program.weights:
+            raise _NoMatchError(f"{linear.name} takes {parameter.name}, which is not a tensor of the checkpoint")
+    for node in (*seen, *parameters):
+        for user in node.users:
+            if user is not marker and user not in seen and not is_assertion(user):
+                raise _NoMatchError(
+                    f"{node.name} ({node.target}) feeds {user.name} ({user.target}) besides this attention"
+                )
+    return Projection(
+        weight=program.weights[weight.name],
+        bias=program.weights[bias.name] if bias is not None else None,
+        start=0,
+        rows=weight.meta["val"].shape[0],
+    )
+
+
+def _look_through(node: Node, seen: set[Node]) -> Node:
+    while node.target in COPIES:
+        seen.add(node)
+        node = node.args[0]
+    seen.add(node)
+    return node
+
+
+def _match_rotary(operand: Node, seen: set[Node]) -> Node:
+    """x of `x * cos + cat(-x2, x1) * sin`."""
+    node = _look_through(operand, seen)
+    if node.target is aten.cat.default:
+        raise _NoMatchError(_explain_parts(node))
+    norm = next((one for one in _behind(node) if one.target in NORMS), None)
+    if node.target is not aten.add.Tensor and norm is not None:
+        raise _NoMatchError(f"a norm sits between {_source(node)} and the attention ({norm.name})")
+    if node.target is not aten.add.Tensor:
+        raise _NoMatchError(f"no RoPE between {_source(node)} and the attention: it takes {node.name} ({node.target})")
+    for straight, turned in (node.args[:2], node.args[1::-1]):
+        x = _match_turned(straight, turned, seen)
+        if x is not None:
+            return x
+    if any(one.target in (aten.stack.default, aten.flatten.using_ints) for one in _behind(node)):
+        raise _NoMatchError(f"RoPE pairs neighbouring channels instead of halves of a head ({node.name})")
+    raise _NoMatchError(f"{node.name} ({node.target}) is not the rotate-half form of RoPE")
+
+
+def _match_turned(straight: Node, turned: Node, seen: set[Node]) -> Node | None:
+    """x if `straight` is `x * cos` and `turned` is `cat(-x2, x1) * sin`; then `seen` takes what was matched."""
+    matched: set[Node] = set()
+    straight, turned = _look_through(straight, matched), _look_through(turned, matched)
+    if straight.target is not aten.mul.Tensor or turned.target is not aten.mul.Tensor:
+        return None
+    for rotated, factor in itertools.product(turned.args, straight.args):
+        path: set[Node] = set()
+        x = _match_rotate_half(_look_through(rotated, path), path)
+        if x is not None and x is _look_through(factor, path):
+            seen |= matched | path
+            return x
+    return None
+
+
+def _match_rotate_half(node: Node, matched: set[Node]) -> Node | None:
+    """x if `node` is `cat(-x2, x1)` along the channels."""
+    if node.target is not aten.cat.default or len(node.args[0]) != 2 or not _is_last(node, node.args[1:]):
+        return None
+    negated, first = node.args[0]
+    if negated.target is not aten.neg.default:
+        return None
+    second = negated.args[0]
+    if first.target is not aten.slice.Tensor or second.target is not aten.slice.Tensor:
+        return None
+    x, width = first.args[0], node.meta["val"].shape[-1]
+    halves = first.args[2:] == (0, width // 2) and second.args[2:] == (width // 2, sys.maxsize)
+    if not halves or second.args[0] is not x or not all(_is_last(half, half.args[1:2]) for half in (first, second)):
+        return None
+    matched |= {node, negated, first, second}
+    return _look_through(x, matched)
+
+
+def _is_last(node: Node, dim: tuple[int, ...]) -> bool:
+    return dim in ((-1,), (node.meta["val"].dim() - 1,))
+
+
+def _match_heads(node: Node, seen: set[Node]) -> Node:
+    """The linear layer whose output [B, S, heads * head_dim] was split into `node` [B, heads, S, head_dim]."""
+    end = node = _look_through(node, seen)
+    if node.target is aten.transpose.int and node.args[1:] == (1, 2):
+        node = _look_through(node.args[0], seen)
+        if node.target in (aten.view.default, aten.reshape.default) and node.meta["val"].dim() == 4:
+            node = _look_through(node.args[0], seen)
+    if node.target is aten.linear.default and node.meta["val"].dim() == 3:
+        return node
+    raise _NoMatchError(_explain_between(node, end))
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """The nodes that `node` is computed from, nearest first, up to and with the linear layers behind it."""
+    waiting, known = [node], {node}
+    while waiting:
+        one = waiting.pop(0)
+        yield one
+        if one.target in LINEARS:
+            continue
+        for operand in one.all_input_nodes:
+            if operand not in known:
+                known.add(operand)
+                waiting.append(operand)
+
+
+def _source(node: Node) -> str:
+    """The module of the linear layer behind `node`, as in "k_proj"."""
+    linear = next((one for one in _behind(node) if one.target in LINEARS), None)
+    if linear is None:
+        return node.name
+    path, _ = list(linear.meta["nn_module_stack"].values())[-1]
+    return path.rpartition(".")[2]
+
+
+def _explain_parts(node: Node) -> str:
+    """Why RoPE that ends in a concatenation does not match."""
+    first, width = node.args[0][0].meta["val"].shape[-1], node.meta["val"].shape[-1]
+    if first < width and any(part.target in DIVISIONS for part in node.args[0][1:]):
+        return f"RoPE turns only {first} of the {width} channels of {_source(node)} ({node.name})"
+    if first == width:
+        return f"{node.name} adds an unturned part of no channels to what RoPE has turned"
+    return f"{node.name} joins the halves that RoPE has turned, which is not the form x * cos + cat(-x2, x1) * sin"
+
+
+def _explain_between(node: Node, end: Node) -> str:
+    """Why the walk from `end`, what RoPE is applied to, stopped at `node`."""
+    norm = next((one for one in _behind(end) if one.target in NORMS), None)
+    if norm is not None:
+        return f"a norm sits between {_source(end)} and RoPE ({norm.name})"
+    if any(one.target in DIVISIONS for one in _behind(end)):
+        return f"q, k and v are parts of one fused projection, {_source(end)} ({node.name})"
+    return f"{node.name} ({node.target}) sits between {_source(end)} and RoPE"

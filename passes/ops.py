@@ -1,0 +1,49 @@
+"""Ops that several passes ask for; among them the marker that capture leaves, and what RewriteAttention makes of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmkvq_compiler.runtime.attention import cached_attention as run_cached_attention
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.plan import LayerPlan
+
+
+@torch.library.custom_op("pmkvq::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, layer: int, sliding_window: int, softcap: float
+) -> Tensor:
+    """Marks one causal attention. It is only ever traced.
+
+    `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim] and `sinks` [Hq];
+    `sliding_window` 0 and `softcap` 0 mean none. Stands for a tensor [B, Hq, S, value_head_dim] in the dtype of `q`.
+    """
+    raise NotImplementedError("pmkvq::attention marks a place in a captured graph and cannot be run")
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, layer: int, sliding_window: int, softcap: float
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+aten = torch.ops.aten
+CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default})
+MARKER = torch.ops.pmkvq.attention.default
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache,
+    layer: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: LayerPlan | None = None,
+) -> Tensor:
+    """The runtime's `cached_attention` as the target of a node; `plan` is what BakePlan knows of the layer's cache."""
+    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks)

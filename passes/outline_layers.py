@@ -1,0 +1,167 @@
+"""Make equal layers calls of one function."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import SymInt, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .bake_plan import cached_attentions
+from .base import Pass
+from .ops import cached_attention
+from .program import WRAPPER, Program
+from .verify import Stage
+
+LAYER = "{layer}"
+
+
+class OutlineLayers(Pass):
+    """Move each layer's nodes into a submodule that equal layers share.
+
+    1. A layer is what its module computes, by the module path that export left on the nodes: `model.layers.3` around
+       the attention of layer 3. Only its last node may be read from outside. Sizes stay outside.
+    2. Two layers are equal where ops, constants and wiring are, and the names of their tensors differ in the layer's
+       index alone. Neither that index nor the plan tells them apart: they become arguments.
+    3. The submodule takes `layer`, `plan`, then the values and the tensors that the layer reads, each once, in the
+       order of their first use. A tensor's placeholder has its name with `{layer}` for the index as `meta["tensor"]`.
+    4. Where a layer cannot be cut out that way, the whole graph stays as it is.
+    """
+
+    takes = Stage.CANONICAL
+    leaves = Stage.OUTLINED
+
+    def run(self, program: Program) -> bool:
+        regions = _find_regions(program)
+        names: dict[Hashable, str] = {}
+        submodules = []
+        for region in regions:
+            structure = _structure(region)
+            if structure not in names:
+                name = f"decoder_layer_{len(names) + 1}" if names else "decoder_layer"
+                names[structure] = _add_submodule(program, region, name)
+            submodules.append(names[structure])
+        # Backwards, because a region names the result of the layer before it.
+        for region, submodule in zip(reversed(regions), reversed(submodules), strict=True):
+            _replace(program, region, submodule)
+        return bool(regions)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of one layer, in order, the last of which is its result; what they read, in the order of first use."""
+
+    layer: int
+    nodes: list[Node]
+    values: list[Node]
+    tensors: dict[Node, str]
+    """Placeholders of weights and constants, and their names with `{layer}` for the layer's index."""
+
+
+def _find_regions(program: Program) -> list[Region]:
+    """All layers in order, or none where one of them cannot be cut out."""
+    members: dict[str, list[Node]] = {}
+    for attention in cached_attentions(program):
+        owner = layer_module(attention)
+        if owner is None or owner in members or not owner.endswith(f".{attention.args[4]}"):
+            return []
+        members[owner] = []
+    for node in program.graph.nodes:
+        owner = layer_module(node)
+        if owner in members and not isinstance(node.meta["val"], SymInt):
+            members[owner].append(node)
+    for nodes in members.values():
+        inside = set(nodes)
+        if any(user not in inside for node in nodes[:-1] for user in node.users):
+            return []
+    return [_region(owner, nodes, program) for owner, nodes in members.items()]
+
+
+def layer_module(node: Node) -> str | None:
+    """Path of the outermost module around `node` that is an element of a list."""
+    paths = (path for path, _ in node.meta.get("nn_module_stack", {}).values())
+    return next((path for path in paths if path.rpartition(".")[2].isdecimal()), None)
+
+
+def _region(owner: str, nodes: list[Node], program: Program) -> Region:
+    path = owner.removeprefix(WRAPPER)
+    parent, _, index = path.rpartition(".")
+    inside = set(nodes)
+    values: dict[Node, None] = {}
+    tensors: dict[Node, str] = {}
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            name = _tensor_name(operand, program)
+            if name is not None:
+                tensors[operand] = re.sub(rf"^{re.escape(path)}\.", f"{parent}.{LAYER}.", name)
+            elif operand not in inside:
+                values[operand] = None
+    return Region(int(index), nodes, list(values), tensors)
+
+
+def _tensor_name(node: Node, program: Program) -> str | None:
+    if node.name in program.weights:
+        return program.weights[node.name]
+    return program.constants[node.name].name if node.name in program.constants else None
+
+
+def _structure(region: Region) -> Hashable:
+    """Everything by which two layers may differ, except for the layer's index and its plan."""
+    numbers: dict[Node, Hashable] = {node: number for number, node in enumerate([*region.values, *region.nodes])}
+    numbers |= {node: (name, _shape_and_dtype(node)) for node, name in region.tensors.items()}
+
+    def encode(argument: Any) -> Hashable:
+        if isinstance(argument, Node):
+            return "node", numbers[argument]
+        if isinstance(argument, (list, tuple)):
+            return tuple(encode(element) for element in argument)
+        return type(argument), repr(argument)
+
+    def encode_node(node: Node) -> Hashable:
+        args, kwargs = list(node.args), dict(node.kwargs)
+        if node.target is cached_attention:
+            del args[4]
+            kwargs.pop("plan", None)
+        return node.target, encode(args), tuple((name, encode(value)) for name, value in sorted(kwargs.items()))
+
+    return tuple(encode_node(node) for node in region.nodes)
+
+
+def _shape_and_dtype(node: Node) -> Hashable:
+    return tuple(node.meta["val"].shape), node.meta["val"].dtype
+
+
+def _add_submodule(program: Program, region: Region, name: str) -> str:
+    """Make a submodule with copies of the region's nodes; returns its name."""
+    graph = Graph()
+    layer, plan = graph.placeholder("layer"), graph.placeholder("plan")
+    copies: dict[Node, Node] = {}
+    for node in (*region.values, *region.tensors):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node, tensor in region.tensors.items():
+        copies[node].meta["tensor"] = tensor
+    for node in region.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.target is cached_attention:
+            copies[node].update_arg(4, layer)
+            copies[node].update_kwarg("plan", plan)
+    graph.output(copies[region.nodes[-1]])
+    program.graph_module.add_submodule(name, GraphModule(nn.Module(), graph))
+    return name
+
+
+def _replace(program: Program, region: Region, submodule: str) -> None:
+    """Call `submodule` instead of the region's nodes."""
+    (attention,) = (node for node in region.nodes if node.target is cached_attention)
+    result = region.nodes[-1]
+    with program.graph.inserting_after(result):
+        arguments = (region.layer, attention.kwargs.get("plan"), *region.values, *region.tensors)
+        call = program.graph.call_module(submodule, arguments)
+    call.meta["val"] = result.meta["val"]
+    result.replace_all_uses_with(call)
+    for node in reversed(region.nodes):
+        program.graph.erase_node(node)

@@ -1,0 +1,108 @@
+"""Calibrations kept beside the artifact, so that another budget is planned without another run of the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmkvq_compiler.passes.program import AttentionSite
+
+from .calibrate import Calibration, Progress, calibrate, calibration_fingerprint
+from .options import CompileOptions
+from .source import Source
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "pmkvq_calibration"
+
+
+def load_or_calibrate(
+    source: Source, sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, progress: Progress
+) -> Calibration:
+    """The calibration that these options ask for: from its file beside `options.output` where one matches, else made
+    and, unless it is a dry run, written there. A damaged file is replaced, with a warning."""
+    fingerprint = calibration_fingerprint(source, sites, options, max_len)
+    path = calibration_path(options.output, source.name, fingerprint)
+    if path.is_file():
+        try:
+            calibration = load_calibration(path)
+            if calibration.fingerprint == fingerprint:
+                return calibration
+            logger.warning("%s is of another calibration; calibrating again", path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s); calibrating again", path, error)
+    calibration = calibrate(source, sites, options, max_len, progress)
+    if not options.dry_run:
+        save_calibration(calibration, path)
+    return calibration
+
+
+def calibration_path(output: Path, name: str, fingerprint: str) -> Path:
+    """The file of a calibration of the model called `name`, for an artifact at `output`."""
+    return output.parent / f"{name}-{fingerprint[:12]}.calibration.safetensors"
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write one safetensors file, numbers as JSON in its metadata; it appears whole or not at all."""
+    tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
+    tensors |= {f"key_maxima.{layer}": value for layer, value in calibration.key_maxima.items()}
+    tensors |= {f"scales.{layer}": value for layer, value in calibration.scales.items()}
+    facts = {
+        "fingerprint": calibration.fingerprint,
+        "alphas": sorted(calibration.alphas.items()),
+        "key_sensitivity": [
+            (layer, bits, axis, value)
+            for layer, values in calibration.key_sensitivity.items()
+            for (bits, axis), value in values.items()
+        ],
+        "value_sensitivity": [
+            (layer, bits, value)
+            for layer, values in calibration.value_sensitivity.items()
+            for bits, value in values.items()
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(contiguous, unfinished, metadata={METADATA_KEY: json.dumps(facts)})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_calibration(path: Path) -> Calibration:
+    """The inverse of `save_calibration`. Raises `SafetensorError`, `ValueError`, `KeyError` or `TypeError` where the
+    file is damaged."""
+    with safe_open(path, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        facts = json.loads((handle.metadata() or {})[METADATA_KEY])
+    key_sensitivity: dict[int, Any] = {}
+    for layer, bits, axis, value in facts["key_sensitivity"]:
+        key_sensitivity.setdefault(layer, {})[bits, axis] = value
+    value_sensitivity: dict[int, Any] = {}
+    for layer, bits, value in facts["value_sensitivity"]:
+        value_sensitivity.setdefault(layer, {})[bits] = value
+    return Calibration(
+        fingerprint=facts["fingerprint"],
+        key_maxima=_by_layer(tensors, "key_maxima"),
+        alphas=dict(facts["alphas"]),
+        scales=_by_layer(tensors, "scales"),
+        key_sensitivity=key_sensitivity,
+        value_sensitivity=value_sensitivity,
+        check_ids=tensors["check_ids"],
+        check_logits=tensors["check_logits"],
+    )
+
+
+def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    layers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}."))
+    return {layer: tensors[f"{kind}.{layer}"] for layer in layers}

@@ -1,0 +1,300 @@
+"""Capture: a model's configuration to one FX graph, without a weight, with a marker in place of each attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.passes.ops import MARKER
+from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
+
+IMPLEMENTATION = "pmkvq"
+INPUTS = ("input_ids", "position_ids")
+HEAD_DIM_MULTIPLE = 8
+ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
+POSITIONS_TRIED = 1 << 20
+"""A mask is compared with a plain window at positions below the model's maximum, and at most at so many."""
+
+
+def capture(config: PretrainedConfig) -> Program:
+    """The graph `(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]` of the causal language model of `config`.
+
+    The model is captured in bfloat16, whatever its weights are stored in: there a cast to the model's own dtype and a
+    cast to float32 look different, so that a reader of the graph can tell "model dtype" from "float32". Buffers keep
+    the values and the dtype that they have in a float32 model.
+
+    Raises `CompileError` where the architecture is no causal language model, cannot be exported, or attends in a way
+    that the marker cannot express.
+    """
+    _check_config(config)
+    model = _empty_model(config)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    recorder = _AttentionRecorder()
+    exported = _export(model.to("meta"), recorder)  # type: ignore[arg-type]
+    program = _to_program(exported, model, buffers)
+    _check_graph(program.graph_module.graph, config)
+    _set_sliding_windows(program.graph_module.graph, recorder, config)
+    return program
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    """Refuse what the configuration already tells, with a plainer reason than a failed capture would give."""
+    if config.is_encoder_decoder:
+        raise CompileError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be compiled")
+    text = config.get_text_config()
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise CompileError(
+            f"{config.model_type} has layers with chunked attention, which the cache cannot represent; choose a "
+            f"model with causal or sliding-window attention"
+        )
+    moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
+    if moving:
+        raise CompileError(
+            f"{config.model_type} has RoPE of type {moving.pop()}, whose frequencies change with the length of the "
+            f"text: keys already cached would no longer fit; choose another rope_type in config.json"
+        )
+
+
+def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
+    """The `rope_type` of all layers, or of each type of layer."""
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            yield from _rope_types(value)
+        elif name == "rope_type":
+            yield value
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with bfloat16 parameters on meta, and buffers that hold the values of a float32 model."""
+    _AttentionRecorder().register()  # a model is only built with an implementation that transformers knows
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=IMPLEMENTATION, dtype=torch.float32
+            )
+    except Exception as error:  # whatever the code of an architecture may raise
+        if IMPLEMENTATION in str(error):
+            raise CompileError(
+                f"{config.model_type} does not route its attention through transformers' AttentionInterface; choose "
+                f"another model"
+            ) from error
+        raise CompileError(
+            f"{config.model_type} cannot be built as a causal language model: {_brief(error)}; choose another model"
+        ) from error
+    model.tie_weights()
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval()
+
+
+class _AttentionRecorder:
+    """The attention of one capture: leaves markers, and remembers which mask each layer was given.
+
+    transformers describes a mask as a function of positions; the mask that the model carries around is only a token by
+    which that function is found again.
+    """
+
+    IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"})
+    """Arguments that say nothing beyond q, k, v and the mask."""
+
+    def __init__(self) -> None:
+        self.masks: dict[int, tuple[Tensor, Callable[..., Tensor]]] = {}
+        self.mask_of_layer: dict[int, Callable[..., Tensor] | None] = {}
+
+    def register(self) -> None:
+        AttentionInterface.register(IMPLEMENTATION, self.attend)
+        AttentionMaskInterface.register(IMPLEMENTATION, self.make_mask)
+
+    def make_mask(self, *, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
+        token = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.masks[id(token)] = token, mask_function
+        return token
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        unknown = sorted(
+            name for name, value in others.items() if name not in self.IGNORED and value not in (None, False)
+        )
+        if unknown:
+            raise CompileError(
+                f"the attention of layer {layer} takes {', '.join(unknown)}, which the cache cannot represent"
+            )
+        self.mask_of_layer[layer] = self.masks[id(attention_mask)][1] if id(attention_mask) in self.masks else None
+        scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        out = MARKER(q, k, v, s_aux, scale, layer, 0, float(softcap or 0))
+        return out.transpose(1, 2).contiguous(), None
+
+
+class _LanguageModel(nn.Module):
+    """Inputs to logits. A mask of ones stops transformers from looking for packed sequences in the positions."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        ones = torch.ones_like(input_ids)
+        return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=ones, use_cache=False).logits
+
+
+def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedProgram:
+    recorder.register()
+    batch, sequence = Dim("batch"), Dim("sequence")
+    shape = {0: batch, 1: sequence}
+    # Sizes of 1 would be specialized, and one tensor given twice would become one input.
+    examples = tuple(torch.zeros(2, 7, dtype=torch.long, device="meta") for _ in INPUTS)
+    try:
+        with torch.no_grad():
+            return torch.export.export(_LanguageModel(model), examples, strict=False, dynamic_shapes=(shape, shape))
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(f"{model.config.model_type} cannot be captured by torch.export: {_brief(error)}") from error
+
+
+def _to_program(exported: ExportedProgram, model: PreTrainedModel, buffers: dict[str, Tensor]) -> Program:
+    """A plain graph with readable placeholders: inputs first, then every weight and constant that is used, once."""
+    state = model.state_dict(keep_vars=True)
+    owner: dict[int, str] = {}
+    for name, tensor in state.items():
+        owner.setdefault(id(tensor), name)
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    graph, weights, constants = Graph(), {}, {}
+    placeholders: dict[str, Node] = {}
+    copies: dict[Node, Node] = {}
+    for node in sorted(exported.graph.find_nodes(op="placeholder"), key=lambda node: node.name not in INPUTS):
+        if not node.users and node.name not in INPUTS:
+            continue
+        target = specs[node.name].target
+        name = node.name if target is None else target.removeprefix(WRAPPER)
+        if name in state:
+            name = owner[id(state[name])]
+        if name not in placeholders:
+            placeholder = placeholders[name] = graph.placeholder(name.replace(".", "_"))
+            placeholder.meta["val"] = node.meta["val"]
+            if name in state:
+                weights[placeholder.name] = name
+            elif target is not None:
+                constants[placeholder.name] = Constant(
+                    name, buffers[name] if name in buffers else _literal(exported, target)
+                )
+        copies[node] = placeholders[name]
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            (logits,) = node.args[0]
+            graph.output(copies[logits]).meta["val"] = logits.meta["val"]
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return Program(GraphModule(nn.Module(), graph), weights, constants)
+
+
+def _literal(exported: ExportedProgram, name: str) -> Tensor:
+    """The value of a constant that the model's code makes while it runs."""
+    value = exported.constants[name]
+    if value.is_meta or value.dtype == torch.bfloat16:
+        raise CompileError(
+            f"the model makes the constant {name} while it runs, whose exact value the capture cannot know"
+        )
+    return value
+
+
+def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
+    """Refuse what the marker cannot express: tokens that meet outside it, positions that are not `position_ids`."""
+    model_type, count = config.model_type, config.get_text_config().num_hidden_layers
+    markers = graph.find_nodes(op="call_function", target=MARKER)
+    layers = [marker.args[5] for marker in markers]
+    if layers != list(range(count)):
+        raise CompileError(
+            f"{model_type} has {count} layers, of which {len(markers)} route their attention through transformers' "
+            f"AttentionInterface (layers {layers}); only models all of whose layers do can be compiled"
+        )
+    for marker in markers:
+        for name, tensor in zip(("query and key", "value"), (marker.args[1], marker.args[2]), strict=True):
+            head_dim = tensor.meta["val"].shape[-1]
+            if head_dim % HEAD_DIM_MULTIPLE:
+                raise CompileError(
+                    f"layer {marker.args[5]} has {name} heads of {head_dim} channels, which is no multiple of "
+                    f"{HEAD_DIM_MULTIPLE}: its codes cannot be packed; choose another model"
+                )
+    sequence = markers[0].meta["val"].shape[2]
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if "conv" in str(node.target):
+            raise CompileError(
+                f"{model_type} mixes tokens outside attention ({node.target}), which no KV cache can hold"
+            )
+        if node.target in ARANGES and str(node.meta["val"].shape[0]) == str(sequence):
+            raise CompileError(
+                f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot be "
+                f"continued from a cache"
+            )
+
+
+def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
+    """Write into each marker the window that its layer's mask stands for."""
+    positions = min(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
+    windows: dict[int, int] = {}
+    for marker in graph.find_nodes(op="call_function", target=MARKER):
+        layer = marker.args[5]
+        mask = recorder.mask_of_layer[layer]
+        if id(mask) not in windows:
+            try:
+                windows[id(mask)] = _window_of(mask, positions)
+            except Exception as error:
+                raise CompileError(
+                    f"the attention mask of layer {layer} of {config.model_type} is neither causal nor a sliding "
+                    f"window, so the cache cannot represent it ({_brief(error)})"
+                ) from error
+        marker.update_arg(6, windows[id(mask)])
+
+
+def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
+    """Tokens that a query sees, 0 if all before it. Raises `ValueError` where `mask` is no causal window."""
+    if mask is None:
+        raise ValueError("it was not made by transformers' masking functions")
+    zero, keys = torch.tensor(0), torch.arange(positions)
+
+    def row(query: int) -> Tensor:
+        return torch.as_tensor(mask(zero, zero, torch.tensor(query), keys)).expand(positions)
+
+    window = int(row(positions - 1).sum())
+    edges = {0, 1, window - 1, window, window + 1, 2 * window, positions // 2, positions // 3, positions - 2}
+    for query in sorted(edges & set(range(positions))):
+        if not torch.equal(row(query), (keys <= query) & (keys > query - window)):
+            raise ValueError(f"the query at position {query} sees other tokens")
+    return 0 if window == positions else window
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, for a message of one sentence."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"

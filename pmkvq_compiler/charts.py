@@ -1,0 +1,204 @@
+"""The drawings of a plan, as SVG. Colours are classes of `templates/charts.css.j2`: they follow the reader's theme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from html import escape
+from itertools import groupby
+from typing import Any
+
+WIDTH = 960
+LEFT, RIGHT = 96, 12
+PLOT = WIDTH - LEFT - RIGHT
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+Row = dict[str, Any]
+"""A layer of the plan: `layer`, `key_bits`, `value_bits`, `key_axis`, `arena_bytes`, `sensitivity`, `fold`."""
+
+Sample = dict[str, Any]
+"""The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] a layer."""
+
+
+def readable_bytes(count: float) -> str:
+    """`22.0 MiB` and the like."""
+    power = 0
+    while abs(count) >= 1024 and power < len(UNITS) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.1f} {UNITS[power]}" if power else f"{count:.0f} B"
+
+
+def plan_chart(rows: list[Row]) -> str:
+    """Layers from left to right: bits of K and V as a heat map, what was folded, bytes and sensitivities as bars."""
+    parts = [
+        _legend({row[key] for row in rows for key in ("key_bits", "value_bits")}),
+        *_bit_cells(rows, "K bits", "key_bits", top=30),
+        *_bit_cells(rows, "V bits", "value_bits", top=60),
+        *_runs(rows, "K groups", lambda row: row["key_axis"], top=92),
+        *_runs(rows, "fold", lambda row: "folded" if row["fold"] == "folded" else "not folded", top=112),
+        *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=146),
+        *_bars(rows, "sensitivity", "sensitivity", lambda value: f"{value:.3g}", top=222),
+        *_layer_axis(len(rows), top=298),
+    ]
+    return _svg(parts, height=320, label="The plan: bits, groups, folds, bytes and sensitivities of every layer")
+
+
+def filling_chart(trace: list[Sample], budget: int) -> str:
+    """Tokens from left to right: bytes of the whole cache against the budget, and below them every layer's bits."""
+    layers = len(trace[0]["bits"])
+    row_height = min(14.0, max(4.0, 260 / layers))
+    heat_top = 300
+    height = heat_top + round(layers * row_height) + 42
+    parts = [
+        _legend({bits for sample in trace for pair in sample["bits"] for bits in pair}),
+        *_filling(trace, budget, top=34, bottom=heat_top - 24),
+        *_falling_bits(trace, heat_top, row_height),
+        *_token_axis(trace[-1]["tokens"], top=height - 42),
+    ]
+    return _svg(parts, height, label="Bytes of the cache and bits of every layer while tokens come in")
+
+
+def _svg(parts: Iterable[str], height: int, label: str) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {height}" role="img"'
+    return "\n".join([f'{head} aria-label="{escape(label)}">', *parts, "</svg>"])
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
+    place = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
+    return f'<rect {place} class="{kind}"><title>{escape(title)}</title></rect>'
+
+
+def _text(x: float, y: float, content: str, kind: str = "", anchor: str = "middle") -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" class="{kind}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def _row_label(y: float, content: str) -> str:
+    return _text(LEFT - 10, y, content, anchor="end")
+
+
+def _shade(bits: int) -> str:
+    return f"bits{min(bits, 16)}"
+
+
+def _legend(widths: Iterable[int]) -> str:
+    parts = [_text(LEFT, 15, "bits a number", "quiet", anchor="start")]
+    for place, bits in enumerate(sorted(widths, reverse=True)):
+        x = LEFT + 96 + 52 * place
+        parts.append(_rect(x, 4, 14, 14, _shade(bits), f"{bits} bits"))
+        parts.append(_text(x + 20, 15, str(bits), anchor="start"))
+    return "\n".join(parts)
+
+
+def _bit_cells(rows: list[Row], label: str, key: str, top: float) -> list[str]:
+    width = PLOT / len(rows)
+    parts = [_row_label(top + 19, label)]
+    for place, row in enumerate(rows):
+        x, bits = LEFT + place * width, row[key]
+        parts.append(_rect(x + 0.5, top, width - 1, 28, _shade(bits), f"layer {row['layer']}: {label[0]} {bits} bits"))
+        if width >= 14:
+            parts.append(_text(x + width / 2, top + 19, str(bits), f"on-{_shade(bits)}"))
+    return parts
+
+
+def _runs(rows: list[Row], label: str, value: Callable[[Row], str], top: float) -> list[str]:
+    """Neighbouring layers with the same value as one strip, which is named where the name fits."""
+    width, place = PLOT / len(rows), 0
+    parts = [_row_label(top + 12, label)]
+    for name, run in groupby(rows, key=value):
+        first, *_ = members = list(run)
+        span, x = width * len(members), LEFT + place * width
+        title = f"layers {first['layer']}-{members[-1]['layer']}: {name}"
+        parts.append(_rect(x + 0.5, top, span - 1, 16, f"strip {name.replace(' ', '-')}", title))
+        if span >= 7 * len(name):
+            parts.append(_text(x + span / 2, top + 12, name, "small"))
+        place += len(members)
+    return parts
+
+
+def _bars(
+    rows: list[Row], label: str, key: str, readable: Callable[[float], str], top: float, height: float = 60
+) -> list[str]:
+    width, largest = PLOT / len(rows), max(row[key] for row in rows) or 1
+    parts = [_row_label(top + height / 2, label), _row_label(top + height / 2 + 15, f"≤ {readable(largest)}")]
+    for place, row in enumerate(rows):
+        tall = max(1.0, height * row[key] / largest)
+        title = f"layer {row['layer']}: {readable(row[key])}"
+        parts.append(_rect(LEFT + place * width + 1, top + height - tall, width - 2, tall, "bar", title))
+    return parts
+
+
+def _layer_axis(count: int, top: float) -> list[str]:
+    width, every = PLOT / count, max(1, -(-count // 32))
+    ticks = [_text(LEFT + (layer + 0.5) * width, top, str(layer), "quiet") for layer in range(0, count, every)]
+    return [_text(LEFT - 10, top, "layer", "quiet", anchor="end"), *ticks]
+
+
+def _filling(trace: list[Sample], budget: int, top: float, bottom: float) -> list[str]:
+    longest, ceiling = trace[-1]["tokens"], 1.3 * max(budget, max(sample["used"] for sample in trace))
+
+    def x(tokens: float) -> float:
+        return LEFT + PLOT * tokens / longest
+
+    def y(count: float) -> float:
+        return bottom - (bottom - top) * count / ceiling
+
+    used = [f"{x(sample['tokens']):.1f},{y(sample['used']):.1f}" for sample in trace]
+    original = [sample for sample in trace if sample["original"] <= ceiling]
+    unquantized = [f"{x(sample['tokens']):.1f},{y(sample['original']):.1f}" for sample in original]
+    parts = []
+    for count in (0, budget / 2, budget):
+        parts.append(f'<line x1="{LEFT}" x2="{LEFT + PLOT}" y1="{y(count):.1f}" y2="{y(count):.1f}" class="grid"/>')
+        parts.append(_row_label(y(count) + 4, readable_bytes(count)))
+    parts += [
+        f'<polygon points="{x(0):.1f},{bottom} {" ".join(used)} {x(longest):.1f},{bottom}" class="area"/>',
+        f'<polyline points="{" ".join(unquantized)}" class="original"/>',
+        f'<polyline points="{" ".join(used)}" class="used"/>',
+        f'<line x1="{LEFT}" x2="{LEFT + PLOT}" y1="{y(budget):.1f}" y2="{y(budget):.1f}" class="budget"/>',
+        _text(LEFT + PLOT, y(budget) - 6, "budget", "budget-name", anchor="end"),
+        _text(
+            x(original[-1]["tokens"]) + 8,
+            max(y(original[-1]["original"]), top) + 10,
+            f"16 bits a number: {readable_bytes(trace[-1]['original'])} at {longest:,} tokens",
+            "quiet",
+            anchor="start",
+        ),
+    ]
+    return parts
+
+
+def _falling_bits(trace: list[Sample], top: float, row_height: float) -> list[str]:
+    longest, layers = trace[-1]["tokens"], len(trace[0]["bits"])
+    every = max(1, -(-layers // 16))
+    parts = []
+    for layer in range(layers):
+        y = top + layer * row_height
+        if layer % every == 0:
+            parts.append(_text(LEFT - 10, y + row_height / 2 + 4, f"layer {layer}", "quiet", anchor="end"))
+        for half, name in enumerate("KV"):
+            parts += [
+                _rect(
+                    LEFT + PLOT * start / longest,
+                    y + half * row_height / 2,
+                    PLOT * (stop - start) / longest,
+                    row_height / 2 - (0.7 if half else 0),
+                    _shade(bits),
+                    f"layer {layer}: {name} {bits} bits from {start:,} to {stop:,} tokens",
+                )
+                for bits, start, stop in _stretches(trace, layer, half)
+            ]
+    return parts
+
+
+def _stretches(trace: list[Sample], layer: int, half: int) -> list[tuple[int, int, int]]:
+    """(bits, first token, last token) of each stretch in which a layer's K (`half` 0) or V (1) keeps its bits."""
+    runs = [(bits, next(run)["tokens"]) for bits, run in groupby(trace, key=lambda sample: sample["bits"][layer][half])]
+    ends = [start for _, start in runs[1:]] + [trace[-1]["tokens"]]
+    return [(bits, start, end) for (bits, start), end in zip(runs, ends, strict=True)]
+
+
+def _token_axis(longest: int, top: float) -> list[str]:
+    anchors = ("start", "middle", "middle", "middle", "end")
+    ticks = [
+        _text(LEFT + PLOT * quarter / 4, top + 18, f"{longest * quarter // 4:,}", "quiet", anchor)
+        for quarter, anchor in enumerate(anchors)
+    ]
+    return [*ticks, _text(LEFT + PLOT / 2, top + 36, "tokens", "quiet")]

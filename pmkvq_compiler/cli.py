@@ -1,0 +1,257 @@
+"""The command `pmkvq-compile`: arguments in, progress and a table out, errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.options import CompileOptions, Recipe
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
+    from rich.table import Table
+
+    from pmkvq_compiler.compile import CompileResult, Progress
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+DESCRIPTION = """\
+Compile a causal language model and a memory budget for its key/value cache into an artifact: a directory that loads and
+generates by itself and keeps its cache inside that budget, in 16, 8, 4 or 2 bits a number."""
+
+EXAMPLES = """\
+the budget
+  What the caches of all layers together may take with --batch-size sequences of --max-len tokens. Everything counts:
+  codes, the parameters of every group, and the first and most recent tokens, which stay in the model's own dtype.
+    512MiB    bytes (KiB, MiB, GiB; KB, MB, GB)
+    25%       of the cache at 16 bits a number
+    3.2bits   a number of the cache, on average
+
+examples
+  pmkvq-compile demo --budget 22MiB --max-len 4096
+      SmolLM2-135M-Instruct, which needs 90 MiB for 4,096 tokens at 16 bits
+  pmkvq-compile Qwen/Qwen2.5-1.5B-Instruct --budget 25% --max-len 32768 --dry-run
+      see what each layer would get, write nothing
+  pmkvq-compile ./my-model --budget 3.2bits --calib my-text.jsonl -o my-artifact
+      calibrate with your own text
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 130 when interrupted."""
+    try:
+        options, as_json = parse(argv)
+        result = _compile(options)
+    except CompileError as error:
+        return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED)
+    except OSError as error:
+        return _fail(f"{error}; check that the place exists, is writable and has room", FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was changed", INTERRUPTED)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_summary(result)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> tuple[CompileOptions, bool]:
+    """The options of a command line, and whether it asks for JSON. Raises `UsageError`."""
+    chosen = vars(_parser().parse_args(argv))
+    as_json = chosen.pop("json")
+    if chosen["recipe"] != "none" and chosen["budget"] is None:
+        raise UsageError("--budget is missing: say what the cache may take, such as --budget 512MiB, 25% or 3.2bits")
+    if chosen["recipe"] == "none" and chosen["budget"] is not None:
+        raise UsageError("--recipe none leaves the cache unquantized, so it takes no --budget; leave one of them out")
+    if chosen["output"] is None:
+        chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
+    return CompileOptions(**chosen), as_json
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pmkvq-compile: {message}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see pmkvq-compile --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = CompileOptions(model="", output=Path())
+    parser = _Parser(
+        prog="pmkvq-compile",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, Hugging Face folder, .gguf file, or `demo`")
+    parser.add_argument(
+        "--budget", type=_budget, metavar="SIZE", help="memory for the cache: 512MiB, 25%% or 3.2bits (see below)"
+    )
+    parser.add_argument(
+        "--max-len", type=_count, metavar="N", help="tokens a sequence may have (default: the model's own limit)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_count, default=defaults.batch_size, metavar="N", help="sequences at once (%(default)s)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: the model's name and -pmkvq)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is not empty")
+
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--recipe",
+        choices=get_args(Recipe),
+        default=defaults.recipe,
+        help="best: what measures best; pm-kvq: the paper's; uniform: the same bits in every layer; "
+        "none: leave the cache in the model's dtype (%(default)s)",
+    )
+    plan.add_argument(
+        "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
+    )
+    plan.add_argument("--window", type=_count, metavar="N", help="most recent tokens kept in the model's dtype")
+    plan.add_argument("--sink", type=_count_or_zero, metavar="N", help="first tokens kept in the model's dtype")
+
+    calibration = parser.add_argument_group("calibration (kept beside OUT and used again when only the budget changes)")
+    calibration.add_argument(
+        "--calib", default=defaults.calib, metavar="FILE", help="text or JSON lines, or `builtin` (%(default)s)"
+    )
+    calibration.add_argument(
+        "--calib-samples", type=_count, default=defaults.calib_samples, metavar="N", help="pieces of it (%(default)s)"
+    )
+    calibration.add_argument(
+        "--calib-len", type=_count, default=defaults.calib_len, metavar="N", help="tokens a piece (%(default)s)"
+    )
+    calibration.add_argument(
+        "--effective-len",
+        type=_count,
+        metavar="N",
+        help="length that the positions of a piece are stretched to (default: decided from --max-len)",
+    )
+    calibration.add_argument(
+        "--device",
+        default=defaults.device,
+        metavar="NAME",
+        help="where the model runs: auto, cpu, cuda:0 ...",
+    )
+    calibration.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default=defaults.dtype,
+        help="of the model and of the artifact (auto: the checkpoint's own)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
+    output.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _count(text: str) -> int:
+    return _integer(text, least=1)
+
+
+def _count_or_zero(text: str) -> int:
+    return _integer(text, least=0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    widths = text.split(",")
+    if not set(widths) <= {"8", "4", "2"} or len(set(widths)) < len(widths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different widths out of 8, 4 and 2, such as 4,2")
+    return tuple(sorted(map(int, widths), reverse=True))
+
+
+def _budget(text: str) -> str:
+    """The text itself, if it is a budget at all; how many bytes it stands for depends on the model."""
+    parse_budget(text, original_bytes=sys.maxsize)
+    return text
+
+
+def _compile(options: CompileOptions) -> CompileResult:
+    from transformers.utils import logging
+
+    from pmkvq_compiler.compile import compile_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with _progress_bars() as progress:
+        return compile_model(options, progress)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Progress]:
+    """One bar a stage on stderr, in the order in which stages first report."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _print_json(result: CompileResult) -> None:
+    report = {key: value for key, value in result.report.items() if key != "bytes_over_tokens"}
+    print(json.dumps({"path": None if result.path is None else str(result.path), **report}, indent=2))
+
+
+def _print_summary(result: CompileResult) -> None:
+    from rich.console import Console
+
+    from pmkvq_compiler.report import facts, grouped_reasons
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(result.report["rows"]), soft_wrap=False)
+    for reason, layers in grouped_reasons(result.report["rows"]).items():
+        console.print(f"not folded in layers {layers}: {reason}")
+    for name, value, remark in facts(result.report):
+        console.print(f"{name:<20} {value:<10} {remark}")
+    if result.path is not None:
+        console.print(f"{'artifact':<20} {result.path}")
+        console.print(f"{'report':<20} {result.path / 'report.html'}")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", "K bits", "V bits", "K axis", "bytes", "sensitivity", "fold", box=None, header_style="bold")
+    for column in table.columns[:3] + table.columns[4:6]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            str(row["key_bits"]),
+            str(row["value_bits"]),
+            row["key_axis"],
+            f"{row['arena_bytes']:,}",
+            f"{row['sensitivity']:.3g}",
+            "folded" if row["fold"] == "folded" else "no",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""From a canonical graph to the lines of a Python function.
+
+A value that is read once is written where it is read, as long as the line stays short; every other value gets a name:
+that of the module whose result it is (`q_proj`, `input_layernorm`), else of its op. The graph is free of side effects
+but for attention, so an expression may move down to its reader.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import keyword
+import operator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from pmkvq_compiler.passes.ops import cached_attention
+
+aten = torch.ops.aten
+
+RESERVED = frozenset(
+    {
+        "weights",
+        "layer",
+        "path",
+        "dtype",
+        "device",
+        "torch",
+        "math",
+        "F",
+        "cached_attention",
+        *keyword.kwlist,
+        *dir(builtins),
+    }
+)
+LINE = 120
+EXPRESSION = 88
+"""Operands get lines of their own where an expression would be longer."""
+
+SUM, PRODUCT, UNARY, ATOM = range(4)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Python text, and how tightly its outermost operator binds (`SUM` least, `ATOM` needs no brackets)."""
+
+    text: str
+    level: int = ATOM
+
+    def within(self, level: int) -> str:
+        """The text as an operand of an operator that binds like `level`."""
+        return self.text if self.level >= level else f"({self.text})"
+
+
+Render = Callable[[Any], Expression]
+"""From an argument of a node (a node, a constant, a list of them) to its expression."""
+
+MODEL_DTYPE = torch.bfloat16
+"""In a captured graph, bfloat16 stands for the dtype of the weights; the emitted code calls it `dtype`."""
+
+OPERATORS: dict[Any, tuple[str, int]] = {
+    aten.add.Tensor: ("+", SUM),
+    aten.sub.Tensor: ("-", SUM),
+    aten.mul.Tensor: ("*", PRODUCT),
+    aten.div.Tensor: ("/", PRODUCT),
+    aten.floor_divide.default: ("//", PRODUCT),
+    aten.matmul.default: ("@", PRODUCT),
+    operator.add: ("+", SUM),
+    operator.sub: ("-", SUM),
+    operator.mul: ("*", PRODUCT),
+    operator.floordiv: ("//", PRODUCT),
+    operator.mod: ("%", PRODUCT),
+}
+METHODS: dict[Any, str] = {
+    aten.chunk.default: "chunk",
+    aten.clamp.default: "clamp",
+    aten.contiguous.default: "contiguous",
+    aten.cumsum.default: "cumsum",
+    aten.expand.default: "expand",
+    aten.flatten.using_ints: "flatten",
+    aten.pow.Tensor_Scalar: "pow",
+    aten.repeat_interleave.self_int: "repeat_interleave",
+    aten.reshape.default: "reshape",
+    aten.softmax.int: "softmax",
+    aten.sort.default: "sort",
+    aten.split.Tensor: "split",
+    aten.split_with_sizes.default: "split",
+    aten.squeeze.dim: "squeeze",
+    aten.topk.default: "topk",
+    aten.transpose.int: "transpose",
+    aten.unsqueeze.default: "unsqueeze",
+    aten.view.default: "view",
+}
+UNPACKED = frozenset({aten.view.default, aten.reshape.default, aten.expand.default})
+"""Methods whose shape is written as separate arguments."""
+FUNCTIONS: dict[Any, str] = {
+    aten.addmm.default: "torch.addmm",
+    aten.arange.default: "torch.arange",
+    aten.cat.default: "torch.cat",
+    aten.cos.default: "torch.cos",
+    aten.empty_like.default: "torch.empty_like",
+    aten.gelu.default: "F.gelu",
+    aten.histc.default: "torch.histc",
+    aten.linear.default: "F.linear",
+    aten.relu.default: "F.relu",
+    aten.rsqrt.default: "torch.rsqrt",
+    aten.sigmoid.default: "torch.sigmoid",
+    aten.silu.default: "F.silu",
+    aten.sin.default: "torch.sin",
+    aten.slice_scatter.default: "torch.slice_scatter",
+    aten.stack.default: "torch.stack",
+    aten.tanh.default: "torch.tanh",
+}
+
+
+def render_call(node: Node, render: Render) -> Expression:
+    """The expression of one op: as a reader would write it where that is known, else as a call of `torch.ops`."""
+    target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
+    if target in SPECIAL:
+        special = SPECIAL[target](node, render)
+        if special is not None:
+            return special
+    if target in OPERATORS and not kwargs:
+        symbol, level = OPERATORS[target]
+        left, right = render(args[0]).within(level), render(args[1]).within(level + 1)
+        return Expression(f"{left} {symbol} {right}", level)
+    if target in METHODS:
+        if target in UNPACKED:
+            args[1:] = args[1]
+        return Expression(f"{render(args[0]).within(ATOM)}.{METHODS[target]}({_arguments(args[1:], kwargs, render)})")
+    name = FUNCTIONS.get(target, f"torch.ops.{target}")
+    return Expression(f"{name}({_arguments(args, kwargs, render)})")
+
+
+def _arguments(args: Iterable[Any], kwargs: Mapping[str, Any], render: Render) -> str:
+    named = (f"{name}={render(value).text}" for name, value in kwargs.items() if name not in ("layout", "pin_memory"))
+    return ", ".join([*(render(argument).text for argument in args), *named])
+
+
+def _cast(node: Node, render: Render) -> Expression:
+    operand, dtype = render(node.args[0]).within(ATOM), node.args[1]
+    return Expression(f"{operand}.float()" if dtype == torch.float32 else f"{operand}.to({render(dtype).text})")
+
+
+def _negation(node: Node, render: Render) -> Expression:
+    return Expression(f"-{render(node.args[0]).within(UNARY)}", UNARY)
+
+
+def _embedding(node: Node, render: Render) -> Expression:
+    return Expression(f"F.embedding({_arguments(node.args[1::-1], {}, render)})")
+
+
+def _layer_norm(node: Node, render: Render) -> Expression:
+    return Expression(f"F.layer_norm({_arguments(node.args[:5], {}, render)})")
+
+
+def _reduction(name: str) -> Callable[[Node, Render], Expression | None]:
+    def render_reduction(node: Node, render: Render) -> Expression | None:
+        operand, dims, *keepdim = node.args
+        if len(dims) != 1 or node.kwargs:
+            return None
+        kept = ", keepdim=True" if keepdim and keepdim[0] else ""
+        return Expression(f"{render(operand).within(ATOM)}.{name}({dims[0]}{kept})")
+
+    return render_reduction
+
+
+def _slice(node: Node, render: Render) -> Expression:
+    defaults = (0, 0, sys.maxsize, 1)
+    operand, dim, start, end, step = list(node.args) + list(defaults[len(node.args) - 1 :])
+    first = "" if start in (0, None) else render(start).text
+    last = "" if end in (sys.maxsize, None) else render(end).text
+    return _subscript(operand, dim, f"{first}:{last}" + ("" if step == 1 else f":{render(step).text}"), render)
+
+
+def _select(node: Node, render: Render) -> Expression:
+    operand, dim, index = node.args
+    return _subscript(operand, dim, render(index).text, render)
+
+
+def _subscript(operand: Node, dim: int, index: str, render: Render) -> Expression:
+    rank = operand.meta["val"].dim()
+    dim %= rank
+    before = "..., " if dim == rank - 1 and dim > 0 else ":, " * dim
+    return Expression(f"{render(operand).within(ATOM)}[{before}{index}]")
+
+
+def _index(node: Node, render: Render) -> Expression | None:
+    operand, indices = node.args
+    if len(indices) != 1 or indices[0] is None:
+        return None
+    return Expression(f"{render(operand).within(ATOM)}[{render(indices[0]).text}]")
+
+
+def _getitem(node: Node, render: Render) -> Expression:
+    return Expression(f"{render(node.args[0]).within(ATOM)}[{render(node.args[1]).text}]")
+
+
+def _size(node: Node, render: Render) -> Expression:
+    return Expression(f"{render(node.args[0]).within(ATOM)}.shape[{node.args[1]}]")
+
+
+def _attention(node: Node, render: Render) -> Expression:
+    """`plan` stays out: the cache has it."""
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "plan" and value is not None}
+    return Expression(f"cached_attention({_arguments(node.args, kwargs, render)})")
+
+
+SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+    aten.layer_norm.default: _layer_norm,
+    aten.mean.dim: _reduction("mean"),
+    aten.neg.default: _negation,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.sum.dim_IntList: _reduction("sum"),
+    aten.sym_size.int: _size,
+    aten.to.dtype: _cast,
+    cached_attention: _attention,
+    operator.getitem: _getitem,
+}
+
+
+class Body:
+    """The statements of one function, written node by node.
+
+    `expressions` are those of its arguments and weights, `nodes` what it computes; `module` is the path of the module
+    that the function is.
+    """
+
+    def __init__(self, expressions: Mapping[Node, Expression], nodes: Iterable[Node], module: str) -> None:
+        self.lines: list[str] = []
+        self.module = module
+        self.expressions = dict(expressions)
+        self.waiting: set[Node] = set()
+        self.names = {*RESERVED, *(expression.text for expression in expressions.values())}
+        self.results = Counter(module_of(node) for node in nodes if _is_result(node))
+        self.heading = ""
+
+    def render(self, argument: Any) -> Expression:
+        """The expression of an argument of a node."""
+        if isinstance(argument, Node):
+            return self.expressions[argument]
+        if isinstance(argument, (list, tuple)):
+            return Expression(f"[{', '.join(self.render(element).text for element in argument)}]")
+        if isinstance(argument, torch.dtype):
+            return Expression("dtype" if argument == MODEL_DTYPE else str(argument))
+        if isinstance(argument, torch.device):
+            return Expression("device")
+        if isinstance(argument, float) and argument in (float("inf"), float("-inf")):
+            return Expression("math.inf") if argument > 0 else Expression("-math.inf", UNARY)
+        negative = isinstance(argument, (int, float)) and argument < 0
+        return Expression(repr(argument), UNARY if negative else ATOM)
+
+    def add(self, node: Node) -> None:
+        """Write a node, or keep its expression for the one place that reads it."""
+        operands = sorted(self.waiting & set(node.all_input_nodes), key=lambda one: -len(self.expressions[one].text))
+        expression = render_call(node, self.render)
+        while len(expression.text) > EXPRESSION and operands:
+            self.state(operands.pop(0))
+            expression = render_call(node, self.render)
+        self.expressions[node] = expression
+        self.waiting.add(node)
+        attends = any(one.target is cached_attention for one in (node, *node.users))
+        if attends or _reads(node) != 1:
+            self.state(node)
+
+    def state(self, node: Node, name: str | None = None) -> str:
+        """Give the value of a waiting node a name; returns the name."""
+        if node not in self.waiting:
+            return self.expressions[node].text
+        name = name or self.unique(self._hint(node))
+        self._head(node)
+        self.lines += wrap(f"{name} = ", self.expressions[node].text)
+        self.expressions[node] = Expression(name)
+        self.waiting.remove(node)
+        return name
+
+    def _hint(self, node: Node) -> str:
+        """What a reader might call the value of `node`."""
+        for user in node.users:
+            if user.target is cached_attention and node in user.args[:3]:
+                return ("query", "key", "value")[user.args.index(node)]
+        if node.target is cached_attention:
+            return "attended"
+        if node.target is aten.sym_size.int:
+            return ("batch", "sequence")[node.args[1]]
+        if isinstance(node.meta["val"], torch.SymInt):
+            return "size"
+        own = relative_module(node, self.module)
+        if own and _is_result(node) and self.results[module_of(node)] == 1:
+            return own.rpartition(".")[2]
+        if node.target is aten.to.dtype and node.args[0].op == "call_function":
+            return self._hint(node.args[0])
+        if isinstance(node.target, OpOverload):
+            return node.target._schema.name.removeprefix("aten::").strip("_")
+        return node.target.__name__
+
+    def unique(self, hint: str) -> str:
+        candidates = itertools.chain([hint], (f"{hint}_{number}" for number in itertools.count(1)))
+        name = next(candidate for candidate in candidates if candidate not in self.names)
+        self.names.add(name)
+        return name
+
+    def _head(self, node: Node) -> None:
+        """A comment where another part of the module begins."""
+        heading = relative_module(node, self.module).partition(".")[0]
+        if isinstance(node.meta["val"], torch.Tensor) and heading and heading != self.heading:
+            self.lines += ["", f"# {heading}"] if self.lines else [f"# {heading}"]
+            self.heading = heading
+
+
+def wrap(start: str, call: str, indent: int = 4) -> list[str]:
+    """The line `start + call`, or three where it would be too long and `call` is the call of a function."""
+    opening = call.find("(")
+    if indent + len(start) + len(call) <= LINE or not call.endswith(")") or ")" in call[:-1]:
+        return [start + call]
+    return [start + call[: opening + 1], f"    {call[opening + 1 : -1]}", ")"]
+
+
+def module_of(node: Node) -> str:
+    """Path of the innermost module that computes `node`, empty where none does."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def relative_module(node: Node, module: str) -> str:
+    path = module_of(node)
+    return path.removeprefix(f"{module}.") if path.startswith(f"{module}.") else ""
+
+
+def _reads(node: Node) -> int:
+    """How often the value of `node` is read."""
+    count = 0
+
+    def add(operand: Node) -> Node:
+        nonlocal count
+        count += operand is node
+        return operand
+
+    for user in node.users:
+        map_arg((user.args, user.kwargs), add)
+    return count
+
+
+def _is_result(node: Node) -> bool:
+    """Whether `node` is computed by a module and read outside of it."""
+    module = module_of(node)
+    return bool(module) and not any(f"{module_of(user)}.".startswith(f"{module}.") for user in node.users)

@@ -1,0 +1,168 @@
+"""Write a program as a Python package, and its weights as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmkvq_compiler.codegen import MODEL_DTYPE
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.passes.bake_plan import layer_plans
+from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.source import Source
+from pmkvq_compiler.templates import render
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done of it and what there is to do."""
+
+METADATA = {"format": "pt"}
+
+
+def emit_package(program: Program, source: Source, folder: Path, package: str) -> None:
+    """Write the outlined `program` into `folder`: the Python package `package`, `pyproject.toml` and `README.md`.
+
+    The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime; it needs torch
+    and safetensors alone.
+    """
+    if program.plan is None:
+        raise ValueError("the program has no plan; run BakePlan first")
+    plan = dataclasses.replace(program.plan, layers=tuple(layer_plans(program)))
+    values: dict[str, Any] = {
+        "package": package,
+        "version": importlib.metadata.version("pmkvq-compiler"),
+        "name": source.name,
+        "base_model": source.base_model,
+        "license": source.license,
+        "plan": plan,
+    }
+    target = folder / package
+    target.mkdir(parents=True)
+    pages = {
+        target / "model.py": model_source(program),
+        target / "plan.py": plan_source(plan),
+        target / "__init__.py": render("package_init.py.j2", **values),
+        folder / "pyproject.toml": render("pyproject.toml.j2", **values),
+        folder / "README.md": render("model_card.md.j2", **values),
+    }
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
+    save_file(constants, target / "constants.safetensors", metadata=METADATA)
+    _copy_runtime(target / "runtime")
+
+
+def plan_source(plan: CachePlan) -> str:
+    """The text of `plan.py`: a line a layer, with what all layers share said once."""
+    fields = [field.name for field in dataclasses.fields(LayerPlan)]
+    common = [name for name in fields if len({getattr(layer, name) for layer in plan.layers}) == 1]
+    own = [name for name in fields if name not in common]
+    shared = [f"{name}={getattr(plan.layers[0], name)!r}" for name in common]
+    lines = [", ".join(f"{name}={getattr(layer, name)!r}" for name in own) for layer in plan.layers]
+    return render("plan.py.j2", plan=plan, shared=shared, lines=lines)
+
+
+def _copy_runtime(target: Path) -> None:
+    target.mkdir()
+    for file in importlib.resources.files("pmkvq_compiler.runtime").iterdir():
+        if file.name.endswith(".py"):
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor of the checkpoint to be: its name, shape and dtype."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def write_weights(
+    program: Program,
+    read: Callable[[str], Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> dict[str, int]:
+    """Stream every tensor of the checkpoint through its edits into `folder`; returns the bytes of each file written.
+
+    Edits are made in float64. What the model keeps in float32 whatever its dtype stays so, the rest becomes `dtype`.
+    Tensors go to `model.safetensors`, or to shards of up to `max_shard_bytes` with an index; one shard is held at a
+    time.
+
+    Raises `CompileError` where a tensor has another shape than the configuration says, or is not finite.
+    """
+    shards = _plan_shards(program, dtype, max_shard_bytes)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    done, total = 0, sum(len(shard) for shard in shards)
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {}
+        for planned in shard:
+            tensors[planned.name] = _edited(planned, read(planned.name), program)
+            done += 1
+            progress("weights", done, total)
+        save_file(tensors, folder / name, metadata=METADATA)
+        del tensors
+    sizes = {name: sum(planned.bytes for planned in shard) for name, shard in zip(names, shards, strict=True)}
+    if len(shards) > 1:
+        files = {planned.name: name for name, shard in zip(names, shards, strict=True) for planned in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sizes
+
+
+def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> list[list[_Planned]]:
+    """What goes into which shard, in the order of the graph; a tensor larger than a shard gets one of its own."""
+    shards: list[list[_Planned]] = [[]]
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name not in program.weights:
+            continue
+        captured = node.meta["val"].dtype
+        planned = _Planned(
+            program.weights[node.name], node.meta["val"].shape, dtype if captured == MODEL_DTYPE else captured
+        )
+        if shards[-1] and sum(one.bytes for one in shards[-1]) + planned.bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(planned)
+    return shards
+
+
+def _edited(planned: _Planned, value: Tensor, program: Program) -> Tensor:
+    """The tensor as it is stored."""
+    if value.shape != planned.shape:
+        raise CompileError(
+            f"weight {planned.name} has shape {list(value.shape)} where the configuration says {list(planned.shape)}; "
+            f"config.json and weights are not of the same model"
+        )
+    edits = [edit for edit in program.edits if edit.tensor == planned.name]
+    if edits:
+        value = value.to(torch.float64)
+    for edit in edits:
+        value = edit.apply(value)
+    stored = value.to(planned.dtype)
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        where = "the checkpoint" if not bool(torch.isfinite(value).all()) else str(planned.dtype).removeprefix("torch.")
+        raise CompileError(
+            f"weight {planned.name} holds NaN or infinity in {where}; fetch the checkpoint again or choose another "
+            f"--dtype"
+        )
+    return stored.contiguous()

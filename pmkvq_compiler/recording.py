@@ -1,0 +1,128 @@
+"""Run a transformers model with every attention observed, whatever the architecture.
+
+The model's own code computes everything but the attention itself, which transformers takes from a registry: there
+stands a function that shows its operands (K after RoPE, V as it enters attention) to an observer and then attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from pmkvq_compiler.runtime.plan import KeyAxis
+from pmkvq_compiler.runtime.quantize import fake_quantize
+
+ATTENTION = "pmkvq_calibrate"
+"""The `attn_implementation` of a model that is to be observed."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The operands of one layer's attention.
+
+    `query` [B, Hq, S, dk], `key` [B, Hkv, S, dk], `value` [B, Hkv, S, dv]; `mask` (bool, True where a query sees a key)
+    broadcasts to [B, Hq, S, S], None being plain causality; `sinks` [Hq] are logits that only take probability away.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def at(self, positions: Tensor) -> AttentionCall:
+        """The same call for the queries at `positions` (int64) alone; they still see their whole past."""
+        return replace(self, query=self.query[..., positions, :], mask=self._visible()[..., positions, :])
+
+    def output(self, key: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """The attention [B, Hq, S, dv], with other keys and values if given; batches of one broadcast."""
+        key, value = self.key if key is None else key, self.value if value is None else value
+        if self.mask is None and self.softcap is None and self.sinks is None:
+            return F.scaled_dot_product_attention(
+                self.query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True
+            )
+        groups = (key.shape[1], self.query.shape[1] // key.shape[1])
+        query = self.query.unflatten(1, groups).flatten(2, 3)  # a key head's queries side by side: one product
+        scores = (query @ key.transpose(-1, -2) * self.scaling).unflatten(2, (groups[1], -1)).flatten(1, 2)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~self._visible(), torch.finfo(scores.dtype).min)
+        if self.sinks is not None:
+            sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
+        return (weights.unflatten(1, groups).flatten(2, 3) @ value).unflatten(2, (groups[1], -1)).flatten(1, 2)
+
+    def _visible(self) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        length = self.key.shape[-2]
+        return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
+
+
+def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:
+    """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
+
+    The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
+    """
+    blocks = max(0, x.shape[-2] - sink) // block
+    quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
+    quantized = fake_quantize(quantized, bits, dim=-1 if axis == "token" else -2).flatten(-3, -2)
+    return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)
+
+
+@contextmanager
+def observed(observe: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Within, models whose `attn_implementation` is `ATTENTION` show each attention to `observe` before it is done."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        call = AttentionCall(
+            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            query=query,
+            key=key,
+            value=value,
+            mask=attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        observe(call)
+        return call.output().transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION, attention)
+    yield
+
+
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])
+
+
+def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Logits [B, S, V] of a model at the given positions (int64 [B, S]).
+
+    The mask of ones keeps transformers from reading positions that do not follow each other as packed sequences.
+    """
+    return model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+    ).logits

@@ -1,0 +1,122 @@
+"""The report of a compile: `report.json` for programs, `report.html` for people, one file with all that it needs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pmkvq_compiler.charts import Sample, filling_chart, plan_chart, readable_bytes
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.runtime.cache import LayerCache
+from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.json` and `report.html` into `folder`."""
+    templates = Environment(
+        loader=PackageLoader("pmkvq_compiler.templates", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = templates.get_template("report.html.j2").render(
+        report=report,
+        facts=facts(report),
+        reasons=grouped_reasons(report["rows"]),
+        folded=layer_ranges([row["layer"] for row in report["rows"] if row["fold"] == "folded"]),
+        plan_chart=Markup(plan_chart(report["rows"])),
+        filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
+        readable_bytes=readable_bytes,
+        figure=figure,
+    )
+    (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures to see first, as (name, value, remark)."""
+    reserved, budget, original = report["arena_bytes"], report["budget"], report["original_bytes"]
+    return [
+        ("budget", readable_bytes(budget), f"for {report['batch_size']} x {report['max_len']:,} tokens"),
+        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of the budget"),
+        ("16-bit cache", readable_bytes(original), f"{original / reserved:.1f} times as much"),
+        ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
+    ]
+
+
+def figure(value: Any) -> str:
+    """A figure of the check for reading: three significant digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def grouped_reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Why layers were not folded: the reason and its layers (`0-3, 7`)."""
+    layers: dict[str, list[int]] = {}
+    for row in rows:
+        if row["fold"] != "folded":
+            layers.setdefault(row["fold"], []).append(row["layer"])
+    return {reason: layer_ranges(numbers) for reason, numbers in layers.items()}
+
+
+def layer_ranges(layers: list[int]) -> str:
+    """`0-3, 7` for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
+    """What the cache of `plan` holds while `batch_size` sequences grow together to `max_len` tokens.
+
+    The runtime's own layer caches do the counting; they lie on the `meta` device, so nothing is allocated.
+    """
+    dtype, meta = getattr(torch, plan.dtype), torch.device("meta")
+    caches = [LayerCache(layer, plan.batch_size, plan.max_len, dtype, meta) for layer in plan.layers]
+    count = min(samples, plan.max_len)
+    return [_sample(plan, caches, plan.max_len * step // count) for step in range(count + 1)]
+
+
+def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
+    for cache in caches:
+        _fill(cache, tokens)
+    return {
+        "tokens": tokens,
+        "used": sum(cache.bytes_used for cache in caches),
+        "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
+        "bits": [list(cache.bits) for cache in caches],
+    }
+
+
+def _fill(cache: LayerCache, tokens: int) -> None:
+    """Set the counters to those of a cache whose sequences have `tokens` tokens each, no fewer than before."""
+    plan, sequences = cache.plan, len(cache.rows)
+    flushed = max(0, -(-(tokens - plan.sink - plan.window) // plan.block))
+    cache.flushed = [flushed] * sequences
+    cache.rows = [tokens - flushed * plan.block] * sequences
+    while flushed and cache.live_blocks(0) > cache.capacity():
+        cache.stage += 1
+
+
+def reproduction_command(options: CompileOptions) -> str:
+    """The `pmkvq-compile` command with these options, those left at their defaults omitted."""
+    defaults = CompileOptions(model=options.model, output=options.output)
+    words = ["pmkvq-compile", options.model, "--output", str(options.output)]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == getattr(defaults, field.name):
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)

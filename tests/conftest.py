@@ -1,0 +1,49 @@
+"""Artifacts of tiny models, compiled once for all tests that look at them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.options import CompileOptions
+
+from .models import SHAPE, tiny_folder
+
+CompileTiny = Callable[..., Path]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def token_lines(path: Path, seed: int = 0, lines: int = 4, count: int = 200) -> Path:
+    """Calibration data of random token ids, for models without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, SHAPE["vocab_size"], (lines, count), generator=generator).tolist()
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(tmp_path_factory: pytest.TempPathFactory) -> CompileTiny:
+    """`compile_tiny("llama", recipe="none")`: the artifact's folder; its source model lies in `source` beside it."""
+    made: dict[str, Path] = {}
+
+    def compile_once(model_type: str, overrides: dict[str, Any] | None = None, **options: Any) -> Path:
+        key = json.dumps([model_type, overrides, options], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            tiny_folder(folder / "source", model_type, **(overrides or {}))
+            made[key] = folder / "artifact"
+            chosen = {"max_len": 400, "block": 32, "window": 64, "calib_samples": 3, "calib_len": 64, **options}
+            calib = str(token_lines(folder / "tokens.jsonl"))
+            compile_model(CompileOptions(model=str(folder / "source"), output=made[key], calib=calib, **chosen), silent)
+        return made[key]
+
+    return compile_once

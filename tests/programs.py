@@ -1,0 +1,140 @@
+"""Captured programs of tiny models, and an interpreter that runs their graphs in float64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.capture import capture
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.passes.ops import MARKER, cached_attention
+from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+
+from .models import tiny_model
+
+MAX_LEN = 64
+
+
+def captured(model_type: str, **overrides: Any) -> Program:
+    """The program of a tiny model as captured; a copy that a test may change."""
+    program = _capture(model_type, json.dumps(overrides))
+    return dataclasses.replace(
+        program,
+        graph_module=copy.deepcopy(program.graph_module),
+        weights=dict(program.weights),
+        constants=dict(program.constants),
+        sites=[],
+        edits=[],
+    )
+
+
+@functools.cache
+def _capture(model_type: str, overrides: str) -> Program:
+    return capture(tiny_model(model_type, **json.loads(overrides)).config)
+
+
+def located(model_type: str, **overrides: Any) -> Program:
+    program = captured(model_type, **overrides)
+    run_passes(program, [LocateAttention()])
+    return program
+
+
+def full_plan(sites: list[AttentionSite], batch_size: int = 2) -> CachePlan:
+    """A plan that keeps all `MAX_LEN` tokens in float32, as `--recipe none` does."""
+
+    def layer(site: AttentionSite) -> LayerPlan:
+        numbers = site.num_key_value_heads * MAX_LEN * (site.key_head_dim + site.value_head_dim)
+        return LayerPlan(
+            num_key_value_heads=site.num_key_value_heads,
+            key_head_dim=site.key_head_dim,
+            value_head_dim=site.value_head_dim,
+            key_bits=32,
+            value_bits=32,
+            key_axis="token",
+            sink=0,
+            window=MAX_LEN,
+            block=16,
+            sliding_window=site.sliding_window,
+            stages=(),
+            arena_bytes=batch_size * numbers * 4,
+        )
+
+    layers = tuple(layer(site) for site in sites)
+    return CachePlan("none", sum(one.arena_bytes for one in layers), MAX_LEN, batch_size, "float32", layers)
+
+
+class Float64Interpreter(Interpreter):
+    """Runs a graph with every float in float64 and attention as plain causal attention, whose keys it records."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self.keys: list[Tensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is MARKER:
+            q, k, v, _, scale, _, _, _ = args
+            return self.attend(q, k, v, scale)
+        if target is cached_attention:
+            return self.attend(*args[:3], kwargs["scale"])
+        if target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        args, kwargs = torch.utils._pytree.tree_map(_in_float64, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inner = Float64Interpreter.__new__(Float64Interpreter)
+        Interpreter.__init__(inner, self.fetch_attr(target))
+        inner.keys = self.keys
+        return inner.run(*args)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.keys.append(k)
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(_future(q.shape[2]), float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+def _future(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def _in_float64(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype) and argument.is_floating_point:
+        return torch.float64
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def run_in_float64(program: Program, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, S, V] of `program` with the weights of `model` after the program's edits, and K of each layer."""
+    state = {name: value.double() for name, value in model.state_dict().items()}
+    for edit in program.edits:
+        state[edit.tensor] = edit.apply(state[edit.tensor].clone())
+    values: dict[str, Any] = {name: state[tensor] for name, tensor in program.weights.items()}
+    values |= {name: constant.value.double() for name, constant in program.constants.items()}
+    values |= {
+        "input_ids": input_ids,
+        "position_ids": torch.arange(input_ids.shape[1]).expand_as(input_ids),
+        "cache": None,
+    }
+    interpreter = Float64Interpreter(program)
+    inputs = [values[node.name] for node in program.graph.find_nodes(op="placeholder")]
+    return interpreter.run(*inputs), interpreter.keys
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference.double()).norm() / reference.double().norm())

@@ -1,0 +1,337 @@
+"""Calibration measures the real model, whatever its architecture, and is not repeated without need."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from pmkvq_compiler.calibrate import (
+    Calibration,
+    Sensitivity,
+    calibrate,
+    effective_length,
+    read_samples,
+    reference_logits,
+    stretched_positions,
+)
+from pmkvq_compiler.calibration_file import calibration_path, load_calibration, load_or_calibrate, save_calibration
+from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.recording import ATTENTION, AttentionCall, as_cached, observed, run
+from pmkvq_compiler.source import Source, open_source
+from tests.folders import TEXT, model_folder
+from tests.models import tiny_folder, tiny_model
+from tests.test_planner import site
+
+MAX_LEN = 400
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def options(folder: Path, **chosen: Any) -> CompileOptions:
+    small = {"calib_samples": 2, "calib_len": 80, "block": 32, "window": 64, "device": "cpu"}
+    return CompileOptions(model="model", output=folder / "artifact", **{**small, **chosen})
+
+
+def sites(count: int = 3) -> list[AttentionSite]:
+    return [site(layer, num_key_value_heads=2, key_head_dim=16, value_head_dim=16) for layer in range(count)]
+
+
+def token_file(path: Path, rows: list[list[int]]) -> str:
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return open_source(str(model_folder(tmp_path / "model")))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 24}),
+        ("gemma2", {"sliding_window": 24, "attn_logit_softcapping": 5.0}),
+        ("gpt_oss", {"sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_an_observed_model_computes_what_the_model_computes(model_type: str, overrides: dict[str, Any]) -> None:
+    model = tiny_model(model_type, **overrides)
+    input_ids, positions = torch.randint(3, 128, (1, 90)), stretched_positions(90, 450)
+    calls: list[AttentionCall] = []
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = run(model, input_ids, positions)
+        model.set_attn_implementation(ATTENTION)
+        with observed(calls.append):
+            logits = run(model, input_ids, positions)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert [call.layer for call in calls] == [0, 1, 2]
+        some = torch.tensor([0, 30, 89])
+        for call in calls:
+            torch.testing.assert_close(call.at(some).output(), call.output()[..., some, :], rtol=1e-4, atol=1e-5)
+
+
+def test_the_measured_keys_are_the_ones_that_a_cache_would_hold(source: Source, text: str, tmp_path: Path) -> None:
+    chosen = options(tmp_path, calib=text)
+    calibration = calibrate(source, sites(), chosen, MAX_LEN, silent)
+    model, samples = source.load_model("eager"), read_samples(source, chosen)
+    with torch.no_grad():
+        positions = stretched_positions(80, MAX_LEN).expand(2, -1)
+        cache = model(samples, position_ids=positions, attention_mask=torch.ones_like(samples)).past_key_values
+    for layer, measured in calibration.key_maxima.items():
+        torch.testing.assert_close(measured, cache.layers[layer].keys.abs().amax(dim=(0, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sensitivity_is_the_sum_of_error_times_gradient() -> None:
+    key, value, key_gradient, value_gradient = torch.randn(4, 1, 2, 80, 16).unbind(0)
+    scale = torch.rand(2, 16, dtype=torch.float64) + 0.5
+    key.requires_grad_(), value.requires_grad_()
+    sensitivity = Sensitivity({5: scale}, (8, 2), sink=4, block=32)
+    sensitivity(AttentionCall(5, torch.randn(1, 4, 80, 16), key, value, None, 0.25, None, None))
+    ((key * key_gradient).sum() + (value * value_gradient).sum()).backward()
+
+    factor = scale.float().unsqueeze(-2)
+    for bits in (8, 2):
+        value_error = as_cached(value.detach(), bits, "token", 4, 32) - value
+        assert sensitivity.value[5][bits] == pytest.approx((value_error * value_gradient).abs().sum().item(), rel=1e-5)
+        for axis in ("token", "channel"):
+            key_error = as_cached(key.detach() / factor, bits, axis, 4, 32) * factor - key
+            expected = (key_error * key_gradient).abs().sum().item()
+            assert sensitivity.key[5][bits, axis] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sensitivities_bound_the_change_of_the_loss_and_fall_with_the_bits(
+    source: Source, text: str, tmp_path: Path
+) -> None:
+    chosen = options(tmp_path, calib=text)
+    calibration = calibrate(source, sites(), chosen, MAX_LEN, silent)
+    for layer in range(3):
+        for values in (
+            [calibration.value_sensitivity[layer][bits] for bits in (2, 4, 8)],
+            [calibration.key_sensitivity[layer][bits, "token"] for bits in (2, 4, 8)],
+            [calibration.key_sensitivity[layer][bits, "channel"] for bits in (2, 4, 8)],
+        ):
+            assert values[0] > values[1] > values[2] > 0
+
+    model, samples = source.load_model(ATTENTION), read_samples(source, chosen)
+
+    def loss() -> float:
+        logits = torch.cat([run(model, sample, stretched_positions(80, MAX_LEN)) for sample in samples.split(1)])
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), samples[:, 1:].flatten()).item()
+
+    def quantize_values(call: AttentionCall) -> None:
+        if call.layer == 1:
+            call.value.copy_(as_cached(call.value, 8, "token", 4, 32))
+
+    with torch.no_grad(), observed(lambda call: None):
+        exact = loss()
+    with torch.no_grad(), observed(quantize_values):
+        change = abs(loss() - exact)
+    assert 0 < change < calibration.value_sensitivity[1][8]
+
+
+def test_positions_are_spread_over_the_effective_length() -> None:
+    positions = stretched_positions(512, 4096)[0]
+    assert positions[0] == 0
+    assert set(positions.diff().tolist()) == {8}
+    assert stretched_positions(100, 250)[0].unique().numel() == 100
+    assert stretched_positions(64, 64)[0].tolist() == list(range(64))
+
+
+def test_the_effective_length_is_max_len_unless_told_and_must_hold_a_text(source: Source, tmp_path: Path) -> None:
+    assert effective_length(source, options(tmp_path), 300) == 300
+    assert effective_length(source, options(tmp_path), 10) == 80
+    assert effective_length(source, options(tmp_path, effective_len=128), 300) == 128
+    with pytest.raises(UsageError, match="effective length 60"):
+        effective_length(source, options(tmp_path, effective_len=60), 300)
+    with pytest.raises(UsageError, match="513 of model, which has 512"):
+        effective_length(source, options(tmp_path, effective_len=513), 300)
+
+
+def test_the_check_logits_are_the_source_models_own(source: Source, text: str, tmp_path: Path) -> None:
+    calibration = calibrate(source, sites(), options(tmp_path, calib=text), MAX_LEN, silent)
+    expected = reference_logits(source.load_model("eager"), calibration.check_ids)[-16:]
+    assert calibration.check_ids.shape == (1, 64)
+    torch.testing.assert_close(calibration.check_logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_with_a_reason_not_to_fold_get_no_scale(source: Source, text: str, tmp_path: Path) -> None:
+    some = [replace(one, reason="no RoPE" if one.layer == 1 else None) for one in sites()]
+    calibration = calibrate(source, some, options(tmp_path, calib=text), MAX_LEN, silent)
+    assert set(calibration.scales) == set(calibration.alphas) == {0, 2}
+    assert set(calibration.key_sensitivity) == {0, 1, 2}
+
+
+def test_recipe_none_runs_the_model_for_the_check_alone(source: Source, text: str, tmp_path: Path) -> None:
+    stages: list[str] = []
+    chosen = options(tmp_path, calib=text, recipe="none")
+    calibration = calibrate(source, sites(), chosen, MAX_LEN, lambda stage, done, total: stages.append(stage))
+    assert not stages
+    assert not calibration.scales
+    assert calibration.check_logits.shape == (16, 128)
+
+
+def test_builtin_text_is_long_enough_and_apart_from_the_heldout_one(source: Source, tmp_path: Path) -> None:
+    samples = read_samples(source, options(tmp_path, calib_samples=64, calib_len=2048))
+    assert samples.shape == (64, 2048)
+    data = Path(__file__).parent.parent / "pmkvq_compiler" / "data"
+    calibration, heldout = (
+        {line for line in (data / name).read_text().splitlines() if len(line) > 60}
+        for name in ("calibration.txt", "heldout.txt")
+    )
+    assert len(heldout) > 500
+    assert len(calibration & heldout) < 0.01 * len(heldout)  # stock phrases of the mathematics
+
+
+def test_json_lines_may_hold_text_or_tokens(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "' + "a" * 90 + '"}\n\n{"input_ids": ' + str([98] * 85) + "}\n")
+    samples = read_samples(source, options(tmp_path, calib=str(path)))
+    assert samples.tolist() == [[97] * 80, [98] * 80]
+
+
+def test_short_documents_are_joined(source: Source, tmp_path: Path) -> None:
+    calib = token_file(tmp_path / "lines.jsonl", [[7] * 50] * 4)
+    assert read_samples(source, options(tmp_path, calib=calib)).shape == (2, 80)
+
+
+def test_every_sample_begins_as_the_tokenizer_begins_a_text(source: Source, text: str, tmp_path: Path) -> None:
+    assert source.tokenizer is not None
+    source.tokenizer.add_special_tokens({"bos_token": "<"})
+    source.tokenizer._tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
+        single="< $A", special_tokens=[("<", ord("<"))]
+    )
+    samples = read_samples(source, options(tmp_path, calib=text))
+    assert samples[:, 0].tolist() == [ord("<")] * 2
+    assert ord("<") not in samples[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("short.txt", b"too short", "9 tokens, and 2 samples of 80 need 160"),
+        ("latin.txt", b"caf\xe9" * 100, "not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\nnonsense\n', "line 2, is not JSON"),
+        ("other.jsonl", b'{"title": "a"}\n', 'line 1, has no "text"'),
+        ("ids.jsonl", b'{"input_ids": [1, 128]}\n', "whole numbers below 128"),
+        ("words.jsonl", b'{"input_ids": ["a"]}\n', "whole numbers below 128"),
+        ("chat.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "chat template"),
+    ],
+)
+def test_bad_calibration_data_is_named(source: Source, tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompileError, match=reason) as caught:
+        read_samples(source, options(tmp_path, calib=str(tmp_path / name)))
+    assert name in str(caught.value)
+
+
+def test_a_missing_calibration_text_is_named(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"nowhere\.txt.*No such file"):
+        read_samples(source, options(tmp_path, calib="nowhere.txt"))
+
+
+def test_a_model_without_tokenizer_needs_tokens(tmp_path: Path) -> None:
+    source = open_source(str(tiny_folder(tmp_path / "model", "llama")))
+    with pytest.raises(CompileError, match=r"no tokenizer.*input_ids"):
+        read_samples(source, options(tmp_path))
+    calib = token_file(tmp_path / "tokens.jsonl", [[5] * 80, [6] * 80])
+    assert read_samples(source, options(tmp_path, calib=calib)).tolist() == [[5] * 80, [6] * 80]
+
+
+def test_texts_that_hold_no_block_are_wrong_usage(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="35 tokens hold no block of 32"):
+        read_samples(source, options(tmp_path, calib_len=35))
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    calib = token_file(tmp_path / "tokens.jsonl", [[5] * 80, [6] * 80])
+    with pytest.raises(CompileError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
+        calibrate(open_source(str(tmp_path / "model")), sites(), options(tmp_path, calib=calib), MAX_LEN, silent)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and any(isinstance(value, Tensor) for value in one.values()):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def equal(one: Calibration, other: Calibration) -> bool:
+    return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(Calibration))
+
+
+def test_a_calibration_survives_its_file(source: Source, text: str, tmp_path: Path) -> None:
+    calibration = calibrate(source, sites(), options(tmp_path, calib=text), MAX_LEN, silent)
+    save_calibration(calibration, tmp_path / "new folder" / "file.safetensors")
+    assert equal(load_calibration(tmp_path / "new folder" / "file.safetensors"), calibration)
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["file.safetensors"]
+
+
+def test_another_budget_runs_the_model_no_more(source: Source, text: str, tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def watched(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+
+    chosen = options(tmp_path, calib=text, budget="25%")
+    first = load_or_calibrate(source, sites(), chosen, MAX_LEN, watched)
+    assert stages
+    stages.clear()
+    again = load_or_calibrate(source, sites(), replace(chosen, budget="30%", batch_size=4), MAX_LEN, watched)
+    assert not stages
+    assert equal(again, first)
+
+
+@pytest.mark.parametrize(
+    "other", [{"calib_samples": 3}, {"calib_len": 96}, {"bits": (8, 4)}, {"block": 48}, {"effective_len": 200}]
+)
+def test_whatever_a_calibration_depends_on_makes_another_one(
+    source: Source, text: str, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    chosen = options(tmp_path, calib=text)
+    for each in (chosen, replace(chosen, **other)):
+        load_or_calibrate(source, sites(), each, MAX_LEN, silent)
+    assert len(list(tmp_path.glob("model-*.calibration.safetensors"))) == 2
+
+
+def test_a_damaged_calibration_file_is_made_again(
+    source: Source, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(tmp_path, calib=text)
+    first = load_or_calibrate(source, sites(), chosen, MAX_LEN, silent)
+    path = calibration_path(chosen.output, "model", first.fingerprint)
+    path.write_bytes(path.read_bytes()[:-100])
+    again = load_or_calibrate(source, sites(), chosen, MAX_LEN, silent)
+    assert "damaged" in caplog.text
+    assert equal(load_calibration(path), again)
+
+
+def test_a_dry_run_writes_no_calibration(source: Source, text: str, tmp_path: Path) -> None:
+    load_or_calibrate(source, sites(), options(tmp_path, calib=text, dry_run=True), MAX_LEN, silent)
+    assert not list(tmp_path.glob("*.calibration.safetensors"))

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pmkvq_compiler.emit import emit_package, plan_source, write_weights
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.pipeline import pipeline
+from pmkvq_compiler.passes.program import Program, RowScale
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.source import open_source
+
+from .conftest import silent
+from .models import SHAPE, tiny_folder, tiny_model
+from .programs import MAX_LEN, full_plan, located, relative_error
+
+LATENT_ATTENTION = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("qwen2", {}),
+    ("mistral", {"sliding_window": 8}),
+    ("qwen3", {}),
+    ("gemma2", {"sliding_window": 8}),
+    ("gemma3_text", {"sliding_window": 8}),
+    ("gpt_neox", {}),
+    ("starcoder2", {}),
+    ("granite", {"attention_multiplier": 0.25}),  # its default of 1 makes attention so sharp that rounding shows
+    ("olmo2", {}),
+    ("stablelm", {}),
+    ("cohere", {}),
+    ("mixtral", {}),
+    ("qwen3_moe", {"mlp_only_layers": [1]}),
+    ("gpt_oss", {"sliding_window": 8}),
+    ("deepseek_v3", LATENT_ATTENTION),
+    ("gpt2", {}),
+    ("opt", {}),
+]
+
+
+def lowered(model_type: str, **overrides: Any) -> Program:
+    program = located(model_type, **overrides)
+    run_passes(program, pipeline({}, full_plan(program.sites)))
+    return program
+
+
+@pytest.fixture
+def emitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the package `tiny_llama`, importable, of a tiny Llama with its weights."""
+    source = open_source(str(tiny_folder(tmp_path / "source", "llama")), "auto")
+    emit_package(lowered("llama"), source, tmp_path / "artifact", "tiny_llama")
+    monkeypatch.syspath_prepend(str(tmp_path / "artifact"))
+    yield tmp_path / "artifact"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tiny_llama"]:
+        del sys.modules[name]
+
+
+def module_of(text: str) -> ModuleType:
+    """Run a generated file beside the runtime of the compiler."""
+    module = ModuleType("pmkvq_compiler._generated")
+    module.__package__ = "pmkvq_compiler"
+    exec(compile(text, "model.py", "exec"), module.__dict__)
+    return module
+
+
+def run_in_pieces(code: ModuleType, program: Program, weights: dict[str, Tensor], input_ids: Tensor) -> Tensor:
+    """Logits of `input_ids` [B, S] given half first, then all but one, then one: prefill, more of it, a decode step."""
+    hidden_states, logits = code.bind(weights)
+    cache = Cache(full_plan(program.sites), input_ids.shape[0], MAX_LEN, torch.float32, torch.device("cpu"))
+    length, outputs, start = input_ids.shape[1], [], 0
+    for stop in (length // 2, length - 1, length):
+        positions = torch.arange(start, stop).expand(input_ids.shape[0], -1)
+        cache.begin([slice(0, stop - start)] * input_ids.shape[0])
+        outputs.append(logits(hidden_states(input_ids[:, start:stop], positions, cache)))
+        cache.end()
+        start = stop
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), ARCHITECTURES)
+@torch.no_grad()
+def test_generated_code_computes_the_logits_of_transformers(model_type: str, overrides: dict[str, Any]) -> None:
+    program, model = lowered(model_type, **overrides), tiny_model(model_type, **overrides)
+    model.set_attn_implementation("eager")
+    input_ids = torch.randint(3, SHAPE["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(3))
+    weights = {name: model.state_dict()[name] for name in program.weights.values()}
+    weights |= {constant.name: constant.value for constant in program.constants.values()}
+    out = run_in_pieces(module_of(model_source(program)), program, weights, input_ids)
+    assert relative_error(out, model(input_ids).logits) <= 1e-6
+
+
+@torch.no_grad()
+def test_generated_code_computes_in_the_dtype_of_its_weights() -> None:
+    program, model = lowered("llama"), tiny_model("llama", dtype=torch.bfloat16)
+    input_ids = torch.randint(3, SHAPE["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(3))
+    weights = {name: model.state_dict()[name] for name in program.weights.values()}
+    weights |= {constant.name: constant.value for constant in program.constants.values()}
+    out = run_in_pieces(module_of(model_source(program)), program, weights, input_ids)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, model(input_ids).logits) <= 2e-2
+
+
+def test_generated_code_has_one_function_for_equal_layers() -> None:
+    text = model_source(lowered("llama"))
+    assert re.findall(r"^def (\w+)", text, re.MULTILINE) == ["decoder_layer", "hidden_states", "logits", "bind"]
+    assert "for layer in range(3):" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_generated_code_of_two_kinds_of_layers() -> None:
+    text = model_source(lowered("qwen3_moe", mlp_only_layers=[1]))
+    calls = re.findall(r"hidden = (decoder_layer\w*)\(weights, (\w+)", text)
+    assert calls == [("decoder_layer", "0"), ("decoder_layer_2", "1"), ("decoder_layer", "2")]
+
+
+def test_package_needs_torch_and_safetensors_alone(emitted: Path) -> None:
+    package = importlib.import_module("tiny_llama")
+    assert package.__file__ == str(emitted / "tiny_llama" / "__init__.py")
+    assert package.load.__module__ == "tiny_llama"
+    plan = importlib.import_module("tiny_llama.plan").PLAN
+    assert plan.to_json() == full_plan(located("llama").sites).to_json()
+    for path in (emitted / "tiny_llama").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (transformers|pmkvq_compiler)", path.read_text(), re.MULTILINE)
+
+
+def test_package_says_what_it_is(emitted: Path) -> None:
+    card = (emitted / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "from tiny_llama import load" in card
+    assert 'packages = ["tiny_llama", "tiny_llama.runtime"]' in (emitted / "pyproject.toml").read_text()
+    assert list(load_file(emitted / "tiny_llama" / "constants.safetensors")) == ["model.rotary_emb.inv_freq"]
+
+
+def test_plan_says_once_what_all_layers_share() -> None:
+    program = lowered("gemma2", sliding_window=8)
+    plan = full_plan(program.sites)
+    text = plan_source(plan)
+    assert text.count("num_key_value_heads") == 1
+    assert text.count("sliding_window=8") == 2
+    assert plan == module_of(text).PLAN
+
+
+@pytest.fixture
+def program() -> Program:
+    return lowered("llama")
+
+
+def test_weights_are_sharded_and_edited(program: Program, tmp_path: Path) -> None:
+    state = tiny_model("llama").state_dict()
+    scaled, factors = "model.layers.1.self_attn.k_proj.weight", torch.linspace(0.5, 2, 32, dtype=torch.float64)
+    program.edits.append(RowScale(scaled, 0, factors))
+    sizes = write_weights(program, state.__getitem__, tmp_path, torch.bfloat16, 20_000, silent)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(sizes) > 1
+    assert set(index["weight_map"]) == set(program.weights.values())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    for name, size in sizes.items():
+        tensors = load_file(tmp_path / name)
+        assert size <= 20_000
+        assert sum(value.nbytes for value in tensors.values()) == size
+        for tensor, value in tensors.items():
+            assert index["weight_map"][tensor] == name
+            expected = state[tensor].double() * factors.unsqueeze(1) if tensor == scaled else state[tensor]
+            assert torch.equal(value, expected.to(torch.bfloat16))
+
+
+def test_few_weights_are_one_file(program: Program, tmp_path: Path) -> None:
+    state = tiny_model("llama").state_dict()
+    write_weights(program, state.__getitem__, tmp_path, torch.float32, 10**9, silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.full((64,), float("nan")), "model.norm.weight holds NaN or infinity in the checkpoint"),
+        (torch.full((64,), 1e6), "model.norm.weight holds NaN or infinity in float16"),
+        (torch.ones(32), r"model.norm.weight has shape \[32\] where the configuration says \[64\]"),
+    ],
+)
+def test_unusable_weights_are_refused(program: Program, tmp_path: Path, value: Tensor, reason: str) -> None:
+    state = {**tiny_model("llama").state_dict(), "model.norm.weight": value}
+    with pytest.raises(CompileError, match=reason):
+        write_weights(program, state.__getitem__, tmp_path, torch.float16, 10**9, silent)

@@ -1,0 +1,84 @@
+"""Loading an artifact: damage and newer formats are named, and the artifact needs nothing but torch and safetensors."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmkvq_compiler import runtime
+
+from .conftest import CompileTiny
+
+
+@pytest.fixture
+def copy(compile_tiny: CompileTiny, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compile_tiny("llama", budget="40%"), tmp_path / "copy"))
+
+
+def test_every_changed_file_is_named(copy: Path) -> None:
+    manifest = json.loads((copy / "pmkvq.json").read_text())
+    written = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    assert written == {*manifest["files"], "pmkvq.json"}, "every file but the manifest has a digest"
+    for name in manifest["files"]:
+        original = (copy / name).read_bytes()
+        changed = bytearray(original)
+        changed[len(changed) // 2] ^= 1
+        (copy / name).write_bytes(changed)
+        with pytest.raises(runtime.ArtifactError, match=f"{name} was changed"):
+            runtime.load(copy)
+        (copy / name).write_bytes(original)
+    runtime.load(copy)
+
+
+def test_missing_file_newer_format_and_other_folders_are_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(runtime.ArtifactError, match="is not an artifact"):
+        runtime.load(tmp_path / "nowhere")
+    with pytest.raises(runtime.ArtifactError, match="dtype 'int3'"):
+        runtime.load(copy, dtype="int3")
+    manifest = json.loads((copy / "pmkvq.json").read_text())
+    (copy / "pmkvq.json").write_text(json.dumps({**manifest, "format_version": runtime.FORMAT_VERSION + 1}))
+    with pytest.raises(runtime.ArtifactError, match=r"format version 2 .* reads up to 1; upgrade"):
+        runtime.load(copy)
+    (copy / "pmkvq.json").write_text("{")
+    with pytest.raises(runtime.ArtifactError, match="cannot be read"):
+        runtime.load(copy)
+    (copy / "pmkvq.json").write_text(json.dumps(manifest))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(runtime.ArtifactError, match=r"model\.safetensors is missing"):
+        runtime.load(copy)
+
+
+def test_other_dtypes(copy: Path) -> None:
+    ids = torch.randint(3, 128, (1, 40))
+    exact = runtime.load(copy, dtype=torch.float64)(ids)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        logits = runtime.load(copy, dtype=dtype)(ids)
+        assert logits.dtype == dtype
+        assert (logits.double() - exact).norm() / exact.norm() < tolerance
+
+
+def test_artifact_runs_without_transformers_and_without_the_compiler(copy: Path, tmp_path: Path) -> None:
+    """A fresh interpreter that sees torch and safetensors only, with the artifact as its only other code."""
+    package = json.loads((copy / "pmkvq.json").read_text())["package"]
+    program = f"""
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"transformers", "pmkvq_compiler", "accelerate", "jinja2", "pulp", "rich"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, {str(copy)!r})
+import {package}
+model = {package}.load()
+import torch
+print(model.generate(torch.arange(3, 23).unsqueeze(0), 8, eos_token_id=()).tolist()[0])
+assert not {{"transformers", "pmkvq_compiler"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    here = runtime.load(copy).generate(torch.arange(3, 23).unsqueeze(0), 8, eos_token_id=()).tolist()[0]
+    assert json.loads(done.stdout) == here

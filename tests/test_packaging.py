@@ -1,0 +1,93 @@
+"""What is installed, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("pmkvq_compiler", "passes", "runtime", "templates")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in the project's wheel, built from a copy of the sources."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, place / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / "source" / name)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        place,
+        place / "source",
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (built,) = place.glob("*.whl")
+    return zipfile.ZipFile(built).namelist()
+
+
+def test_wheel_has_one_top_level_package(wheel: list[str]) -> None:
+    packages = {name.split("/")[0] for name in wheel}
+    assert {name for name in packages if not name.endswith(".dist-info")} == {"pmkvq_compiler"}
+
+
+def test_wheel_has_every_source_template_and_text(wheel: list[str]) -> None:
+    expected = {
+        path.relative_to(ROOT).as_posix() if name == "pmkvq_compiler" else f"pmkvq_compiler/{path.relative_to(ROOT)}"
+        for name in SOURCES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert expected - set(wheel) == set()
+
+
+def test_wheel_has_the_licence(wheel: list[str]) -> None:
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in wheel)
+
+
+def test_runtime_imports_torch_and_safetensors_alone() -> None:
+    allowed = sys.stdlib_module_names | {"torch", "safetensors", "triton"}
+    found = {(path.name, module) for path in (ROOT / "runtime").rglob("*.py") for module in absolute_imports(path)}
+    assert {(file, module) for file, module in found if module.split(".")[0] not in allowed} == set()
+
+
+def test_passes_do_not_import_the_driver() -> None:
+    found = {(path.name, module) for path in (ROOT / "passes").rglob("*.py") for module in absolute_imports(path)}
+    driver = {
+        (file, module)
+        for file, module in found
+        if module.startswith("pmkvq_compiler.") and module.split(".")[1] not in ("passes", "runtime", "errors")
+    }
+    assert driver == set()
+
+
+def absolute_imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_make_sets_up_its_own_environment(target: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "constraints.txt").touch()
+    planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert planned.index("-m venv .venv") < planned.index("-c constraints.txt") < planned.rindex(".venv/bin/")

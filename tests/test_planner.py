@@ -1,0 +1,264 @@
+"""The plan is optimal, true to the byte, and what each recipe promises."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pmkvq_compiler.calibrate import Calibration
+from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.planner import (
+    Candidate,
+    cache_bytes_at_16_bits,
+    candidates,
+    choose,
+    lowering_stages,
+    plan_table,
+    solve,
+    undominated,
+)
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, longest, sequence_bytes
+
+MAX_LEN = 2048
+
+
+def site(layer: int, **overrides: Any) -> AttentionSite:
+    """An attention of 9 query and 3 key heads of 64 channels."""
+    shape = AttentionSite(
+        layer=layer,
+        node=f"attention_{layer}",
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        key_head_dim=64,
+        value_head_dim=64,
+        scale=0.125,
+        sliding_window=None,
+        softcap=None,
+        has_sinks=False,
+        query=None,
+        key=None,
+        value=None,
+        reason=None,
+    )
+    return replace(shape, **overrides)
+
+
+def calibration(layers: int, seed: int = 0) -> Calibration:
+    """Sensitivities as they are measured: layers far apart, twice the bits a fraction, channels below tokens."""
+    draw = random.Random(seed)
+    weight = [draw.lognormvariate(0, 1.5) for _ in range(layers)]
+    noise = {layer: draw.uniform(0.3, 0.9) for layer in range(layers)}
+    error = {2: 5.0, 4: 1.0, 8: 0.06}
+    return Calibration(
+        fingerprint="",
+        key_maxima={},
+        alphas={},
+        scales={},
+        key_sensitivity={
+            layer: {
+                (bits, axis): weight[layer] * error[bits] * (noise[layer] if axis == "channel" else 1.0)
+                for bits in error
+                for axis in ("token", "channel")
+            }
+            for layer in range(layers)
+        },
+        value_sensitivity={
+            layer: {bits: weight[layer] * noise[layer] * error[bits] for bits in error} for layer in range(layers)
+        },
+        check_ids=torch.zeros(1, 1, dtype=torch.int64),
+        check_logits=torch.zeros(1, 1),
+    )
+
+
+def options(**chosen: Any) -> CompileOptions:
+    return CompileOptions(model="model", output=Path("out"), **chosen)
+
+
+def planned(sites: list[AttentionSite], budget: int | None, **chosen: Any) -> CachePlan:
+    return solve(sites, calibration(len(sites)), options(**chosen), budget, MAX_LEN, torch.float16)
+
+
+def random_candidates(draw: random.Random, count: int) -> list[Candidate]:
+    plan = planned([site(0)], None, recipe="none").layers[0]
+    return [
+        Candidate(
+            replace(plan, arena_bytes=16 * draw.randint(1000, 90_000)), draw.choice([0.0, draw.lognormvariate(0, 3)])
+        )
+        for _ in range(count)
+    ]
+
+
+def total(chosen: tuple[Candidate, ...] | list[Candidate]) -> tuple[int, float]:
+    return sum(c.plan.arena_bytes for c in chosen), sum(c.sensitivity for c in chosen)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_solver_finds_what_exhaustive_search_finds(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = [random_candidates(draw, draw.randint(1, 7)) for _ in range(draw.randint(1, 5))]
+    smallest = sum(min(c.plan.arena_bytes for c in layer) for layer in layers)
+    largest = sum(max(c.plan.arena_bytes for c in layer) for layer in layers)
+    budget = draw.randint(smallest, largest)
+
+    best = min(total(row)[1] for row in itertools.product(*layers) if total(row)[0] <= budget)
+    size, sensitivity = total(choose([undominated(layer) for layer in layers], budget))
+    assert size <= budget
+    assert sensitivity == pytest.approx(best, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.22, 0.25, 0.3, 0.4, 0.6])
+def test_a_plan_uses_the_budget_up_to_97_percent(share: float) -> None:
+    sites = [site(layer) for layer in range(24)]
+    budget = int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * share)
+    plan = planned(sites, budget)
+    assert 0.97 * budget <= plan.arena_bytes <= budget
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_small_plan_is_the_exhaustive_one_and_uses_97_percent_of_its_bytes(seed: int) -> None:
+    sites, measured = [site(layer) for layer in range(3)], calibration(3, seed)
+    budget = random.Random(seed).randint(*(int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * x) for x in (0.25, 0.6)))
+    layers = candidates(sites, measured, options(), MAX_LEN, torch.float16)
+    best = min((row for row in itertools.product(*layers) if total(row)[0] <= budget), key=lambda row: total(row)[1])
+
+    plan = solve(sites, measured, options(), budget, MAX_LEN, torch.float16)
+    rows = plan_table(plan, sites, measured)
+    assert sum(row.sensitivity for row in rows) == pytest.approx(total(best)[1], rel=1e-6)
+    assert 0.97 * total(best)[0] <= plan.arena_bytes <= budget
+
+
+@pytest.mark.parametrize("recipe", ["best", "pm-kvq", "uniform", "none"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_infeasible_budget_names_the_smallest_feasible_one_to_the_byte(recipe: Any, batch_size: int) -> None:
+    sites = [site(0), site(1, sliding_window=300)]
+    with pytest.raises(CompileError, match="smallest feasible") as caught:
+        planned(sites, 1000, recipe=recipe, batch_size=batch_size)
+    smallest = int(str(caught.value).split(" is ")[1].split(" bytes")[0].replace(",", ""))
+    assert planned(sites, smallest, recipe=recipe, batch_size=batch_size).arena_bytes == smallest
+    with pytest.raises(CompileError):
+        planned(sites, smallest - 1, recipe=recipe, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("recipe", ["best", "pm-kvq", "uniform", "none"])
+def test_the_arenas_hold_the_sequences_they_were_planned_for(recipe: Any) -> None:
+    sites = [site(0), site(1, sliding_window=300), site(2, key_head_dim=96, value_head_dim=80)]
+    budget = cache_bytes_at_16_bits(sites, MAX_LEN, 3)
+    plan = planned(sites, budget if recipe != "none" else None, recipe=recipe, batch_size=3)
+    assert longest(plan, 3, itemsize=2) == MAX_LEN
+    assert [layer.arena_bytes for layer in plan.layers] == [
+        3 * sequence_bytes(layer, MAX_LEN, 2) for layer in plan.layers
+    ]
+
+
+def test_pm_kvq_shares_bits_groups_by_token_and_lowers_k_and_v_together() -> None:
+    sites = [site(layer) for layer in range(8)]
+    plan = planned(sites, cache_bytes_at_16_bits(sites, MAX_LEN, 1) // 3, recipe="pm-kvq")
+    assert len({layer.key_bits for layer in plan.layers}) > 1
+    for layer in plan.layers:
+        assert layer.key_bits == layer.value_bits
+        assert (layer.key_axis, layer.sink, layer.window) == ("token", 1, 128)
+        assert all(key == value for key, value in layer.stages)
+        assert layer.stages[0] == (16, 16)
+
+
+def test_uniform_takes_the_widest_width_that_fits_at_once() -> None:
+    sites = [site(layer) for layer in range(8)]
+    plan = planned(sites, int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.45), recipe="uniform")
+    assert {layer.stages for layer in plan.layers} == {((4, 4),)}
+
+
+def test_none_keeps_every_token_and_needs_no_budget() -> None:
+    plan = planned([site(0), site(1, sliding_window=256)], None, recipe="none")
+    assert [layer.window for layer in plan.layers] == [MAX_LEN, 256 + 64]
+    assert not any(layer.quantized for layer in plan.layers)
+    assert plan.budget == plan.arena_bytes
+
+
+def test_every_other_recipe_needs_a_budget() -> None:
+    with pytest.raises(UsageError, match="--budget"):
+        planned([site(0)], None)
+
+
+def test_a_budget_for_everything_leaves_everything_exact() -> None:
+    sites = [site(0), site(1)]
+    plan = planned(sites, cache_bytes_at_16_bits(sites, MAX_LEN, 1))
+    assert not any(layer.quantized for layer in plan.layers)
+
+
+def test_a_sliding_window_layer_has_no_sink_and_pays_for_its_window_alone() -> None:
+    sites = [site(0), site(1, sliding_window=512)]
+    plan = planned(sites, int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3))
+    assert plan.layers[1].sink == 0
+    assert plan.layers[1].arena_bytes < plan.layers[0].arena_bytes
+
+
+def test_a_window_longer_than_the_sequences_shrinks_to_them() -> None:
+    sites = [site(0)]
+    plan = solve(sites, calibration(1), options(window=512), 10**9, 100, torch.float16)
+    assert plan.layers[0].sink + plan.layers[0].window == 100
+    assert plan_table(plan, sites, calibration(1))[0].sensitivity == 0
+
+
+def test_the_layer_that_matters_most_gets_the_most_bytes() -> None:
+    sites, measured = [site(layer) for layer in range(6)], calibration(6)
+    measured.key_sensitivity[4].update({key: 100 * value for key, value in measured.key_sensitivity[4].items()})
+    plan = solve(
+        sites, measured, options(), int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3), MAX_LEN, torch.float16
+    )
+    rows = plan_table(plan, sites, measured)
+    assert max(rows, key=lambda row: row.key_bits).layer == 4
+    assert [row.arena_bytes for row in rows] == [layer.arena_bytes for layer in plan.layers]
+
+
+@pytest.mark.parametrize("final", list(itertools.product((16, 8, 4, 2), repeat=2)))
+def test_stages_halve_the_wider_width_first_and_end_at_the_final_ones(final: tuple[int, int]) -> None:
+    stages = lowering_stages(*final, together=False)
+    assert (stages[0], stages[-1]) == ((16, 16), final)
+    for (key, value), lowered in itertools.pairwise(stages):
+        assert lowered in ((key // 2, value), (key, value // 2))
+        assert (lowered[1] < value) == (value > final[1] and (value >= key or key == final[0]))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        ({"window": 32}, "window 32"),
+        ({"sink": -1}, "sink -1"),
+        ({"block": 40}, "block of 40"),
+        ({"bits": (8, 3)}, r"\[3\]"),
+        ({"bits": ()}, "none"),
+    ],
+)
+def test_options_that_no_cache_can_have_are_wrong_usage(chosen: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        planned([site(0)], 10**9, **chosen)
+
+
+def test_keys_too_narrow_to_pack_are_an_error_that_says_so() -> None:
+    with pytest.raises(CompileError, match="4 channels"):
+        planned([site(0, key_head_dim=4)], 10**9, bits=(2,))
+
+
+def test_a_plan_for_a_70b_llama_takes_seconds() -> None:
+    sites = [site(layer, num_attention_heads=64, num_key_value_heads=8, key_head_dim=128) for layer in range(80)]
+    budget = int(cache_bytes_at_16_bits(sites, 32768, 1) * 0.2)
+    start = time.monotonic()
+    plan = solve(sites, calibration(80), options(), budget, 32768, torch.bfloat16)
+    assert time.monotonic() - start < 10
+    assert 0.97 * budget <= plan.arena_bytes <= budget
+
+
+def test_a_plan_survives_json() -> None:
+    sites = [site(0), site(1)]
+    plan = planned(sites, int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3))
+    assert CachePlan.from_json(plan.to_json()) == plan
+    assert all(isinstance(layer, LayerPlan) for layer in plan.layers)
