@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's text, the steps done and the steps in all."""
 
 KEY_AXES: tuple[KeyAxis, ...] = ("token", "channel")
-CHECK_TOKENS, CHECK_LOGITS = 64, 16
+CHECK_TOKENS, CHECK_LOGITS = 512, 16
 BUILTIN_TEXT = files("pmkvq_compiler") / "data" / "calibration.txt"
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
 from pmkvq_compiler.budget import parse_budget
@@ -25,7 +24,7 @@ from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.planner import PlanRow, cache_bytes_at_16_bits, plan_table, solve
+from pmkvq_compiler.planner import cache_bytes_at_16_bits, check_feasible, plan_table, solve
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -34,6 +33,8 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
 MAX_SHARD_BYTES = 5 * 10**9
+DEFAULT_MAX_LEN = 4096
+"""Tokens a sequence, for models whose configuration sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class CompileResult:
 
     path: Path | None
     plan: CachePlan
-    rows: list[PlanRow]
+    rows: list[dict[str, Any]]
     report: dict[str, Any]
 
 
@@ -52,38 +53,127 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met; `options.output`
     is then absent or as it was.
     """
-    seconds = _Stopwatch(progress)
+    stages = _Stages(progress)
     if not options.dry_run:
         check_target(options.output, options.force)
-    with seconds("source"):
+    with stages("source"):
         source = open_source(options.model, options.dtype)
         max_len = _max_len(source, options)
-    with seconds("capture"):
+    with stages("capture"):
         program = capture(source.config)
         run_passes(program, [LocateAttention()])
-    with seconds("calibrate"):
+    with stages("calibrate"):
+        budget = _budget(program, options, max_len)
+        check_feasible(program.sites, options, budget, max_len, source.dtype)
         calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
-    with seconds("plan"):
-        plan = _plan(source, program, calibration, options, max_len)
-        rows = plan_table(plan, program.sites, calibration)
-    report = _report(source, program, options, plan, rows)
+    with stages("plan"):
+        plan = solve(program.sites, calibration, options, budget, max_len, source.dtype)
+    report = _report(source, program, calibration, options, plan)
     if options.dry_run:
-        return CompileResult(None, plan, rows, report)
-    with seconds("passes"):
-        scales = calibration.scales if options.recipe in SCALED_RECIPES else {}
-        run_passes(program, pipeline(scales, plan))
+        return CompileResult(None, plan, report["rows"], report)
+    with stages("passes"):
+        run_passes(program, pipeline(_scales(options, calibration), plan))
     with staged(options.output) as folder:
-        package = _package_name(source.name)
-        with seconds("emit"):
-            emit_package(program, source, folder, package)
-            write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
-            source.config.save_pretrained(folder)
-            source.generation_config.save_pretrained(folder)
-            source.save_tokenizer(folder)
-        with seconds("check"):
-            write_manifest(folder, _manifest(source, package, options, plan, calibration))
+        with stages("emit"):
+            manifest = _write_model(source, program, calibration, options, folder, progress)
+            write_manifest(folder, manifest)
+        with stages("check"):
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
-        report["seconds"] = seconds.taken
+        report["seconds"] = stages.seconds
         write_report(report, folder)
-        write_manifest(folder, _manifest(source, package, options, plan, calibration))
-    return CompileResult(options.output, plan, rows, report)
+        write_manifest(folder, manifest)
+    return CompileResult(options.output, plan, report["rows"], report)
+
+
+class _Stages:
+    """Tells when a stage begins and ends, and keeps how long it took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.progress(stage, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
+        self.progress(stage, 1, 1)
+
+
+def _max_len(source: Source, options: CompileOptions) -> int:
+    """Tokens a sequence: the user's, or the model's own limit. Raises `UsageError` beyond the model's positions."""
+    limit = source.max_position_embeddings
+    if options.max_len is not None and limit is not None and options.max_len > limit:
+        raise UsageError(
+            f"max_len {options.max_len:,} is beyond the {limit:,} positions of {source.name}; "
+            f"choose --max-len {limit} or less"
+        )
+    return options.max_len or limit or DEFAULT_MAX_LEN
+
+
+def _budget(program: Program, options: CompileOptions, max_len: int) -> int | None:
+    """Bytes for the cache; None where the recipe takes what it takes."""
+    if options.budget is None:
+        return None
+    return parse_budget(options.budget, cache_bytes_at_16_bits(program.sites, max_len, options.batch_size))
+
+
+def _scales(options: CompileOptions, calibration: Calibration) -> dict[int, Any]:
+    """The key scales that the recipe folds: `uniform` is the baseline without any."""
+    return calibration.scales if options.recipe in ("best", "pm-kvq") else {}
+
+
+def _write_model(
+    source: Source,
+    program: Program,
+    calibration: Calibration,
+    options: CompileOptions,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write everything but report and manifest into `folder`; what the manifest says beside the digests."""
+    assert program.plan is not None
+    package = re.sub(r"\W", "_", source.name.lower()).strip("_")
+    package = package if package[:1].isalpha() else f"model_{package}"
+    emit_package(program, source, folder, package)
+    sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
+    source.config.save_pretrained(folder)
+    source.generation_config.save_pretrained(folder)
+    source.save_tokenizer(folder)
+    return {
+        "package": package,
+        "weights": list(sizes),
+        "vocab_size": source.config.get_text_config().vocab_size,
+        "plan": program.plan.to_json(),
+        "options": {**asdict(options), "output": None},
+        "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
+    }
+
+
+def _report(
+    source: Source, program: Program, calibration: Calibration, options: CompileOptions, plan: CachePlan
+) -> dict[str, Any]:
+    """What `report.json` holds, but for check and times."""
+    folded = _scales(options, calibration)
+    not_chosen = f"recipe {options.recipe} folds no scales"
+    rows = [
+        {**asdict(row), "fold": "folded" if site.layer in folded else site.reason or not_chosen}
+        for row, site in zip(plan_table(plan, program.sites, calibration), program.sites, strict=True)
+    ]
+    original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
+    return {
+        "model": options.model,
+        "recipe": plan.recipe,
+        "budget": plan.budget,
+        "max_len": plan.max_len,
+        "batch_size": plan.batch_size,
+        "dtype": plan.dtype,
+        "versions": {name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
+        "command": reproduction_command(options),
+        "rows": rows,
+        "arena_bytes": plan.arena_bytes,
+        "original_bytes": original,
+        "true_bits": 16 * plan.arena_bytes / original,
+        "bytes_over_tokens": bytes_over_tokens(plan),
+    }

@@ -73,7 +73,7 @@ def test_padding_side_does_not_matter(compile_tiny: CompileTiny) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
 def test_quantized_batch_lowers_and_finishes(compile_tiny: CompileTiny, model_type: str) -> None:
-    artifact = compile_tiny(model_type, budget="40%", batch_size=2)
+    artifact = compile_tiny(model_type, budget="70%", batch_size=2)
     model = runtime.load(artifact)
     cache = model.new_cache(batch_size=2)
     seen = []
@@ -96,7 +96,7 @@ def test_quantized_batch_lowers_and_finishes(compile_tiny: CompileTiny, model_ty
 
 
 def test_turns_continue_a_cache(compile_tiny: CompileTiny) -> None:
-    model = runtime.load(compile_tiny("llama", budget="40%"))
+    model = runtime.load(compile_tiny("llama", budget="70%"))
     prompt = torch.randint(3, 128, (1, 50))
     whole = model.generate(prompt, 30, eos_token_id=())
     cache = model.new_cache()
@@ -106,7 +106,7 @@ def test_turns_continue_a_cache(compile_tiny: CompileTiny) -> None:
 
 
 def test_sampling_is_repeatable_and_keeps_to_its_limits(compile_tiny: CompileTiny) -> None:
-    model = runtime.load(compile_tiny("llama", budget="40%"))
+    model = runtime.load(compile_tiny("llama", budget="70%"))
     prompt = torch.randint(3, 128, (1, 20))
 
     def sample(**options: float) -> list[int]:
@@ -128,7 +128,7 @@ def test_sampling_is_repeatable_and_keeps_to_its_limits(compile_tiny: CompileTin
 
 
 def test_end_of_sequence_stops_each_row_by_itself(compile_tiny: CompileTiny) -> None:
-    model = runtime.load(compile_tiny("llama", budget="40%", batch_size=2))
+    model = runtime.load(compile_tiny("llama", budget="70%", batch_size=2))
     ids = torch.randint(3, 128, (2, 20))
     free = model.generate(ids, 30, eos_token_id=())
     end = int(free[0, 25])
@@ -163,7 +163,7 @@ def test_end_of_sequence_stops_each_row_by_itself(compile_tiny: CompileTiny) -> 
 def test_bad_input_is_refused_before_anything_changes(
     compile_tiny: CompileTiny, arguments: dict[str, object], message: str
 ) -> None:
-    model = runtime.load(compile_tiny("llama", budget="40%"))
+    model = runtime.load(compile_tiny("llama", budget="70%"))
     cache = model.new_cache()
     with pytest.raises(runtime.InputError, match=message):
         model.generate(**{"max_new_tokens": 5, "cache": cache, **arguments})
