@@ -9,7 +9,7 @@ READY := .venv/ready
 
 demo: venv
 	$(BIN)/pmkvq-compile demo --budget 22MiB --max-len 4096 -o out/demo --force
-	$(BIN)/python examples/demo.py out/demo
+	TQDM_DISABLE=1 $(BIN)/python examples/demo.py out/demo
 
 test: venv
 	$(BIN)/pytest -q

@@ -42,8 +42,9 @@ def main(folder: Path) -> None:
     text = files("pmkvq_compiler").joinpath("data/heldout.txt").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, : model.plan.max_len]
 
-    print(f"\nThe artifact continues a text of {PROMPT_TOKENS} tokens:\n")
-    prompt = tokens[:, :PROMPT_TOKENS]
+    passage = text[text.index("CHAPTER 35. The Mast-Head.") :]
+    prompt = tokenizer(passage, return_tensors="pt", add_special_tokens=False).input_ids[:, :PROMPT_TOKENS]
+    print(f"\nThe artifact continues {PROMPT_TOKENS} tokens of a novel:\n")
     cache = model.new_cache()
     speaker = Speaker(tokenizer, cache)
     print("..." + tokenizer.decode(prompt[0, -60:]), end="")

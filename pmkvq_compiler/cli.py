@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,7 @@ def _budget(text: str) -> str:
 
 
 def _compile(options: CompileOptions) -> CompileResult:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
     from transformers.utils import logging
 
     from pmkvq_compiler.compile import compile_model
