@@ -15,6 +15,8 @@ from pmkvq_compiler.options import CompileOptions
 
 from .models import SHAPE, tiny_folder
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from threads, which wait for each other on a busy machine
+
 CompileTiny = Callable[..., Path]
 
 
