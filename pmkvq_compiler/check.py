@@ -1,8 +1,8 @@
 """The last step of a compile: load what was written in a fresh process and hold it against the source model.
 
-Two figures. *Full precision*: the check text in one call, in which attention sees its K and V before they are quantized,
-so folds and generated code are all that can differ. *Planned precision*: the same text fed piece by piece into a cache
-whose layers are all at their final bits.
+Two figures. *Full precision*: the check text in one call, in which attention sees its K and V before they are
+quantized, so folds and generated code are all that can differ. *Planned precision*: the same text fed piece by piece
+into a cache whose layers are all at their final bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pmkvq_compiler import runtime
+import pmkvq_compiler.runtime as runtime
 from pmkvq_compiler.errors import CompileError
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -26,7 +26,8 @@ PIECE = 32
 
 
 def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
-    """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the last N of `input_ids` [1, S].
+    """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the
+    last N of `input_ids` [1, S].
 
     Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
     """
@@ -38,7 +39,9 @@ def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) 
     finally:
         reference.unlink()
     if done.returncode != 0:
-        raise CompileError(f"the artifact does not load in a fresh process; this is a defect of the compiler:\n{done.stderr}")
+        raise CompileError(
+            f"the artifact does not load in a fresh process; this is a defect of the compiler:\n{done.stderr}"
+        )
     figures: dict[str, float] = json.loads(done.stdout)
     tolerance = TOLERANCE[dtype]
     if not figures["full_precision_error"] <= tolerance:

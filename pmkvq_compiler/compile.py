@@ -50,8 +50,8 @@ class CompileResult:
 def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     """Compile `options.model` into an artifact at `options.output`.
 
-    Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met; `options.output`
-    is then absent or as it was.
+    Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met;
+    `options.output` is then absent or as it was.
     """
     stages = _Stages(progress)
     if not options.dry_run:

@@ -101,8 +101,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 def fields_of(x: Tensor, bits: int) -> Tensor:
     """The last dimension of `x` [..., n] as fields of packed bytes: [F, ..., n / F], F codes a byte.
 
-    A byte's field f, over all bytes of a little-endian word array, holds elements in an order of its own: byte `2 w + o`
-    has element `(f + o * F) * W + w`. Contracting `unpack_bytes` with an operand in the same order spares 16-bit
+    A byte's field f, over all bytes of a little-endian word array, holds elements in an order of its own: byte `2 w +
+    o` has element `(f + o * F) * W + w`. Contracting `unpack_bytes` with an operand in the same order spares 16-bit
     arithmetic and the sorting of codes.
     """
     if bits == WORD_BITS:
