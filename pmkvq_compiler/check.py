@@ -46,8 +46,8 @@ def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) 
     tolerance = TOLERANCE[dtype]
     if not figures["full_precision_error"] <= tolerance:
         raise CompileError(
-            f"the artifact's logits differ from the source model's by {figures['full_precision_error']:.1e} in relative "
-            f"norm, more than {tolerance:.0e}; nothing was kept: please report this model"
+            f"the artifact's logits differ from the source model's by {figures['full_precision_error']:.1e} in "
+            f"relative norm, more than {tolerance:.0e}; nothing was kept: please report this model"
         )
     if not figures["planned_precision_kl"] < float("inf"):
         raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
@@ -72,7 +72,7 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
 
 
 def relative_norm(out: Tensor, reference: Tensor) -> float:
-    """‖out − reference‖ / ‖reference‖ in float64."""
+    """‖out - reference‖ / ‖reference‖ in float64."""
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
