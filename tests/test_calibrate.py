@@ -172,7 +172,7 @@ def test_the_effective_length_is_max_len_unless_told_and_must_hold_a_text(source
 def test_the_check_logits_are_the_source_models_own(source: Source, text: str, tmp_path: Path) -> None:
     calibration = calibrate(source, sites(), options(tmp_path, calib=text), MAX_LEN, silent)
     expected = reference_logits(source.load_model("eager"), calibration.check_ids)[-16:]
-    assert calibration.check_ids.shape == (1, 64)
+    assert calibration.check_ids.shape == (1, 80)
     torch.testing.assert_close(calibration.check_logits, expected, rtol=1e-4, atol=1e-4)
 
 
