@@ -39,9 +39,10 @@ def load(
     _verify_files(folder, manifest["files"])
     code = _import(folder / manifest["package"] / "model.py")
     plan = _import(folder / manifest["package"] / "plan.py").PLAN
-    target = _dtype(plan.dtype if dtype is None else dtype)
+    stored = DTYPES[plan.dtype]
+    target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    weights = _read_weights(folder, manifest, target, place)
+    weights = _read_weights(folder, manifest, stored, target, place)
     hidden_states, logits = code.bind(weights)
     generation = _read_json(folder / "generation_config.json")
     ends = generation.get("eos_token_id")
@@ -123,14 +124,15 @@ def _import(path: Path) -> ModuleType:
 
 
 def _read_weights(
-    folder: Path, manifest: dict[str, Any], dtype: torch.dtype, device: torch.device
+    folder: Path, manifest: dict[str, Any], stored: torch.dtype, target: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Weights in `dtype`; constants (RoPE frequencies and the like) as they are stored."""
+    """Weights of the model's dtype `stored` in `target`; constants, and what the model keeps in float32, as they
+    are."""
     weights: dict[str, Tensor] = {}
     try:
         for name in manifest["weights"]:
             shard = load_file(folder / name, device=str(device))
-            weights.update({key: value.to(dtype) for key, value in shard.items()})
+            weights.update({key: value.to(target) if value.dtype == stored else value for key, value in shard.items()})
         weights.update(load_file(folder / manifest["package"] / "constants.safetensors", device=str(device)))
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"the weights in {folder} cannot be read ({error}); compile the artifact again") from error

@@ -33,6 +33,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """A shell that runs tests in the background has SIGINT ignored, and a child inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def complaint(place: Path, capsys: pytest.CaptureFixture[str]) -> Complaint:
     """Run a command that must fail; its one sentence, after a check that the current folder is as it was."""

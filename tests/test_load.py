@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pmkvq_compiler import runtime
 
@@ -75,6 +76,7 @@ sys.path.insert(0, {str(copy)!r})
 import {package}
 model = {package}.load()
 import torch
+from safetensors.torch import load_file
 print(model.generate(torch.arange(3, 23).unsqueeze(0), 8, eos_token_id=()).tolist()[0])
 assert not {{"transformers", "pmkvq_compiler"}} & set(sys.modules)
 """
@@ -82,3 +84,13 @@ assert not {{"transformers", "pmkvq_compiler"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     here = runtime.load(copy).generate(torch.arange(3, 23).unsqueeze(0), 8, eos_token_id=()).tolist()[0]
     assert json.loads(done.stdout) == here
+
+
+def test_what_a_model_keeps_in_float32_stays_so(compile_tiny: CompileTiny) -> None:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    shape = {"moe_intermediate_size": 32, "first_k_dense_replace": 1, **experts}
+    artifact = compile_tiny("glm4_moe", shape, recipe="none", dtype="bfloat16")
+    stored = load_file(artifact / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32, torch.bfloat16}
+    (weights,) = runtime.load(artifact).logits.args
+    assert {name: weights[name].dtype for name in stored} == {name: value.dtype for name, value in stored.items()}

@@ -31,7 +31,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     compiled = runtime.load(arguments.artifact)
-    source = open_source(arguments.model).load_model()
+    source = open_source(arguments.model).load_model("sdpa", dtype=compiled.dtype)
     context = torch.randint(compiled.vocab_size, (1, arguments.context))
     decoders = {
         "transformers, default cache": transformers_decoder(source, context),
