@@ -33,7 +33,8 @@ def layer_plan(max_len: int = 600, batch_size: int = 1, itemsize: int = 4, **cha
         "sliding_window": None,
         **changes,
     }
-    values.setdefault("stages", stages_to(values["key_bits"], values["value_bits"]))
+    if "stages" not in values:
+        values["stages"] = stages_to(values["key_bits"], values["value_bits"])
     layer = LayerPlan(**values, arena_bytes=0)
     return dataclasses.replace(layer, arena_bytes=batch_size * sequence_bytes(layer, max_len, itemsize))
 

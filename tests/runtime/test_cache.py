@@ -76,7 +76,7 @@ def test_layers_are_lowered_in_the_planned_order_to_their_final_bits() -> None:
     cache = Cache(cache_plan(*layers, max_len=max_len), 1, None, torch.float32, CPU)
     seen: list[list[tuple[int, int]]] = [[bits] for bits in cache.bits]
     while cache.length[0] < max_len:
-        feed(cache, 1 if cache.length[0] % 3 else 20)
+        feed(cache, min(1 if cache.length[0] % 3 else 20, max_len - cache.length[0]))
         for history, bits in zip(seen, cache.bits, strict=True):
             if history[-1] != bits:
                 history.append(bits)
