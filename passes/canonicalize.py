@@ -135,6 +135,8 @@ def _functional_form(target: OpOverload) -> OpOverload | None:
 
 def _shares_memory(node: Node) -> bool:
     """Whether the node's value may be a view of another node's."""
+    if node.target in CASTS:  # one to another dtype makes a copy
+        return node.args[0].meta["val"].dtype == node.meta["val"].dtype
     source = node.args[0] if node.target is operator.getitem else node
     schema = getattr(source.target, "_schema", None)
     return schema is not None and any(result.alias_info is not None for result in schema.returns)

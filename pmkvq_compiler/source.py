@@ -12,11 +12,13 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
+from gguf import GGUFReader, get_tensor_name_map
 from huggingface_hub import metadata_load, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -167,7 +169,8 @@ class Source:
         if not self._gguf_file and not any((self._folder / file).is_file() for file in TOKENIZER_FILES):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self._folder, config=self.config, gguf_file=self._gguf_file)
+            with self._gguf_read_once():
+                return AutoTokenizer.from_pretrained(self._folder, config=self.config, gguf_file=self._gguf_file)
         except Exception as error:  # tokenizers raise bare exceptions on damaged files
             raise CompileError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
 
@@ -224,12 +227,28 @@ class Source:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
+    @contextmanager
+    def _gguf_read_once(self) -> Iterator[None]:
+        """Within, transformers parses the GGUF header once, not once each for config, tokenizer and weights, and makes
+        its table of tensor names once, not once a module: most of the time that loading a small model takes."""
+        gguf.GGUFReader = lambda path: self._gguf_reader  # type: ignore[misc, assignment]
+        gguf.get_tensor_name_map = cache(get_tensor_name_map)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, get_tensor_name_map  # type: ignore[misc]
+
+    @cached_property
+    def _gguf_reader(self) -> GGUFReader:
+        return GGUFReader(self._weight_files()[0])
+
     def _load_config(self) -> PretrainedConfig:
         file = self._folder / (self._gguf_file or "config.json")
         if not file.is_file():
             raise CompileError(f"folder {self._folder} has no config.json; name the folder of a Hugging Face model")
         try:
-            config = AutoConfig.from_pretrained(self._folder, gguf_file=self._gguf_file)
+            with self._gguf_read_once():
+                config = AutoConfig.from_pretrained(self._folder, gguf_file=self._gguf_file)
         except Exception as error:  # damaged files and unknown model types end in many kinds of errors
             raise CompileError(f"the config in {file} cannot be used: {_first_line(error)}") from error
         _check_causal_lm(self.name, config)
@@ -302,7 +321,7 @@ class Source:
 
     def _from_pretrained(self, dtype: torch.dtype) -> PreTrainedModel:
         try:
-            with _quiet():
+            with _quiet(), self._gguf_read_once():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     self._folder,
                     config=self.config,

@@ -111,6 +111,21 @@ def test_op_in_place_keeps_the_value_that_was_read_before() -> None:
     assert torch.equal(before, after)
 
 
+def test_op_in_place_after_a_cast_becomes_functional() -> None:
+    """A cast to another dtype made a copy, so it may read the value before the change."""
+    program = program_of(
+        [
+            (aten.mul.Tensor, ([0], 2.0)),
+            (aten.to.dtype, ([1], torch.float64)),
+            (aten.clamp_.default, ([1], None, 3.0)),
+            (aten.add.Tensor, ([2], [3])),
+        ]
+    )
+    before, after = run_both(program)
+    assert torch.equal(before, after)
+    assert "aten.clamp.default" in targets(program)
+
+
 def test_copy_into_a_slice_becomes_a_scatter() -> None:
     program = program_of(
         [
