@@ -22,7 +22,7 @@ from pmkvq_compiler.errors import CompileError
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative norm of the logits' difference at full precision, by the dtype of the weights."""
 
-PIECE = 32
+PIECE = 64
 
 
 def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
@@ -56,14 +56,17 @@ def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) 
 
 def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
     """Relative norm of the logits' difference at full precision; that and the mean KL (nats) at planned precision."""
-    count = logits.shape[0]
-    whole = model(input_ids)[0, -count:]
-    cache = model.new_cache(max_len=input_ids.shape[1])
+    length, count = input_ids.shape[1], logits.shape[0]
+    last = torch.zeros(count, dtype=torch.long), torch.arange(length - count, length)
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    whole = model(input_ids, only=last)
+    cache = model.new_cache(max_len=length)
     for layer in cache.layers:
         while layer.stage + 1 < len(layer.plan.stages):
             layer.lower()
-    pieces = [model(piece, cache)[0] for piece in input_ids.split(PIECE, dim=1)]
-    planned = torch.cat(pieces)[-count:]
+    for piece in input_ids[:, :-count].split(PIECE, dim=1):
+        model(piece, cache, only=none)
+    planned = model(input_ids[:, -count:], cache)[0]
     return {
         "full_precision_error": relative_norm(whole, logits),
         "planned_precision_error": relative_norm(planned, logits),
