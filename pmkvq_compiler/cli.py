@@ -153,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--onnx", action="store_true", help="write model.onnx too, with the cache at its final bits (needs [onnx])"
+    )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
     output.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

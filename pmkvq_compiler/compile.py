@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from pmkvq_compiler.source import Source, open_source
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
+ONNX_PACKAGES = ("onnx", "onnxscript")
 MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_MAX_LEN = 4096
 """Tokens a sequence, for models whose configuration sets no limit."""
@@ -54,6 +56,8 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     `options.output` is then absent or as it was.
     """
     stages = _Stages(progress)
+    if options.onnx:
+        _check_onnx()
     if not options.dry_run:
         check_target(options.output, options.force)
     with stages("source"):
@@ -77,6 +81,9 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
             write_manifest(folder, manifest)
+        if options.onnx:
+            with stages("onnx"):
+                _write_onnx(program, folder, manifest["weights"])
         with stages("check"):
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
         report["seconds"] = stages.seconds
@@ -110,6 +117,21 @@ def _max_len(source: Source, options: CompileOptions) -> int:
             f"choose --max-len {limit} or less"
         )
     return options.max_len or limit or DEFAULT_MAX_LEN
+
+
+def _check_onnx() -> None:
+    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"--onnx needs {' and '.join(missing)}, which this environment lacks; "
+            f"install them with `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
+        )
+
+
+def _write_onnx(program: Program, folder: Path, weight_files: list[str]) -> None:
+    from pmkvq_compiler.onnx_export import write_onnx  # its packages are an extra
+
+    write_onnx(program, folder, weight_files)
 
 
 def _budget(program: Program, options: CompileOptions, max_len: int) -> int | None:

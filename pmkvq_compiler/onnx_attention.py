@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
+from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
 from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels
 
@@ -49,11 +50,16 @@ class Attention:
     has_sinks: bool
 
     @classmethod
-    def of(
-        cls, plan: LayerPlan, max_len: int, num_attention_heads: int, scale: float, softcap: float | None, sinks: bool
-    ) -> Attention:
+    def of(cls, site: AttentionSite, plan: LayerPlan, max_len: int) -> Attention:
         plan = fitted(plan, max_len)
-        return cls(plan, blocks_needed(plan, max_len), num_attention_heads, scale, softcap, sinks)
+        return cls(
+            plan=plan,
+            blocks=blocks_needed(plan, max_len),
+            num_attention_heads=site.num_attention_heads,
+            scale=site.scale,
+            softcap=site.softcap,
+            has_sinks=site.has_sinks,
+        )
 
 
 def state_tensors(attention: Attention) -> list[StateTensor]:

@@ -30,5 +30,6 @@ class CompileOptions:
     effective_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    onnx: bool = False
     dry_run: bool = False
     force: bool = False
