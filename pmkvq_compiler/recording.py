@@ -71,14 +71,14 @@ class AttentionCall:
         return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
 
 
-def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:
+def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int, clip: float = 1.0) -> Tensor:
     """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
 
     The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
     """
     blocks = max(0, x.shape[-2] - sink) // block
     quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
-    quantized = fake_quantize(quantized, bits, dim=-1 if axis == "token" else -2).flatten(-3, -2)
+    quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2, clip).flatten(-3, -2)
     return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)
 
 
