@@ -1,7 +1,6 @@
 """Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
 
-A Qwen2 of 2.9 million parameters learns to work ledgers out (`problems.py`). Batches grow from short ledgers to the
-longest, by the time that has passed. Matrices are trained by Muon, all else by AdamW.
+A Qwen2 of 2.9 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
+from multiprocessing import Value
+from multiprocessing.sharedctypes import Synchronized
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +20,31 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 CONTEXT = 4096
-TOKENS_A_BATCH = 32 * CONTEXT
+TOKENS_A_BATCH = 16 * CONTEXT
 LENGTHS = (256, 512, 1024, 2048, 4096)
+LEARNT = 0.02
+"""Loss (nats a token) of the longest ledgers so far at which longer ones are added."""
+
 IGNORED = -100
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
-    """Batches (`input_ids`, `labels`) of ledgers that fill one of `LENGTHS`; only the chain is to be learnt."""
+    """Batches (`input_ids`, `labels`) of ledgers that fill one of the first `level` + 1 of `LENGTHS`, half of them the
+    longest; only the chain is to be learnt."""
 
-    def __init__(self, started: float, seconds: float) -> None:
-        self.started, self.seconds = started, seconds
+    def __init__(self, level: Synchronized[int]) -> None:
+        self.level = level
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = get_worker_info()
         rng = random.Random(worker.seed if worker else 0)
         tokenizer = character_tokenizer()
         while True:
-            length = self._length(rng)
+            longest = self.level.value
+            length = LENGTHS[longest if rng.random() < 0.5 else rng.randint(0, longest)]
             rows = [self._row(rng, tokenizer, length) for _ in range(TOKENS_A_BATCH // length)]
             inputs, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
             yield inputs, labels
-
-    def _length(self, rng: random.Random) -> int:
-        """Longer lengths enter one after another over the first 60% of the time, then all are drawn, long ones more."""
-        done = (time.time() - self.started) / self.seconds
-        allowed = 1 + min(len(LENGTHS) - 1, int(done / 0.6 * (len(LENGTHS) - 1) + 0.5))
-        return rng.choices(LENGTHS[:allowed], weights=[2**index for index in range(allowed)])[0]
 
     def _row(self, rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int) -> tuple[list[int], list[int]]:
         longest = most_entries(length)
@@ -74,15 +74,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def train(model: Qwen2ForCausalLM, minutes: float, workers: int) -> None:
-    started, seconds = time.time(), 60 * minutes
+    started, seconds, level = time.time(), 60 * minutes, Value("i", 0)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.01, momentum=0.95),
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    loader = DataLoader(Batches(started, seconds), batch_size=None, num_workers=workers, prefetch_factor=4)
+    loader = DataLoader(Batches(level), batch_size=None, num_workers=workers, prefetch_factor=2)
     for step, (inputs, labels) in enumerate(loader):
         done = (time.time() - started) / seconds
         if done >= 1:
@@ -99,14 +99,15 @@ def train(model: Qwen2ForCausalLM, minutes: float, workers: int) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            print(f"{done:6.1%}  step {step:5d}  length {inputs.shape[1]:4d}  loss {loss.item():.5f}", flush=True)
+        if step % 10 == 0:
+            if inputs.shape[1] == LENGTHS[level.value] and loss.item() < LEARNT:
+                level.value = min(level.value + 1, len(LENGTHS) - 1)
+            if step % 100 == 0:
+                print(f"{done:6.1%}  step {step:5d}  length {inputs.shape[1]:4d}  loss {loss.item():.5f}", flush=True)
 
 
 @torch.no_grad()
-def exact(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int
-) -> float:
+def exact(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
     """Share of the problems whose greedy chain is right to the last character, by teacher forcing."""
     rng, right = random.Random(seed), 0
     for _ in range(problems):
