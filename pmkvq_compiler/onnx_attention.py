@@ -15,7 +15,7 @@ from onnxscript import OpBuilder, build_function
 
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
-from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels
+from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels, step_fraction
 
 DOMAIN = "pmkvq"
 OPSET = 20
@@ -183,8 +183,11 @@ def _quantized_blocks(
         return op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape)
 
     key_blocks = op.Transpose(blocks(keys, plan.key_head_dim), perm=[0, 1, 2, 4, 3])
-    key_codes, key_parameters = _quantize(op, key_blocks, plan.key_bits, axis=3 if plan.key_axis == "token" else 4)
-    value_codes, value_parameters = _quantize(op, blocks(values, plan.value_head_dim), plan.value_bits, axis=4)
+    key_codes, key_parameters = _quantize(
+        op, key_blocks, plan.key_bits, plan.key_clip, axis=3 if plan.key_axis == "token" else 4
+    )
+    value_blocks = blocks(values, plan.value_head_dim)
+    value_codes, value_parameters = _quantize(op, value_blocks, plan.value_bits, plan.value_clip, axis=4)
     return {
         "key_codes": _pack(op, key_codes, plan.key_bits, axis=3),
         "key_parameters": key_parameters,
@@ -193,7 +196,7 @@ def _quantized_blocks(
     }
 
 
-def _quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Value, ir.Value]:
+def _quantize(op: OpBuilder, x: ir.Value, bits: int, clip: float, axis: int) -> tuple[ir.Value, ir.Value]:
     """Codes (uint8, shape of `x`) of blocks [B, H, n, ., .] in groups along `axis`, and their parameters
     [B, H, n, 2, groups] (float16)."""
     top = levels(bits)
@@ -202,24 +205,21 @@ def _quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Valu
     centre = _float(op, mid)
     exact = op.Min(op.Mul(op.Max(op.Sub(high, centre), op.Sub(centre, low)), 2.0), LARGEST_FP16)
     value_range = _half_not_less(op, exact)
-    span = _span(op, value_range)
-    codes_per_unit = op.Where(op.Greater(span, 0.0), op.Div(float(top), span), 0.0)
-    codes = op.Round(op.Add(op.Mul(op.Sub(x, centre), codes_per_unit), top / 2))
+    step, _ = _step_and_zero(op, mid, value_range, bits, clip)
+    steps_per_unit = op.Where(op.Greater(step, 0.0), op.Reciprocal(step), 0.0)
+    codes = op.Round(op.Add(op.Mul(op.Sub(x, centre), steps_per_unit), top / 2))
     parameters = op.Concat(mid, value_range, axis=axis)
     if axis == 4:
         parameters = op.Transpose(parameters, perm=[0, 1, 2, 4, 3])
     return op.Cast(op.Clip(codes, 0.0, float(top)), to=ir.DataType.UINT8), parameters
 
 
-def _step_and_zero(op: OpBuilder, mid: ir.Value, value_range: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
+def _step_and_zero(
+    op: OpBuilder, mid: ir.Value, value_range: ir.Value, bits: int, clip: float
+) -> tuple[ir.Value, ir.Value]:
     """`step` and `zero` (float32) with `x = zero + c * step`."""
-    step = op.Div(_span(op, value_range), float(levels(bits)))
+    step = op.Mul(_float(op, value_range), step_fraction(bits, clip))
     return step, op.Sub(_float(op, mid), op.Mul(step, levels(bits) / 2))
-
-
-def _span(op: OpBuilder, value_range: ir.Value) -> ir.Value:
-    """The distance (float32) from the smallest code's number to the largest one's."""
-    return _float(op, value_range)
 
 
 def _half_not_less(op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -317,7 +317,7 @@ def _key_scores(
 ) -> ir.Value:
     """q . k of scaled `queries` [B, H, R, key_head_dim] with the pool's keys: [B, H, R, pooled]."""
     mid, value_range = op.Split(pool["key_parameters"], axis=3, num_outputs=2, _outputs=2)
-    step, zero = _step_and_zero(op, mid, value_range, plan.key_bits)
+    step, zero = _step_and_zero(op, mid, value_range, plan.key_bits, plan.key_clip)
     codes = _unpack(op, pool["key_codes"], plan.key_bits, axis=3)
     if plan.key_axis == "channel":
         offsets = op.MatMul(op.Squeeze(zero, [3]), op.Transpose(queries, perm=[0, 1, 3, 2]))
@@ -335,7 +335,7 @@ def _value_sums(
 ) -> ir.Value:
     """Sum of the pool's values under `weights` [B, H, R, pooled]: [B, H, R, value_head_dim]."""
     mid, value_range = op.Split(pool["value_parameters"], axis=3, num_outputs=2, _outputs=2)
-    step, zero = _step_and_zero(op, mid, value_range, plan.value_bits)
+    step, zero = _step_and_zero(op, mid, value_range, plan.value_bits, plan.value_clip)
     codes = _unpack(op, pool["value_codes"], plan.value_bits, axis=4)
 
     def by_token(x: ir.Value, last: int) -> ir.Value:
