@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
@@ -33,7 +34,6 @@ from pmkvq_compiler.source import Source, open_source
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
-ONNX_PACKAGES = ("onnx", "onnxscript")
 MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_MAX_LEN = 4096
 """Tokens a sequence, for models whose configuration sets no limit."""
@@ -56,8 +56,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     `options.output` is then absent or as it was.
     """
     stages = _Stages(progress)
-    if options.onnx:
-        _check_onnx()
+    onnx_export = _onnx_export() if options.onnx else None
     if not options.dry_run:
         check_target(options.output, options.force)
     with stages("source"):
@@ -65,6 +64,8 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         max_len = _max_len(source, options)
     with stages("capture"):
         program = capture(source.config)
+        if onnx_export is not None:
+            onnx_export.check_expressible(program)
         run_passes(program, [LocateAttention()])
     with stages("calibrate"):
         budget = _budget(program, options, max_len)
@@ -81,9 +82,9 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
             write_manifest(folder, manifest)
-        if options.onnx:
+        if onnx_export is not None:
             with stages("onnx"):
-                _write_onnx(program, folder, manifest["weights"])
+                onnx_export.write_onnx(program, folder, manifest["weights"])
         with stages("check"):
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
         report["seconds"] = stages.seconds
@@ -119,19 +120,15 @@ def _max_len(source: Source, options: CompileOptions) -> int:
     return options.max_len or limit or DEFAULT_MAX_LEN
 
 
-def _check_onnx() -> None:
-    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
+def _onnx_export() -> ModuleType:
+    """The module that writes ONNX, which needs packages of an extra. Raises `UsageError` where one is missing."""
+    try:
+        return importlib.import_module("pmkvq_compiler.onnx_export")
+    except ModuleNotFoundError as error:
         raise UsageError(
-            f"--onnx needs {' and '.join(missing)}, which this environment lacks; "
-            f"install them with `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
-        )
-
-
-def _write_onnx(program: Program, folder: Path, weight_files: list[str]) -> None:
-    from pmkvq_compiler.onnx_export import write_onnx  # its packages are an extra
-
-    write_onnx(program, folder, weight_files)
+            f"--onnx needs the package {error.name}, which is not installed; "
+            f"run `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
+        ) from error
 
 
 def _budget(program: Program, options: CompileOptions, max_len: int) -> int | None:

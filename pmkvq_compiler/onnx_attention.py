@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
+from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
 from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels, step_fraction
@@ -51,7 +52,14 @@ class Attention:
 
     @classmethod
     def of(cls, site: AttentionSite, plan: LayerPlan, max_len: int) -> Attention:
+        """The attention of a site with a cache of `max_len` tokens. Raises `CompileError` where the function cannot
+        keep it."""
         plan = fitted(plan, max_len)
+        if plan.quantized and max(plan.key_bits, plan.value_bits) > BYTE_BITS:
+            raise CompileError(
+                f"layer {site.layer} ends at K {plan.key_bits} and V {plan.value_bits} bits and the ONNX cache packs "
+                f"codes of up to {BYTE_BITS}; choose narrower --bits or leave --onnx out"
+            )
         return cls(
             plan=plan,
             blocks=blocks_needed(plan, max_len),
@@ -143,8 +151,8 @@ def _attend_and_append(
     single = op.Cast(op.Equal(op.Shape(key, start=2, end=3), [1]), to=ir.DataType.INT64)
     early = op.Mul(leaving, single)
     attended = {name: op.Slice(blocks, [0], op.Add(before[name], early), [2]) for name, blocks in pool.items()}
-    seen = [_without(op, plan, one, early) for one in (keys, values)]
-    out = _attend(op, attention, query, attended, *seen, sinks)
+    seen_keys, seen_values = (_without(op, plan, one, early) for one in (keys, values))
+    out = _attend(op, attention, query, attended, seen_keys, seen_values, sinks)
     return [out, *(_newest(op, attention, blocks) for blocks in pool.values()), *rows]
 
 
@@ -278,8 +286,10 @@ def _attend(
     pooled = op.Mul(op.Shape(pool["key_codes"], start=2, end=3), [plan.block]) if pool else None
     if pooled is not None:
         scores = op.Concat(_key_scores(op, plan, queries, pool, pooled), scores, axis=-1)
-    scores = op.Reshape(scores, op.Concat([0, heads, group], op.Shape(query, start=2, end=3), [-1], axis=0))
-    weights = op.Reshape(_softmax(op, attention, scores, sinks), op.Concat([0, heads, -1], op.Shape(scores, start=4), axis=0))
+    total = op.Shape(scores, start=3)
+    by_query = op.Concat([0, heads, group], op.Shape(query, start=2, end=3), total, axis=0)
+    weights = _softmax(op, attention, op.Reshape(scores, by_query), sinks)
+    weights = op.Reshape(weights, op.Concat([0, heads, -1], total, axis=0))
     if pooled is None:
         out = op.MatMul(weights, values)
     else:
@@ -291,8 +301,8 @@ def _attend(
 def _softmax(op: OpBuilder, attention: Attention, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
     """Softmax of `scores` [B, H, G, S, T] over the keys that each query may see, with soft cap and sink logits.
 
-    Keys lie in the order of their positions: pool, then rows. (Sink rows do not, but only a sliding window would mind,
-    and its layers have none.)
+    Keys lie in the order of their positions: pool, then rows. (Sink rows do not, but only a sliding window minds, and
+    layers that have one keep no sink.)
     """
     plan = attention.plan
     if attention.softcap is not None:

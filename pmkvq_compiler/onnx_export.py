@@ -7,8 +7,12 @@ The graph computes in float32. Its inputs are `input_ids` and `position_ids` [ba
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +46,13 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> N
     The weights stay there: the model names their places. Its metadata carries the plan. Raises `CompileError` where an
     op of the program, or its cache, cannot be expressed.
     """
-    assert program.plan is not None
+    plan = program.plan
+    assert plan is not None
+    attentions = [
+        Attention.of(site, layer, plan.max_len) for site, layer in zip(program.sites, layer_plans(program), strict=True)
+    ]
     weights = {name: tensor for file in weight_files for name, tensor in external_tensors(folder, file).items()}
-    traced = _Traced(program, weights)
-    model = _translated(traced)
+    model = _translated(_Traced(program, weights))
     initializers = model.graph.initializers
     for placeholder, name in program.weights.items():
         initializers[placeholder].const_value = weights[name]
@@ -53,10 +60,20 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> N
     for placeholder, constant in program.constants.items():
         initializers[placeholder].name = constant.name
     _name_dimensions(model.graph)
-    _call_functions(model, [Attention.of(*one, program.plan.max_len) for one in zip(program.sites, layer_plans(program))])
-    model.metadata_props["pmkvq.plan"] = json.dumps(program.plan.to_json())
+    _call_functions(model, attentions)
+    model.producer_name, model.producer_version = "pmkvq-compiler", version("pmkvq-compiler")
+    model.metadata_props["pmkvq.plan"] = json.dumps(plan.to_json())
     ir.save(model, folder / FILE)
     onnx.checker.check_model(folder / FILE, full_check=True)
+
+
+def check_expressible(program: Program) -> None:
+    """Raises `CompileError` where a captured program has an op that is known to have no ONNX form."""
+    if program.graph.find_nodes(op="call_function", target=torch.ops.aten._grouped_mm.default):
+        raise CompileError(
+            "the model multiplies each token by the matrices of its experts (aten::_grouped_mm), for which ONNX has no "
+            "operator; compile it without --onnx"
+        )
 
 
 def external_tensors(folder: Path, file: str) -> dict[str, ir.ExternalTensor]:
@@ -116,8 +133,10 @@ class _Interpreter(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is cached_attention:
-            return _mark(*args[:3], layer=args[4], sinks=kwargs["sinks"])
+            query, key, value, _, layer = args
+            return _mark(query, key, value, layer, kwargs["sinks"])
         return super().call_function(target, map_aggregate(args, _placed), map_aggregate(kwargs, _placed))
+
 
 def _mark(q: Tensor, k: Tensor, v: Tensor, layer: int, sinks: Tensor | None) -> Tensor:
     operands = [q, k, v] if sinks is None else [q, k, v, sinks]
@@ -137,8 +156,9 @@ def _translated(traced: _Traced) -> ir.Model:
     with traced.mode:
         examples = tuple(torch.zeros(2, 7, dtype=torch.long) for _ in INPUTS)
     try:
-        exported = torch.export.export(traced, examples, strict=False, dynamic_shapes=(sizes, sizes))
-        program = torch.onnx.export(exported, opset_version=OPSET, optimize=False, verbose=False)
+        with _silence():
+            exported = torch.export.export(traced, examples, strict=False, dynamic_shapes=(sizes, sizes))
+            program = torch.onnx.export(exported, opset_version=OPSET, optimize=False, verbose=False)
     except Exception as error:  # whatever the exporter raises for an op that it does not know
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(
@@ -147,6 +167,19 @@ def _translated(traced: _Traced) -> ir.Model:
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # traces of this process, with the paths of its files
     return program.model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter warns of packages that it does not need, and logs a failed op's trace before it raises."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _name_dimensions(graph: ir.Graph) -> None:
