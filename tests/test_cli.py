@@ -47,7 +47,7 @@ def test_output_is_named_after_the_model(model: str, folder: str) -> None:
 def test_every_flag_reaches_the_options() -> None:
     command = """m --budget 3.2bits --max-len 512 --batch-size 3 -o out --force --recipe pm-kvq --bits 2,8 --sink 0
     --window 96 --calib text.txt --calib-samples 5 --calib-len 128 --effective-len 4096 --device cuda:1
-    --dtype bfloat16 --dry-run --json"""
+    --dtype bfloat16 --onnx --dry-run --json"""
     expected = CompileOptions(
         model="m",
         output=Path("out"),
@@ -64,6 +64,7 @@ def test_every_flag_reaches_the_options() -> None:
         effective_len=4096,
         device="cuda:1",
         dtype="bfloat16",
+        onnx=True,
         dry_run=True,
         force=True,
     )

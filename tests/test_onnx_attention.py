@@ -60,7 +60,9 @@ class Layer:
         attended = ("batch", attention.num_attention_heads, "sequence", attention.plan.value_head_dim)
         results = [(ir.DataType.FLOAT, attended), *((tensor.dtype, tensor.shape) for tensor in state)]
         outputs = [
-            ir.Value(name=output.name, type=ir.TensorType(dtype), shape=ir.Shape(LATER.get(size, size) for size in shape))
+            ir.Value(
+                name=output.name, type=ir.TensorType(dtype), shape=ir.Shape(LATER.get(size, size) for size in shape)
+            )
             for output, (dtype, shape) in zip(function.outputs, results, strict=True)
         ]
         node = ir.Node(DOMAIN, function.name, inputs, outputs=outputs)
@@ -163,5 +165,5 @@ def test_packed_inputs_at_4_bits_take_at_most_29_percent_of_bfloat16() -> None:
 
 
 def test_codes_wider_than_a_byte_are_refused() -> None:
-    with pytest.raises(CompileError, match="layer 0 ends at K 16 and V 8 bits .* choose narrower --bits"):
+    with pytest.raises(CompileError, match=r"layer 0 ends at K 16 and V 8 bits .* choose narrower --bits"):
         attention_of(key_bits=16, value_bits=8, stages=((16, 8),))

@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
-    context = np.random.default_rng(0).integers(1000, size=(1, arguments.context))
     folders = {"plain float cache": arguments.plain, "packed cache": arguments.artifact}
     decoders = {name: OnnxDecoder(path / "model.onnx", threads=arguments.threads) for name, path in folders.items()}
+    vocab_size = decoders["packed cache"].session.get_outputs()[0].shape[-1]
+    context = np.random.default_rng(0).integers(vocab_size, size=(1, arguments.context))
     for decoder in decoders.values():
         for start in range(0, arguments.context, CHUNK):
             decoder(context[:, start : start + CHUNK])
