@@ -119,7 +119,19 @@ def attention_function(name: str, attention: Attention) -> ir.Function:
             output.name = name
         return outputs
 
-    return build_function(body, inputs, domain=DOMAIN, name=name, opset_imports={"": OPSET})
+    function = build_function(body, inputs, domain=DOMAIN, name=name, opset_imports={"": OPSET})
+    function.doc_string = _description(attention)
+    return function
+
+
+def _description(attention: Attention) -> str:
+    plan = attention.plan
+    if not attention.blocks:
+        return "Attention over a cache of unquantized rows."
+    return (
+        f"Attention over {plan.sink} first and up to {plan.window} last rows and, between them, quantized blocks of "
+        f"{plan.block} tokens: K in {plan.key_bits} bits by {plan.key_axis}, V in {plan.value_bits} bits by token."
+    )
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -140,7 +152,7 @@ def _attend_and_append(
     keys = op.Concat(past["key_rows"], key, axis=2)
     values = op.Concat(past["value_rows"], value, axis=2)
     if not attention.blocks and plan.sliding_window is None:
-        return [_attend(op, attention, query, {}, keys, values, sinks), op.Identity(keys), op.Identity(values)]
+        return [_attend(op, attention, query, {}, keys, values, sinks), keys, values]
     leaving = _blocks_leaving(op, plan, keys)
     rows = [_without(op, plan, one, leaving) for one in (keys, values)]
     if not attention.blocks:
@@ -175,7 +187,7 @@ def _leaving_end(op: OpBuilder, plan: LayerPlan, blocks: ir.Value) -> ir.Value:
 def _newest(op: OpBuilder, attention: Attention, blocks: ir.Value) -> ir.Value:
     """The blocks that may still be seen."""
     if attention.plan.sliding_window is None:
-        return op.Identity(blocks)
+        return blocks
     count = op.Shape(blocks, start=2, end=3)
     return op.Slice(blocks, op.Max(op.Sub(count, [attention.blocks]), [0]), [END], [2])
 
