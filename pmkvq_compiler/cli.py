@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions, Recipe
+from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
     from rich.table import Table
@@ -112,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--recipe",
-        choices=get_args(Recipe),
+        choices=RECIPE_NAMES,
         default=defaults.recipe,
-        help="best: what measures best; pm-kvq: the paper's; uniform: the same bits in every layer; "
-        "none: leave the cache in the model's dtype (%(default)s)",
+        help="best: what measures best; pm-kvq: the paper's; kivi, rotation, uniform: baselines with the same bits in "
+        "every layer; none: leave the cache in the model's dtype (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"

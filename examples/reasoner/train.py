@@ -1,6 +1,7 @@
 """Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
 
-A Qwen2 of 2.9 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
+A Qwen2 of 3 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present
+longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
 """
 
 from __future__ import annotations
