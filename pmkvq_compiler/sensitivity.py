@@ -23,7 +23,7 @@ from torch import Tensor
 from .formats import Format, stored
 from .recording import AttentionCall
 
-QUERIES = 256
+QUERIES = 128
 """Query positions of a text at which outputs are compared, drawn from its second half."""
 
 Losses = dict[int, dict[Format, float]]
