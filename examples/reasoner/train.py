@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from problems import MODEL, character_tokenizer, ledger, most_entries, token_ids
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 4096
 TOKENS_A_BATCH = 16 * CONTEXT
