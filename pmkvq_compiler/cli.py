@@ -239,8 +239,9 @@ def _print_summary(result: CompileResult) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table("layer", "K bits", "V bits", "K axis", "bytes", "sensitivity", "fold", box=None, header_style="bold")
-    for column in table.columns[:3] + table.columns[4:6]:
+    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "predicted loss", "folded")
+    table = Table(*names, box=None, header_style="bold")
+    for column in table.columns[:3] + table.columns[4:7]:
         column.justify = "right"
     for row in rows:
         table.add_row(
@@ -248,11 +249,18 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["key_bits"]),
             str(row["value_bits"]),
             row["key_axis"],
+            str(row["window"]),
             f"{row['arena_bytes']:,}",
             f"{row['sensitivity']:.3g}",
-            "folded" if row["fold"] == "folded" else "no",
+            _folded(row),
         )
     return table
+
+
+def _folded(row: dict[str, Any]) -> str:
+    """What is folded into a layer's weights."""
+    folds = ("K scales" if row["fold"] == "folded" else None, "V rotation" if row["rotated"] else None)
+    return ", ".join(filter(None, folds)) or "nothing"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe:
         output=tmp_path / "artifact",
         budget=budget,
         max_len=MAX_LEN,
-        batch_size=2,
+        batch_size=1,
         recipe=recipe,
         calib=str(tmp_path / "text.txt"),
         calib_samples=2,
