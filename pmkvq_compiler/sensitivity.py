@@ -20,7 +20,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .formats import Format, stored
+from .formats import Format, Transform, stored
 from .recording import AttentionCall
 
 QUERIES = 128
@@ -37,11 +37,13 @@ class OutputLoss:
         self,
         key_formats: Mapping[int, list[Format]],
         value_formats: Mapping[int, list[Format]],
-        scales: Mapping[int, Tensor],
+        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
         sink: int,
         block: int,
     ) -> None:
-        self.scales, self.sink, self.block = scales, sink, block
+        self.key_matrices, self.value_matrices = key_matrices, value_matrices
+        self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
         self.generator = torch.Generator().manual_seed(0)
@@ -70,7 +72,8 @@ class OutputLoss:
             weights = call.weights(torch.where(olds[kept.window], scores, exact_scores))
             self.key[call.layer][kept] += loss(call.values_under(weights, call.value))
         for kept in self.value[call.layer]:
-            error = stored(call.value, kept, self.sink, self.block) - call.value
+            matrices = self.value_matrices[call.layer].get(kept.transform)
+            error = stored(call.value, kept, self.sink, self.block, matrices) - call.value
             self.value[call.layer][kept] += loss(exact + call.values_under(exact_weights * olds[kept.window], error))
 
     def _key_scores(self, call: AttentionCall) -> Iterator[tuple[Format, Tensor]]:
@@ -80,7 +83,8 @@ class OutputLoss:
             return replace(kept, window=0)
 
         for code, formats in groupby(sorted(self.key[call.layer], key=repr), key=codes):
-            keys = stored(call.key, code, self.sink, self.block, self.scales.get(call.layer))
+            matrices = self.key_matrices[call.layer].get(code.transform)
+            keys = stored(call.key, code, self.sink, self.block, matrices)
             scores = call.scores(call.query, keys)
             yield from ((kept, scores) for kept in formats)
 
@@ -103,19 +107,26 @@ class GradientProduct:
         self,
         key_formats: Mapping[int, list[Format]],
         value_formats: Mapping[int, list[Format]],
-        scales: Mapping[int, Tensor],
+        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
         sink: int,
         block: int,
     ) -> None:
-        self.scales, self.sink, self.block = scales, sink, block
+        self.key_matrices, self.value_matrices = key_matrices, value_matrices
+        self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
 
     def __call__(self, call: AttentionCall) -> None:
-        call.key.register_hook(partial(self._add, self.key[call.layer], call.key.detach(), self.scales.get(call.layer)))
-        call.value.register_hook(partial(self._add, self.value[call.layer], call.value.detach(), None))
+        for x, losses, matrices in (
+            (call.key, self.key[call.layer], self.key_matrices[call.layer]),
+            (call.value, self.value[call.layer], self.value_matrices[call.layer]),
+        ):
+            x.register_hook(partial(self._add, losses, x.detach(), matrices))
 
-    def _add(self, losses: dict[Format, float], x: Tensor, scale: Tensor | None, gradient: Tensor) -> None:
+    def _add(
+        self, losses: dict[Format, float], x: Tensor, matrices: Mapping[Transform, Tensor], gradient: Tensor
+    ) -> None:
         for kept in losses:
-            error = stored(x, kept, self.sink, self.block, scale) - x
+            error = stored(x, kept, self.sink, self.block, matrices.get(kept.transform)) - x
             losses[kept] += (error * gradient).abs().sum(dtype=torch.float64).item()
