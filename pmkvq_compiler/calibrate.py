@@ -54,11 +54,12 @@ class Calibration:
 
     `key_maxima` float32 [Hkv, dk]: largest |K| of each channel, after RoPE. `alphas`, `scales` float64 [Hkv, dk]: the
     reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_matrices` and
-    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by. `key_loss` and
-    `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a format; they may be added up.
-    `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe plans by it. `check_ids`
-    int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its last M tokens.
-    `fingerprint` says what all this was measured with.
+    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by.
+
+    `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
+    format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
+    plans by it. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its
+    last M tokens. `fingerprint` says what all this was measured with.
     """
 
     fingerprint: str
@@ -127,15 +128,13 @@ def calibrate(
         value_matrices=_value_matrices(sites, recipe, moments),
     )
 
-    formats = {
-        "key_formats": {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
-        "value_formats": {
-            site.layer: value_formats(recipe, options.bits, can_transform=can_transform(site)) for site in sites
-        },
-        "key_matrices": calibration.key_matrices,
-        "value_matrices": calibration.value_matrices,
-    }
-    measured = OutputLoss(**formats, sink=recipe.sink, block=recipe.block)
+    formats = (
+        {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
+        {site.layer: value_formats(recipe, options.bits, can_transform=can_transform(site)) for site in sites},
+        calibration.key_matrices,
+        calibration.value_matrices,
+    )
+    measured = OutputLoss(*formats, recipe.sink, recipe.block)
     walk("Measuring losses", measured, None, _sampled_loss)
     calibration = replace(
         calibration,
@@ -143,7 +142,7 @@ def calibrate(
         value_loss=_averaged(measured.value, len(samples)),
     )
     if recipe.measure == "gradient":
-        product = GradientProduct(**formats, sink=recipe.sink, block=recipe.block)
+        product = GradientProduct(*formats, recipe.sink, recipe.block)
         walk("Measuring gradients", product, effective_len, _text_loss)
         calibration = replace(
             calibration,
