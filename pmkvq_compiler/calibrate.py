@@ -156,27 +156,25 @@ def _key_matrices(
     sites: Sequence[AttentionSite], recipe: Recipe, scales: dict[int, Tensor], moments: Moments
 ) -> Matrices:
     matched = moments.key_rotations()
-    matrices: Matrices = {}
+    matrices: Matrices = {layer: {"scale": torch.diag_embed(1 / scale)} for layer, scale in scales.items()}
     for site in sites:
-        own = matrices[site.layer] = {}
-        if site.layer in scales:
-            own["scale"] = torch.diag_embed(1 / scales[site.layer])
         if "rotate" in recipe.key_transforms:
-            own["rotate"] = hadamard(site.key_head_dim).repeat(site.num_key_value_heads, 1, 1)
-        if site.layer in matched:
-            own["match"] = matched[site.layer]
+            rotation = hadamard(site.key_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.key_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
     return matrices
 
 
 def _value_matrices(sites: Sequence[AttentionSite], recipe: Recipe, moments: Moments) -> Matrices:
     matched = moments.value_matrices()
     matrices: Matrices = {}
-    for site in sites:
-        own = matrices[site.layer] = {}
-        if can_transform(site) and "rotate" in recipe.value_transforms:
-            own["rotate"] = hadamard(site.value_head_dim).repeat(site.num_key_value_heads, 1, 1)
-        if can_transform(site) and site.layer in matched:
-            own["match"] = matched[site.layer]
+    for site in filter(can_transform, sites):
+        if "rotate" in recipe.value_transforms:
+            rotation = hadamard(site.value_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.value_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
     return matrices
 
 

@@ -242,7 +242,7 @@ def _print_summary(result: CompileResult) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "predicted loss", "K transform", "V transform")
+    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "loss", "K map", "V map")
     table = Table(*names, box=None, header_style="bold")
     for column in table.columns[:3] + table.columns[4:7]:
         column.justify = "right"
