@@ -42,7 +42,7 @@ RECIPES = {
     "best": Recipe(
         "what measures best: K and V apart, K by token or channel, clips, windows, matched transforms",
         key_axes=("token", "channel"),
-        key_transforms=("scale", "match"),
+        key_transforms=("none", "match"),
         value_transforms=("none", "match"),
         clips=CLIPS,
         windows=(64, 96, 128, 192, 256),
