@@ -17,7 +17,7 @@ from pmkvq_compiler.calibrate import Calibration
 from pmkvq_compiler.calibration_file import load_or_calibrate
 from pmkvq_compiler.capture import capture
 from pmkvq_compiler.check import check_artifact
-from pmkvq_compiler.emit import emit_package, write_weights
+from pmkvq_compiler.emit import emit_package, write_config, write_project, write_weights
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
@@ -81,6 +81,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
         report["seconds"] = stages.seconds
         write_report(report, folder)
+        write_project(folder, manifest["package"], source.name)
         write_manifest(folder, manifest)
     return CompileResult(options.output, plan, report["rows"], report)
 
@@ -138,7 +139,7 @@ def _write_model(
     package = package if package[:1].isalpha() else f"model_{package}"
     emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
-    source.config.save_pretrained(folder)
+    write_config(source, folder)
     source.generation_config.save_pretrained(folder)
     source.save_tokenizer(folder)
     return {
