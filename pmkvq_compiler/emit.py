@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pmkvq_compiler.codegen import MODEL_DTYPE
 from pmkvq_compiler.errors import CompileError
@@ -30,8 +31,6 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
 METADATA = {"format": "pt"}
-HUGGINGFACE_MODULE = "modeling_pmkvq"
-HUGGINGFACE_CLASS = "PmkvqForCausalLM"
 
 
 def emit_package(program: Program, source: Source, folder: Path, package: str) -> None:
@@ -60,7 +59,10 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
-        folder / f"{HUGGINGFACE_MODULE}.py": read(f"{HUGGINGFACE_MODULE}.py"),
+        folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
+        folder / "modeling_compiled.py": render(
+            "modeling_compiled.py.j2", architecture=_architecture(source), config_class=type(source.config).__name__
+        ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
     for path, text in pages.items():
@@ -71,11 +73,18 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
 
 
 def write_config(source: Source, folder: Path) -> None:
-    """Write `config.json`: the source model's, of the stored dtype, which also names the class for remote code."""
+    """Write `config.json`: the source model's, of the stored dtype, so that plain transformers loads the weights; with
+    remote code trusted it leads to the compiled model."""
     config = copy.deepcopy(source.config)
     config.dtype = source.dtype
-    config.auto_map = {"AutoModelForCausalLM": f"{HUGGINGFACE_MODULE}.{HUGGINGFACE_CLASS}"}
+    config.architectures = [_architecture(source)]
+    config.auto_map = {"AutoModelForCausalLM": f"modeling_compiled.{_architecture(source)}"}
     config.save_pretrained(folder)
+
+
+def _architecture(source: Source) -> str:
+    """The class of transformers that the weights are of, with the folds in them as without."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].__name__
 
 
 def write_project(folder: Path, package: str, name: str) -> None:

@@ -130,7 +130,6 @@ class PmkvqCache(Cache):
 class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     """A compiled model. For inference: it has no gradients, and its cache is always the artifact's."""
 
-    config_class = PretrainedConfig
     main_input_name = "input_ids"
     _supports_sdpa = True  # attention is the artifact's; this keeps transformers from refusing its own default
 
