@@ -347,7 +347,6 @@ class Cache:
             layer.reorder(sequences)
         self.length = [self.length[sequence] for sequence in sequences]
 
-    @torch.inference_mode()
     def select(self, sequences: Sequence[int]) -> Cache:
         """A new cache of these sequences, in any number and order, within the same budget.
 
@@ -365,8 +364,8 @@ class Cache:
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens of every sequence.
 
-        Only tokens that were not quantized yet can be taken back, which the last `window - block` always can in layers
-        without a sliding window. Raises `InputError` for more than that; nothing is changed then.
+        Only tokens that were not quantized yet can be taken back; earlier ones that they pushed out of the window stay
+        quantized. Raises `InputError` for more than that; nothing is changed then.
         """
         limit = min(layer.croppable(sequence) for layer in self.layers for sequence in range(self.batch_size))
         if not 0 <= count <= limit:
