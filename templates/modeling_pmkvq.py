@@ -145,9 +145,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         self._apply(lambda value: value)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
-    ) -> PmkvqForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> PmkvqForCausalLM:
         """The model in an artifact's folder or hub repository, in its own dtype and on the CPU unless told otherwise.
 
         `dtype` is a torch dtype, its name or "auto"; `device_map` one device, {"": device} or "auto". Raises

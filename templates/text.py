@@ -54,8 +54,10 @@ class Tokenizer:
             raise ArtifactError("this model has no chat template; use encode")
         special = {name: _content(value) for name, value in self.settings.items() if name.endswith("_token")}
         try:
-            text = _environment().from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=True, **special
+            text = (
+                _environment()
+                .from_string(self.chat_template)
+                .render(messages=messages, add_generation_prompt=True, **special)
             )
         except TemplateError as error:
             raise ArtifactError(f"the chat template does not take these messages ({error})") from error
