@@ -118,9 +118,7 @@ def _parser(package: str) -> argparse.ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens an answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest (%(default)s)"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (%(default)s)")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--device", metavar="NAME", help="cpu (default), cuda:0 ...")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the artifact's own)")
