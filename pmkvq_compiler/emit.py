@@ -84,7 +84,8 @@ def write_config(source: Source, folder: Path) -> None:
 
 def _architecture(source: Source) -> str:
     """The class of transformers that the weights are of, with the folds in them as without."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].__name__
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    return str(model_class.__name__)
 
 
 def write_project(folder: Path, package: str, name: str) -> None:

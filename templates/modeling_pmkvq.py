@@ -133,7 +133,9 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True  # attention is the artifact's; this keeps transformers from refusing its own default
 
-    def __init__(self, config: PretrainedConfig, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, config: PretrainedConfig, folder: Path, device: torch.device, dtype: str | torch.dtype | None
+    ) -> None:
         super().__init__(config)
         package = _import_package(folder)
         self.compiled = package.load(device, dtype)

@@ -180,9 +180,8 @@ def test_long_input_is_taken_in_the_chunks_of_the_runtime(artifact: Path, model:
     cache, ids = own.new_cache(2), prompt(150, batch_size=2)
     mask = torch.ones_like(ids)
     mask[1, :80] = 0
-    expected = torch.cat(
-        [own(part, cache, attention_mask=own_mask) for part, own_mask in zip(ids.split(64, 1), mask.split(64, 1))], 1
-    )
+    pieces = zip(ids.split(64, 1), mask.split(64, 1), strict=True)
+    expected = torch.cat([own(part, cache, attention_mask=own_mask) for part, own_mask in pieces], 1)
     out = model(ids, attention_mask=mask, past_key_values=model.new_cache(2))
     torch.testing.assert_close(out.logits, expected)
     for keep, columns in ((1, slice(149, 150)), (30, slice(120, 150)), (torch.tensor([3, 70, 149]), [3, 70, 149])):
@@ -353,9 +352,8 @@ def test_what_an_artifact_cannot_do_is_refused(artifact: Path, model: Any) -> No
             refused()
     with pytest.raises(NotImplementedError, match="saved by copying its folder"):
         model.save_pretrained("elsewhere")
+    past = model(prompt(250), past_key_values=model.new_cache()).past_key_values
     with pytest.raises(RuntimeError, match="more do not fit"):
-        past = model.new_cache()
-        model(prompt(250), past_key_values=past)
         model(prompt(100), past_key_values=past)
     assert past.get_seq_length() == past.cache.length[0] == 250
 
