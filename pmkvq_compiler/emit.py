@@ -48,6 +48,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "name": source.name,
         "base_model": source.base_model,
         "license": source.license,
+        "architecture": _architecture(source),
         "plan": plan,
     }
     target = folder / package
@@ -61,7 +62,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "text.py": read("text.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
-            "modeling_compiled.py.j2", architecture=_architecture(source), config_class=type(source.config).__name__
+            "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
         ),
         folder / "README.md": render("model_card.md.j2", **values),
     }

@@ -105,9 +105,7 @@ def test_selected_sequences_are_as_if_fed_alone(sequences: list[int], length: in
     for store, chosen_store in zip(expected.layers, chosen.layers, strict=True):
         while store.stage < chosen_store.stage:  # bits that were given up do not come back with more room
             store.lower()
-    assert same(
-        chosen, expected, tolerance=1e-3
-    )  # codes stored wide and lowered may differ by one from codes stored narrow
+    assert same(chosen, expected, tolerance=1e-3)  # a code stored wide and then lowered may differ by one
 
 
 def test_more_sequences_than_the_budget_holds_are_refused() -> None:
