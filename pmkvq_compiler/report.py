@@ -12,10 +12,35 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pmkvq_compiler.charts import Sample, filling_chart, plan_chart, readable_bytes
+from pmkvq_compiler.charts import (
+    Sample,
+    comparison_chart,
+    filling_chart,
+    layers_chart,
+    plan_chart,
+    readable_bytes,
+)
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
+
+
+CHECKS = {
+    "full_precision_error": (
+        "error before quantization",
+        "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
+        "what folds and generated code change",
+    ),
+    "planned_precision_error": (
+        "error at the final bits",
+        "the same with all layers at the bits they end at, the text fed piece by piece through the cache",
+    ),
+    "planned_precision_kl": (
+        "nats of divergence at the final bits",
+        "mean KL of the next token's distribution from the source model's: 0 is the same model",
+    ),
+}
+"""What the figures of the check mean, in the order in which they are shown."""
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -29,9 +54,12 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     page = templates.get_template("report.html.j2").render(
         report=report,
         facts=facts(report),
+        checks=checks(report["check"]),
         reasons=grouped_reasons(report["rows"]),
         folded=layer_ranges([row["layer"] for row in report["rows"] if row["fold"] == "folded"]),
         plan_chart=Markup(plan_chart(report["rows"])),
+        comparison_chart=Markup(comparison_chart(report["original_bytes"], report["arena_bytes"])),
+        layers_chart=Markup(layers_chart(report["rows"], report["bytes_over_tokens"])),
         filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
         readable_bytes=readable_bytes,
         figure=figure,
@@ -49,6 +77,13 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("16-bit cache", readable_bytes(original), f"{original / reserved:.1f} times as much"),
         ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
     ]
+
+
+def checks(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures of the check as (value, name, what it says); figures without a text of their own come last."""
+    known = [(figure(figures[key]), *text) for key, text in CHECKS.items() if key in figures]
+    others = [(figure(value), key.replace("_", " "), "") for key, value in figures.items() if key not in CHECKS]
+    return known + others
 
 
 def figure(value: Any) -> str:
@@ -93,6 +128,7 @@ def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
     return {
         "tokens": tokens,
         "used": sum(cache.bytes_used for cache in caches),
+        "layer_bytes": [cache.bytes_used for cache in caches],
         "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
         "bits": [list(cache.bits) for cache in caches],
     }
