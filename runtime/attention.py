@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .quantize import fields_of, step_and_zero, unpack_bytes
+from .rotation import hadamard
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache, Records
@@ -45,6 +46,9 @@ def cached_attention(
     softmax and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
     """
     store = cache.layers[layer]
+    if store.plan.key_rotated:
+        rotation = hadamard(q.shape[-1]).to(q)
+        q, k = q @ rotation, k @ rotation
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for sequence, own in enumerate(cache.columns):
         if own.start < own.stop:
