@@ -24,7 +24,6 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 
-
 CHECKS = {
     "full_precision_error": (
         "error before quantization",
