@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from html import escape
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 WIDTH = 960
@@ -14,8 +15,14 @@ PANELS, PANEL_GAP, PANEL_HEIGHT = 3, 30, 170
 PANEL_WIDTH = (WIDTH - (PANELS - 1) * PANEL_GAP) / PANELS
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
+NAMES = {"none": "as it is", "scale": "scaled", "rotate": "rotated", "match": "matched"}
+"""What the transforms of K and V are called."""
+
+PLAIN = ("none", "token")
+"""What every layer has that nothing was chosen for: drawn hollow."""
+
 Row = dict[str, Any]
-"""A layer of the plan: `layer`, `key_bits`, `value_bits`, `key_axis`, `arena_bytes`, `sensitivity`, `fold`."""
+"""A layer of the plan, as `report.json` has it in `rows`."""
 
 Sample = dict[str, Any]
 """The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] and
@@ -36,13 +43,15 @@ def plan_chart(rows: list[Row]) -> str:
         _legend({row[key] for row in rows for key in ("key_bits", "value_bits")}),
         *_bit_cells(rows, "K bits", "key_bits", top=30),
         *_bit_cells(rows, "V bits", "value_bits", top=60),
-        *_runs(rows, "K groups", lambda row: row["key_axis"], top=92),
-        *_runs(rows, "fold", lambda row: "folded" if row["fold"] == "folded" else "not folded", top=112),
-        *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=146),
-        *_bars(rows, "sensitivity", "sensitivity", lambda value: f"{value:.3g}", top=222),
-        *_layer_axis(len(rows), top=298),
+        *_runs(rows, "K groups", "key_axis", top=98),
+        *_runs(rows, "K", "key_transform", top=118),
+        *_runs(rows, "V", "value_transform", top=138),
+        *_runs(rows, "window", "window", top=158),
+        *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=192),
+        *_bars(rows, "predicted loss", "sensitivity", lambda value: f"{value:.2g}", top=268),
+        *_layer_axis(len(rows), top=346),
     ]
-    return _svg(parts, height=320, label="The plan: bits, groups, folds, bytes and sensitivities of every layer")
+    return _svg(parts, height=362, label="The plan: bits, groups, folds, windows, bytes and losses of every layer")
 
 
 def filling_chart(trace: list[Sample], budget: int) -> str:
@@ -127,15 +136,16 @@ def _bit_cells(rows: list[Row], label: str, key: str, top: float) -> list[str]:
     return parts
 
 
-def _runs(rows: list[Row], label: str, value: Callable[[Row], str], top: float) -> list[str]:
+def _runs(rows: list[Row], label: str, key: str, top: float) -> list[str]:
     """Neighbouring layers with the same value as one strip, which is named where the name fits."""
     width, place = PLOT / len(rows), 0
     parts = [_row_label(top + 12, label)]
-    for name, run in groupby(rows, key=value):
+    for value, run in groupby(rows, key=itemgetter(key)):
         first, *_ = members = list(run)
+        name = NAMES.get(value, str(value))
         span, x = width * len(members), LEFT + place * width
-        title = f"layers {first['layer']}-{members[-1]['layer']}: {name}"
-        parts.append(_rect(x + 0.5, top, span - 1, 16, f"strip {name.replace(' ', '-')}", title))
+        title = f"layers {first['layer']}-{members[-1]['layer']}: {label} {name}"
+        parts.append(_rect(x + 0.5, top, span - 1, 16, "strip hollow" if value in PLAIN else "strip", title))
         if span >= 7 * len(name):
             parts.append(_text(x + span / 2, top + 12, name, "small"))
         place += len(members)

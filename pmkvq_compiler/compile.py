@@ -23,6 +23,7 @@ from pmkvq_compiler.capture import capture
 from pmkvq_compiler.check import check_artifact
 from pmkvq_compiler.emit import emit_package, write_config, write_project, write_weights
 from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
@@ -178,7 +179,7 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
-        {**asdict(row), "fold": _folded(site, solution), "rotated": site.layer in solution.rotated}
+        {**asdict(row), "fold": _folded(site, solution), "value_fold": _value_folded(site, row.value_transform)}
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
@@ -205,3 +206,12 @@ def _folded(site: AttentionSite, solution: Solution) -> str:
     if site.layer in solution.scaled:
         return "folded"
     return site.reason or "the plan gains nothing by it: it groups K by channel, or leaves it unscaled"
+
+
+def _value_folded(site: AttentionSite, transform: Transform) -> str:
+    """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
+    if transform != "none":
+        return "folded"
+    if site.value is None or site.output is None:
+        return "v_proj or the output projection was not found in the graph"
+    return "the plan gains nothing by a rotation of V"

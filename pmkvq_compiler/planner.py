@@ -29,7 +29,7 @@ from pmkvq_compiler.runtime.plan import (
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
 from .errors import CompileError, UsageError
-from .formats import Format
+from .formats import Format, Transform
 from .options import CompileOptions
 from .recipes import RECIPES, Recipe, resolved
 
@@ -81,6 +81,8 @@ class PlanRow:
     key_bits: int
     value_bits: int
     key_axis: KeyAxis
+    key_transform: Transform
+    value_transform: Transform
     window: int
     arena_bytes: int
     sensitivity: float
@@ -181,6 +183,8 @@ def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: 
             key_bits=layer.key_bits,
             value_bits=layer.value_bits,
             key_axis=layer.key_axis,
+            key_transform="none" if key is None else key.transform,
+            value_transform="none" if value is None else value.transform,
             window=layer.window,
             arena_bytes=layer.arena_bytes,
             sensitivity=_loss(site.layer, layer, key, value, calibration, solution.plan.max_len),
