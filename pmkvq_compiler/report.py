@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pmkvq_compiler.charts import (
+    NAMES,
     Sample,
     comparison_chart,
     filling_chart,
@@ -21,6 +22,7 @@ from pmkvq_compiler.charts import (
     readable_bytes,
 )
 from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.runtime.cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 
@@ -42,6 +44,26 @@ CHECKS = {
 """What the figures of the check mean, in the order in which they are shown."""
 
 
+FOLDS = {
+    "fold": (
+        "Scales of K",
+        "Each channel is divided by its scale in the key projection and multiplied by it in the query's.",
+    ),
+    "value_fold": (
+        "Rotation of V",
+        "Each head is turned by the value projection and turned back by the output projection.",
+    ),
+}
+"""What is folded into the weights, by the key of a row that says whether and why not."""
+
+
+MEASURES = {
+    "output": "nats a token more at the final bits, by the calibration",
+    "gradient": "at the final bits, by the paper's measure: gradients times errors",
+}
+"""What the planner's sensitivities are."""
+
+
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write `report.json` and `report.html` into `folder`."""
     templates = Environment(
@@ -54,12 +76,12 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         report=report,
         facts=facts(report),
         checks=checks(report["check"]),
-        reasons=grouped_reasons(report["rows"]),
-        folded=layer_ranges([row["layer"] for row in report["rows"] if row["fold"] == "folded"]),
+        folds=folds(report["rows"]),
         plan_chart=Markup(plan_chart(report["rows"])),
         comparison_chart=Markup(comparison_chart(report["original_bytes"], report["arena_bytes"])),
         layers_chart=Markup(layers_chart(report["rows"], report["bytes_over_tokens"])),
         filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
+        names=NAMES,
         readable_bytes=readable_bytes,
         figure=figure,
     )
@@ -70,11 +92,20 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The figures to see first, as (name, value, remark)."""
     reserved, budget, original = report["arena_bytes"], report["budget"], report["original_bytes"]
+    tokens = f"{report['batch_size']} x {report['max_len']:,} tokens"
     return [
-        ("budget", readable_bytes(budget), f"for {report['batch_size']} x {report['max_len']:,} tokens"),
-        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of the budget"),
-        ("16-bit cache", readable_bytes(original), f"{original / reserved:.1f} times as much"),
+        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
+        ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
         ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
+        ("predicted loss", figure(report["predicted_loss"]), MEASURES[RECIPES[report["recipe"]].measure]),
+    ]
+
+
+def folds(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, dict[str, str]]]:
+    """The folds as (name, what it does, layers that have it, {why not: layers})."""
+    return [
+        (*text, layer_ranges([row["layer"] for row in rows if row[key] == "folded"]), grouped_reasons(rows, key))
+        for key, text in FOLDS.items()
     ]
 
 
@@ -90,12 +121,12 @@ def figure(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def grouped_reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Why layers were not folded: the reason and its layers (`0-3, 7`)."""
+def grouped_reasons(rows: list[dict[str, Any]], key: str = "fold") -> dict[str, str]:
+    """Why K (`fold`) or V (`value_fold`) of layers was not folded: the reason and its layers (`0-3, 7`)."""
     layers: dict[str, list[int]] = {}
     for row in rows:
-        if row["fold"] != "folded":
-            layers.setdefault(row["fold"], []).append(row["layer"])
+        if row[key] != "folded":
+            layers.setdefault(row[key], []).append(row["layer"])
     return {reason: layer_ranges(numbers) for reason, numbers in layers.items()}
 
 
