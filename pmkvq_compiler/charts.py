@@ -16,7 +16,7 @@ PANEL_WIDTH = (WIDTH - (PANELS - 1) * PANEL_GAP) / PANELS
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 NAMES = {"none": "as it is", "scale": "scaled", "rotate": "rotated", "match": "matched"}
-"""What the transforms of K and V are called."""
+"""What the transforms of K and V are called: the map of a layer multiplies each head by a matrix of that kind."""
 
 PLAIN = ("none", "token")
 """What every layer has that nothing was chosen for: drawn hollow."""

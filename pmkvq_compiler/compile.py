@@ -13,8 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate import Calibration
@@ -25,11 +23,11 @@ from pmkvq_compiler.emit import emit_package, write_config, write_project, write
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.planner import Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -58,18 +56,13 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met;
     `options.output` is then absent or as it was.
     """
-    stages = _Stages(progress)
+    stages = Stages(progress)
     onnx_export = _onnx_export() if options.onnx else None
     if not options.dry_run:
         check_target(options.output, options.force)
-    with stages("source"):
-        source = open_source(options.model, options.dtype)
-        max_len = _max_len(source, options)
-    with stages("capture"):
-        program = capture(source.config)
-        if onnx_export is not None:
-            onnx_export.check_expressible(program)
-        run_passes(program, [LocateAttention()])
+    source, program, max_len = captured(options, stages)
+    if onnx_export is not None:
+        onnx_export.check_expressible(program)
     with stages("calibrate"):
         budget = _budget(program, options, max_len)
         check_feasible(program.sites, options, budget, max_len, source.dtype)
@@ -81,7 +74,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
-        run_passes(program, pipeline(_scales(solution, calibration), solution.rotated, plan))
+        run_passes(program, _pipeline(solution, calibration))
     with staged(options.output) as folder:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
@@ -98,7 +91,18 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     return CompileResult(options.output, plan, report["rows"], report)
 
 
-class _Stages:
+def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, int]:
+    """The source model, its graph with the attention located, and the tokens that a sequence may have."""
+    with stages("source"):
+        source = open_source(options.model, options.dtype)
+        max_len = _max_len(source, options)
+    with stages("capture"):
+        program = capture(source.config)
+        run_passes(program, [LocateAttention()])
+    return source, program, max_len
+
+
+class Stages:
     """Tells when a stage begins and ends, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
@@ -143,9 +147,20 @@ def _budget(program: Program, options: CompileOptions, max_len: int) -> int | No
     return parse_budget(options.budget, cache_bytes_at_16_bits(program.sites, max_len, options.batch_size))
 
 
-def _scales(solution: Solution, calibration: Calibration) -> dict[int, Tensor]:
-    """The key scales that the plan's formats ask for."""
-    return {layer: calibration.scales[layer] for layer in sorted(solution.scaled)}
+def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
+    """The passes that make a program of the plan and what it multiplies K and V by."""
+    folds, scaled = Folds.of(solution, calibration), _scaled(solution)
+    return pipeline(
+        key_scales={layer: calibration.scales[layer] for layer in scaled},
+        key_rotations={layer: rotation for layer, rotation in folds.keys.items() if layer not in scaled},
+        value_transforms=folds.values,
+        plan=solution.plan,
+    )
+
+
+def _scaled(solution: Solution) -> list[int]:
+    """Layers whose key scales are folded."""
+    return [layer for layer, transform in solution.key_transforms.items() if transform == "scale"]
 
 
 def _write_model(
@@ -179,7 +194,11 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
-        {**asdict(row), "fold": _folded(site, solution), "value_fold": _value_folded(site, row.value_transform)}
+        {
+            **asdict(row),
+            "fold": _folded(site, row.key_transform),
+            "value_fold": _value_folded(site, row.value_transform),
+        }
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
@@ -201,11 +220,13 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     }
 
 
-def _folded(site: AttentionSite, solution: Solution) -> str:
+def _folded(site: AttentionSite, transform: Transform) -> str:
     """ "folded" where the key scales are, else why they are not."""
-    if site.layer in solution.scaled:
+    if transform == "scale":
         return "folded"
-    return site.reason or "the plan gains nothing by it: it groups K by channel, or leaves it unscaled"
+    if transform != "none":
+        return "queries and keys are rotated behind RoPE instead, at run time"
+    return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
 
 
 def _value_folded(site: AttentionSite, transform: Transform) -> str:
@@ -214,4 +235,4 @@ def _value_folded(site: AttentionSite, transform: Transform) -> str:
         return "folded"
     if site.value is None or site.output is None:
         return "v_proj or the output projection was not found in the graph"
-    return "the plan gains nothing by a rotation of V"
+    return "the plan does better without"

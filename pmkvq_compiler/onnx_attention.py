@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-import torch
 from onnxscript import OpBuilder, build_function
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
 from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels, step_fraction
-from pmkvq_compiler.runtime.rotation import hadamard
 
 DOMAIN = "pmkvq"
 OPSET = 20
@@ -116,9 +114,6 @@ def attention_function(name: str, attention: Attention) -> ir.Function:
         query, key, value, *others = given
         sinks = others.pop(0) if attention.has_sinks else None
         past = {tensor.name: one for tensor, one in zip(state, others, strict=True)}
-        if plan.key_rotated:
-            rotation = op.Constant(value=ir.tensor(hadamard(plan.key_head_dim).to(torch.float32)))
-            query, key = op.MatMul(query, rotation), op.MatMul(key, rotation)
         outputs = _attend_and_append(op, attention, query, key, value, sinks, past)
         for output, name in zip(outputs, ["attended", *(f"present_{tensor.name}" for tensor in state)], strict=True):
             output.name = name

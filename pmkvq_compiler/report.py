@@ -50,8 +50,8 @@ FOLDS = {
         "Each channel is divided by its scale in the key projection and multiplied by it in the query's.",
     ),
     "value_fold": (
-        "Rotation of V",
-        "Each head is turned by the value projection and turned back by the output projection.",
+        "Map of V",
+        "Each head is multiplied by a matrix in the value projection, by its inverse in the output projection.",
     ),
 }
 """What is folded into the weights, by the key of a row that says whether and why not."""

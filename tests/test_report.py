@@ -119,7 +119,7 @@ def test_html_shows_layers_reasons_figures_and_command(tmp_path: Path) -> None:
     shown = " ".join(" ".join(text.content).split())
     assert "some/<model>" in shown
     assert f"multiplied by it in the query's. folded layers 0 not folded layers 1-2: {REASON}" in shown
-    assert "turned back by the output projection. folded layers 0-2" in shown
+    assert "its inverse in the output projection. folded layers 0-2" in shown
     assert "1.23e-07" in shown
     assert report["command"] in shown
     assert f"{report['rows'][0]['arena_bytes']:,}" in shown
@@ -169,4 +169,4 @@ def test_readable_bytes(count: int, text: str) -> None:
 def test_reproduction_command_gives_the_same_options(options: CompileOptions) -> None:
     name, *arguments = shlex.split(reproduction_command(options))
     assert name == "pmkvq-compile"
-    assert parse(arguments) == (options, False)
+    assert parse(arguments).options == options
