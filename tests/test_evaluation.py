@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an ext
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 6
+
+
+def test_tasks_of_the_papers_benchmarks_are_found_and_judged() -> None:
+    from lm_eval.tasks import TaskManager
+
+    from examples.evaluation.boxed import process_results
+    from examples.evaluation.programs import programs
+
+    tasks = TaskManager(include_path=str(ROOT / "examples" / "evaluation")).all_tasks
+    assert {"aime24", "aime25", "cmimc25", "livecodebench"} <= set(tasks)
+    answers = {"So it is $\\boxed{\\frac{1}{2}}$.": 1, "So it is $\\boxed{2}$.": 0}
+    for answer, right in answers.items():
+        assert process_results({"answer": "\\frac12"}, [answer]) == {"exact_match": right}
+    said = "First\n```python\nprint(1)\n```\nNo:\n```python\nprint(2)\n```\n"
+    samples = [json.dumps({"doc": {"question_id": name}, "resps": [[said, "I do not know."]]}) for name in "ab"]
+    assert programs(samples) == [{"question_id": name, "code_list": ["print(2)\n", ""]} for name in "ab"]
 
 
 def evaluate(model: Path) -> tuple[dict[str, Any], Any]:
