@@ -1,4 +1,4 @@
-"""Draw the README's pictures: an artifact's plan, and its cache while a text goes through it.
+"""Draw the README's pictures: an artifact's plan, its cache while a text goes through it, and its report in Chromium.
 
 python examples/make_pictures.py out/demo examples/pictures
 """
@@ -6,6 +6,8 @@ python examples/make_pictures.py out/demo examples/pictures
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +19,9 @@ from pmkvq_compiler.charts import Sample, filling_chart, plan_chart
 from pmkvq_compiler.runtime.plan import original_bytes
 
 PIECE = 16
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+DARK, LIGHT = 0, 1
+"""The browser's numbers of the colour schemes."""
 
 
 def main(artifact: Path, folder: Path) -> None:
@@ -31,6 +36,23 @@ def main(artifact: Path, folder: Path) -> None:
         head, body = picture.split("\n", 1)
         standalone = f"{head}\n<style>{style}</style>\n<rect width='100%' height='100%' fill='var(--paper)'/>\n{body}\n"
         (folder / name).write_text(standalone, encoding="utf-8")
+    for name, scheme in (("report.png", LIGHT), ("report-dark.png", DARK)):
+        print(photograph(artifact / "report.html", folder / name, scheme), end="")
+
+
+def photograph(page: Path, picture: Path, scheme: int, width: int = 1060, height: int = 1400) -> str:
+    """Write a PNG of the upper part of a page as a browser shows it; returns what the page wrote to its console.
+
+    Raises `RuntimeError` where none of `BROWSERS` is installed.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise RuntimeError(f"none of {', '.join(BROWSERS)} is installed; install one")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    shown = [f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},{height}"]
+    output = [f"--screenshot={picture.absolute()}", page.absolute().as_uri()]
+    done = subprocess.run([*command, *shown, *output], capture_output=True, text=True, check=True, timeout=120)
+    return "".join(line for line in done.stderr.splitlines(keepends=True) if ":CONSOLE" in line)
 
 
 def measured(artifact: Path) -> list[Sample]:

@@ -53,9 +53,15 @@ def _replace(output: Path, staging: Path) -> None:
     shutil.rmtree(old)
 
 
+MODEL_CARD = "README.md"
+
+
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """`pmkvq.json`: the format version, `content` and the sha256 of every other file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """`pmkvq.json`: the format version, `content` and the sha256 of every other file.
+
+    Only the model card has none: people edit it where they publish the artifact.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, MODEL_CARD))
     digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     manifest = {"format_version": FORMAT_VERSION, **content, "files": digests}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from html import escape
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 WIDTH = 960
 LEFT, RIGHT = 96, 12
 PLOT = WIDTH - LEFT - RIGHT
+PANELS, PANEL_GAP, PANEL_HEIGHT = 3, 30, 170
+PANEL_WIDTH = (WIDTH - (PANELS - 1) * PANEL_GAP) / PANELS
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
+NAMES = {"none": "as it is", "scale": "scaled", "rotate": "rotated", "match": "matched"}
+"""What the transforms of K and V are called: the map of a layer multiplies each head by a matrix of that kind."""
+
+PLAIN = ("none", "token")
+"""What every layer has that nothing was chosen for: drawn hollow."""
+
 Row = dict[str, Any]
-"""A layer of the plan: `layer`, `key_bits`, `value_bits`, `key_axis`, `arena_bytes`, `sensitivity`, `fold`."""
+"""A layer of the plan, as `report.json` has it in `rows`."""
 
 Sample = dict[str, Any]
-"""The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] a layer."""
+"""The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] and
+`layer_bytes` [...] of every layer."""
 
 
 def readable_bytes(count: float) -> str:
@@ -33,13 +43,15 @@ def plan_chart(rows: list[Row]) -> str:
         _legend({row[key] for row in rows for key in ("key_bits", "value_bits")}),
         *_bit_cells(rows, "K bits", "key_bits", top=30),
         *_bit_cells(rows, "V bits", "value_bits", top=60),
-        *_runs(rows, "K groups", lambda row: row["key_axis"], top=92),
-        *_runs(rows, "fold", lambda row: "folded" if row["fold"] == "folded" else "not folded", top=112),
-        *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=146),
-        *_bars(rows, "sensitivity", "sensitivity", lambda value: f"{value:.3g}", top=222),
-        *_layer_axis(len(rows), top=298),
+        *_runs(rows, "K groups", "key_axis", top=98),
+        *_runs(rows, "K map", "key_transform", top=118),
+        *_runs(rows, "V map", "value_transform", top=138),
+        *_runs(rows, "window", "window", top=158),
+        *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=192),
+        *_bars(rows, "predicted loss", "sensitivity", lambda value: f"{value:.2g}", top=268),
+        *_layer_axis(len(rows), top=346),
     ]
-    return _svg(parts, height=320, label="The plan: bits, groups, folds, bytes and sensitivities of every layer")
+    return _svg(parts, height=362, label="The plan: bits, groups, folds, windows, bytes and losses of every layer")
 
 
 def filling_chart(trace: list[Sample], budget: int) -> str:
@@ -55,6 +67,31 @@ def filling_chart(trace: list[Sample], budget: int) -> str:
         *_token_axis(trace[-1]["tokens"], top=height - 42),
     ]
     return _svg(parts, height, label="Bytes of the cache and bits of every layer while tokens come in")
+
+
+def layers_chart(rows: list[Row], trace: list[Sample]) -> str:
+    """A panel for each kind of layer: its bytes against its share, and its bits, while tokens come in."""
+    kinds = list(_alike(rows, trace))
+    parts = [_legend({bits for sample in trace for pair in sample["bits"] for bits in pair})]
+    for place, layers in enumerate(kinds):
+        down, across = divmod(place, PANELS)
+        parts += _panel(rows, trace, layers, across * (PANEL_WIDTH + PANEL_GAP), 34 + down * PANEL_HEIGHT)
+    height = 34 + -(-len(kinds) // PANELS) * PANEL_HEIGHT
+    return _svg(parts, height, label="Bytes and bits of each kind of layer while tokens come in")
+
+
+def comparison_chart(original: float, reserved: float) -> str:
+    """The bytes at 16 bits a number and those of the plan, one bar above the other."""
+    widest = max(original, reserved)
+    parts = []
+    for place, (name, count, kind) in enumerate((("16 bits", original, "strip"), ("this plan", reserved, "share"))):
+        y, width = 6 + 34 * place, max(2.0, (PLOT - 110) * count / widest)
+        parts += [
+            _row_label(y + 17, name),
+            _rect(LEFT, y, width, 26, kind, f"{name}: {readable_bytes(count)}"),
+            _text(LEFT + width + 8, y + 18, readable_bytes(count), anchor="start"),
+        ]
+    return _svg(parts, height=72, label="The cache at 16 bits a number, and as planned")
 
 
 def _svg(parts: Iterable[str], height: int, label: str) -> str:
@@ -99,15 +136,16 @@ def _bit_cells(rows: list[Row], label: str, key: str, top: float) -> list[str]:
     return parts
 
 
-def _runs(rows: list[Row], label: str, value: Callable[[Row], str], top: float) -> list[str]:
+def _runs(rows: list[Row], label: str, key: str, top: float) -> list[str]:
     """Neighbouring layers with the same value as one strip, which is named where the name fits."""
     width, place = PLOT / len(rows), 0
     parts = [_row_label(top + 12, label)]
-    for name, run in groupby(rows, key=value):
+    for value, run in groupby(rows, key=itemgetter(key)):
         first, *_ = members = list(run)
+        name = NAMES.get(value, str(value))
         span, x = width * len(members), LEFT + place * width
-        title = f"layers {first['layer']}-{members[-1]['layer']}: {name}"
-        parts.append(_rect(x + 0.5, top, span - 1, 16, f"strip {name.replace(' ', '-')}", title))
+        title = f"layers {first['layer']}-{members[-1]['layer']}: {label} {name}"
+        parts.append(_rect(x + 0.5, top, span - 1, 16, "strip hollow" if value in PLAIN else "strip", title))
         if span >= 7 * len(name):
             parts.append(_text(x + span / 2, top + 12, name, "small"))
         place += len(members)
@@ -193,6 +231,53 @@ def _stretches(trace: list[Sample], layer: int, half: int) -> list[tuple[int, in
     runs = [(bits, next(run)["tokens"]) for bits, run in groupby(trace, key=lambda sample: sample["bits"][layer][half])]
     ends = [start for _, start in runs[1:]] + [trace[-1]["tokens"]]
     return [(bits, start, end) for (bits, start), end in zip(runs, ends, strict=True)]
+
+
+def _alike(rows: list[Row], trace: list[Sample]) -> Iterable[list[int]]:
+    """Places of layers that hold the same bytes at the same bits at every moment, those with most bits first."""
+    kinds: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        curve = tuple((sample["layer_bytes"][place], *sample["bits"][place]) for sample in trace)
+        kinds.setdefault((row["key_bits"], row["value_bits"], row["key_axis"], curve), []).append(place)
+    return (kinds[kind] for kind in sorted(kinds, key=lambda kind: (-kind[0] - kind[1], -kind[0])))
+
+
+def _panel(rows: list[Row], trace: list[Sample], layers: list[int], left: float, top: float) -> list[str]:
+    row, longest = rows[layers[0]], trace[-1]["tokens"]
+    ceiling = 1.08 * max(row["arena_bytes"], *(sample["layer_bytes"][layers[0]] for sample in trace))
+    above, below = top + 24, top + PANEL_HEIGHT - 48
+
+    def x(tokens: float) -> float:
+        return left + PANEL_WIDTH * tokens / longest
+
+    def y(count: float) -> float:
+        return below - (below - above) * count / ceiling
+
+    curve = [f"{x(sample['tokens']):.1f},{y(sample['layer_bytes'][layers[0]]):.1f}" for sample in trace]
+    numbers = ", ".join(str(rows[place]["layer"]) for place in layers)
+    share = y(row["arena_bytes"])
+    name = f"K {row['key_bits']}, V {row['value_bits']} bits: " + (
+        f"layer {numbers}" if len(layers) == 1 else f"{len(layers)} layers"
+    )
+    parts = [
+        f"<g><title>{escape(f'layers {numbers}')}</title>{_text(left, top + 12, name, anchor='start')}</g>",
+        _text(left + PANEL_WIDTH, top + 12, readable_bytes(row["arena_bytes"]), "budget-name", anchor="end"),
+        f'<line x1="{left}" x2="{left + PANEL_WIDTH}" y1="{below}" y2="{below}" class="grid"/>',
+        f'<polygon points="{x(0):.1f},{below} {" ".join(curve)} {x(longest):.1f},{below}" class="area"/>',
+    ]
+    for half, kind in enumerate("KV"):
+        for bits, start, stop in _stretches(trace, layers[0], half):
+            if start:
+                parts.append(f'<line x1="{x(start):.1f}" x2="{x(start):.1f}" y1="{above}" y2="{below}" class="step"/>')
+            title = f"{kind} {bits} bits from {start:,} to {stop:,} tokens"
+            parts.append(_rect(x(start), below + 4 + 9 * half, x(stop) - x(start), 8, _shade(bits), title))
+    return [
+        *parts,
+        f'<polyline points="{" ".join(curve)}" class="used"/>',
+        f'<line x1="{left}" x2="{left + PANEL_WIDTH}" y1="{share:.1f}" y2="{share:.1f}" class="budget"/>',
+        _text(left, below + 34, "0", "small", anchor="start"),
+        _text(left + PANEL_WIDTH, below + 34, f"{longest:,} tokens", "small", anchor="end"),
+    ]
 
 
 def _token_axis(longest: int, top: float) -> list[str]:

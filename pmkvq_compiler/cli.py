@@ -296,7 +296,7 @@ def _print_summary(result: CompileResult) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_table(result.report["rows"]), soft_wrap=False)
     for reason, layers in grouped_reasons(result.report["rows"]).items():
-        console.print(f"not folded in layers {layers}: {reason}")
+        console.print(f"K scales not folded in layers {layers}: {reason}")
     for name, value, remark in facts(result.report):
         console.print(f"{name:<20} {value:<10} {remark}")
     if result.path is not None:

@@ -19,8 +19,9 @@ from pmkvq_compiler.calibrate import Calibration
 from pmkvq_compiler.calibration_file import load_or_calibrate
 from pmkvq_compiler.capture import capture
 from pmkvq_compiler.check import check_artifact
-from pmkvq_compiler.emit import emit_package, write_weights
+from pmkvq_compiler.emit import emit_package, write_config, write_project, write_weights
 from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
@@ -85,6 +86,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
         report["seconds"] = stages.seconds
         write_report(report, folder)
+        write_project(folder, manifest["package"], source.name)
         write_manifest(folder, manifest)
     return CompileResult(options.output, plan, report["rows"], report)
 
@@ -175,7 +177,7 @@ def _write_model(
     package = package if package[:1].isalpha() else f"model_{package}"
     emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
-    source.config.save_pretrained(folder)
+    write_config(source, folder)
     source.generation_config.save_pretrained(folder)
     source.save_tokenizer(folder)
     return {
@@ -192,7 +194,11 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
-        {**asdict(row), "fold": _folded(site, solution)}
+        {
+            **asdict(row),
+            "fold": _folded(site, row.key_transform),
+            "value_fold": _value_folded(site, row.value_transform),
+        }
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
@@ -214,8 +220,19 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     }
 
 
-def _folded(site: AttentionSite, solution: Solution) -> str:
+def _folded(site: AttentionSite, transform: Transform) -> str:
     """ "folded" where the key scales are, else why they are not."""
-    if site.layer in _scaled(solution):
+    if transform == "scale":
         return "folded"
-    return site.reason or "the plan does better without: it groups K by channel, rotates it, or leaves it as it is"
+    if transform != "none":
+        return "queries and keys are rotated behind RoPE instead, at run time"
+    return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
+
+
+def _value_folded(site: AttentionSite, transform: Transform) -> str:
+    """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
+    if transform != "none":
+        return "folded"
+    if site.value is None or site.output is None:
+        return "v_proj or the output projection was not found in the graph"
+    return "the plan does better without"

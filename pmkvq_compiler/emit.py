@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import importlib.resources
@@ -14,15 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pmkvq_compiler.codegen import MODEL_DTYPE
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.model_source import model_source
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.load import MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
 from pmkvq_compiler.source import Source
-from pmkvq_compiler.templates import render
+from pmkvq_compiler.templates import read, render
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
@@ -31,10 +34,10 @@ METADATA = {"format": "pt"}
 
 
 def emit_package(program: Program, source: Source, folder: Path, package: str) -> None:
-    """Write the outlined `program` into `folder`: the Python package `package`, `pyproject.toml` and `README.md`.
+    """Write the outlined `program` into `folder`: the Python package `package` and what makes it a hub repository.
 
     The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime; it needs torch
-    and safetensors alone.
+    and safetensors alone. For text it needs tokenizers, too; only the module for transformers beside it needs those.
     """
     if program.plan is None:
         raise ValueError("the program has no plan; run BakePlan first")
@@ -45,6 +48,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "name": source.name,
         "base_model": source.base_model,
         "license": source.license,
+        "architecture": _architecture(source),
         "plan": plan,
     }
     target = folder / package
@@ -53,7 +57,13 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "model.py": model_source(program),
         target / "plan.py": plan_source(plan),
         target / "__init__.py": render("package_init.py.j2", **values),
-        folder / "pyproject.toml": render("pyproject.toml.j2", **values),
+        target / "__main__.py": render("package_main.py.j2", **values),
+        target / "chat.py": read("chat.py"),
+        target / "text.py": read("text.py"),
+        folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
+        folder / "modeling_compiled.py": render(
+            "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
+        ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
     for path, text in pages.items():
@@ -61,6 +71,36 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
     constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
     save_file(constants, target / "constants.safetensors", metadata=METADATA)
     _copy_runtime(target / "runtime")
+
+
+def write_config(source: Source, folder: Path) -> None:
+    """Write `config.json`: the source model's, of the stored dtype, so that plain transformers loads the weights; with
+    remote code trusted it leads to the compiled model."""
+    config = copy.deepcopy(source.config)
+    config.dtype = source.dtype
+    config.architectures = [_architecture(source)]
+    config.auto_map = {"AutoModelForCausalLM": f"modeling_compiled.{_architecture(source)}"}
+    config.save_pretrained(folder)
+
+
+def _architecture(source: Source) -> str:
+    """The class of transformers that the weights are of, with the folds in them as without."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    return str(model_class.__name__)
+
+
+def write_project(folder: Path, package: str, name: str) -> None:
+    """Write `pyproject.toml`, the last file but the manifest: it lists everything that a wheel must carry."""
+    project = "pyproject.toml"
+    files = {path.name for path in folder.iterdir()} | {project, MANIFEST}
+    text = render(
+        "pyproject.toml.j2",
+        package=package,
+        name=name,
+        version=importlib.metadata.version("pmkvq-compiler"),
+        files=sorted(files - {package}),
+    )
+    (folder / project).write_text(text, encoding="utf-8")
 
 
 def plan_source(plan: CachePlan) -> str:

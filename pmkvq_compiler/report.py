@@ -12,10 +12,56 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pmkvq_compiler.charts import Sample, filling_chart, plan_chart, readable_bytes
+from pmkvq_compiler.charts import (
+    NAMES,
+    Sample,
+    comparison_chart,
+    filling_chart,
+    layers_chart,
+    plan_chart,
+    readable_bytes,
+)
 from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.runtime.cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
+
+CHECKS = {
+    "full_precision_error": (
+        "error before quantization",
+        "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
+        "what folds and generated code change",
+    ),
+    "planned_precision_error": (
+        "error at the final bits",
+        "the same with all layers at the bits they end at, the text fed piece by piece through the cache",
+    ),
+    "planned_precision_kl": (
+        "nats of divergence at the final bits",
+        "mean KL of the next token's distribution from the source model's: 0 is the same model",
+    ),
+}
+"""What the figures of the check mean, in the order in which they are shown."""
+
+
+FOLDS = {
+    "fold": (
+        "Scales of K",
+        "Each channel is divided by its scale in the key projection and multiplied by it in the query's.",
+    ),
+    "value_fold": (
+        "Map of V",
+        "Each head is multiplied by a matrix in the value projection, by its inverse in the output projection.",
+    ),
+}
+"""What is folded into the weights, by the key of a row that says whether and why not."""
+
+
+MEASURES = {
+    "output": "nats a token more at the final bits, by the calibration",
+    "gradient": "at the final bits, by the paper's measure: gradients times errors",
+}
+"""What the planner's sensitivities are."""
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -29,10 +75,13 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     page = templates.get_template("report.html.j2").render(
         report=report,
         facts=facts(report),
-        reasons=grouped_reasons(report["rows"]),
-        folded=layer_ranges([row["layer"] for row in report["rows"] if row["fold"] == "folded"]),
+        checks=checks(report["check"]),
+        folds=folds(report["rows"]),
         plan_chart=Markup(plan_chart(report["rows"])),
+        comparison_chart=Markup(comparison_chart(report["original_bytes"], report["arena_bytes"])),
+        layers_chart=Markup(layers_chart(report["rows"], report["bytes_over_tokens"])),
         filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
+        names=NAMES,
         readable_bytes=readable_bytes,
         figure=figure,
     )
@@ -43,12 +92,28 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The figures to see first, as (name, value, remark)."""
     reserved, budget, original = report["arena_bytes"], report["budget"], report["original_bytes"]
+    tokens = f"{report['batch_size']} x {report['max_len']:,} tokens"
     return [
-        ("budget", readable_bytes(budget), f"for {report['batch_size']} x {report['max_len']:,} tokens"),
-        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of the budget"),
-        ("16-bit cache", readable_bytes(original), f"{original / reserved:.1f} times as much"),
+        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
+        ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
         ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
+        ("predicted loss", figure(report["predicted_loss"]), MEASURES[RECIPES[report["recipe"]].measure]),
     ]
+
+
+def folds(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, dict[str, str]]]:
+    """The folds as (name, what it does, layers that have it, {why not: layers})."""
+    return [
+        (*text, layer_ranges([row["layer"] for row in rows if row[key] == "folded"]), grouped_reasons(rows, key))
+        for key, text in FOLDS.items()
+    ]
+
+
+def checks(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures of the check as (value, name, what it says); figures without a text of their own come last."""
+    known = [(figure(figures[key]), *text) for key, text in CHECKS.items() if key in figures]
+    others = [(figure(value), key.replace("_", " "), "") for key, value in figures.items() if key not in CHECKS]
+    return known + others
 
 
 def figure(value: Any) -> str:
@@ -56,12 +121,12 @@ def figure(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def grouped_reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Why layers were not folded: the reason and its layers (`0-3, 7`)."""
+def grouped_reasons(rows: list[dict[str, Any]], key: str = "fold") -> dict[str, str]:
+    """Why K (`fold`) or V (`value_fold`) of layers was not folded: the reason and its layers (`0-3, 7`)."""
     layers: dict[str, list[int]] = {}
     for row in rows:
-        if row["fold"] != "folded":
-            layers.setdefault(row["fold"], []).append(row["layer"])
+        if row[key] != "folded":
+            layers.setdefault(row[key], []).append(row["layer"])
     return {reason: layer_ranges(numbers) for reason, numbers in layers.items()}
 
 
@@ -93,6 +158,7 @@ def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
     return {
         "tokens": tokens,
         "used": sum(cache.bytes_used for cache in caches),
+        "layer_bytes": [cache.bytes_used for cache in caches],
         "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
         "bits": [list(cache.bits) for cache in caches],
     }

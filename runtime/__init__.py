@@ -2,12 +2,14 @@
 
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
+from .generate import PREFILL_CHUNK
 from .load import FORMAT_VERSION, load
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
 
 __all__ = [
     "FORMAT_VERSION",
+    "PREFILL_CHUNK",
     "ArtifactError",
     "Cache",
     "CacheFull",

@@ -8,6 +8,7 @@ shorter, from the front of the pool; what that frees at the end takes new blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,6 +188,51 @@ class LayerCache:
         records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
         records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 
+    def reset(self) -> None:
+        """Forget all tokens and start again at the widest codes."""
+        self.stage = 0
+        self.rows = [0] * len(self.rows)
+        self.flushed = [0] * len(self.rows)
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Let every sequence i hold what `sequences[i]` held, packed codes and all."""
+        moved = [sequence for sequence, source in enumerate(sequences) if sequence != source]
+        if moved:
+            pooled = max(map(self.live_blocks, range(len(self.rows)))) * block_bytes(self.plan, *self.bits)
+            used = slice(0, self.arena.shape[-1] - self.pool.shape[-1] + pooled)
+            self.arena[moved, :, used] = self.arena[[sequences[sequence] for sequence in moved], :, used]
+        self.rows = [self.rows[source] for source in sequences]
+        self.flushed = [self.flushed[source] for source in sequences]
+
+    def take(self, source: LayerCache, sequences: Sequence[int]) -> None:
+        """Hold what `sequences` of `source` hold, a layer of the same plan and `max_len`, lowered where it must be.
+
+        A cache of more sequences has less room for each.
+        """
+        self.rows = [source.rows[sequence] for sequence in sequences]
+        self.flushed = [source.flushed[sequence] for sequence in sequences]
+        self.stage = source.stage
+        while max(map(self.live_blocks, range(len(self.rows)))) > self.capacity():
+            self.stage += 1
+        for own, sequence in enumerate(sequences):
+            rows, live = self.rows[own], self.live_blocks(own)
+            self.keys[own, :, :rows] = source.keys[sequence, :, :rows]
+            self.values[own, :, :rows] = source.values[sequence, :, :rows]
+            for start in range(0, live, BLOCKS_LOWERED_AT_ONCE):
+                stop = min(live, start + BLOCKS_LOWERED_AT_ONCE)
+                _lower_records(source.records(sequence, start, stop), self.records(own, start, stop))
+
+    def croppable(self, sequence: int) -> int:
+        """The last tokens of a sequence that can be taken back: those that were not quantized.
+
+        Where a sliding window has let blocks go, what the remaining tokens see must not be among them.
+        """
+        flushed, plan = self.flushed[sequence], self.plan
+        if not flushed:
+            return self.rows[sequence]
+        kept = plan.window - plan.block + 1 if flushed > self.ring else 0
+        return max(0, self.rows[sequence] - plan.sink - kept)
+
     def lower(self) -> None:
         """Halve the codes of all sequences to the next stage, in place (PM-KVQ, equivalent right shift)."""
         before, after = self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
@@ -225,6 +271,7 @@ class Cache:
     def __init__(
         self, plan: CachePlan, batch_size: int, max_len: int | None, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.plan = plan
         largest = longest(plan, batch_size, dtype.itemsize)
         if batch_size < 1 or largest < 1:
             raise InputError(
@@ -259,17 +306,77 @@ class Cache:
         """Bytes of `bytes_reserved` that hold tokens now."""
         return sum(layer.bytes_used for layer in self.layers)
 
-    def begin(self, columns: list[slice]) -> None:
-        """Announce a call's tokens. Raises `CacheFull` where they do not fit, before anything is changed."""
-        for sequence, (length, own) in enumerate(zip(self.length, columns, strict=True)):
-            new = own.stop - own.start
+    def check_room(self, counts: Sequence[int]) -> None:
+        """Raises `CacheFull` where so many more tokens of each sequence do not fit."""
+        for sequence, (length, new) in enumerate(zip(self.length, counts, strict=True)):
             if length + new > self.max_len:
                 raise CacheFull(
                     f"sequence {sequence} has {length:,} of {self.max_len:,} tokens and {new:,} more do not fit; "
                     f"make a cache with a larger max_len or compile with a larger --max-len"
                 )
+
+    def begin(self, columns: list[slice]) -> None:
+        """Announce a call's tokens. Raises `CacheFull` where they do not fit, before anything is changed."""
+        self.check_room([own.stop - own.start for own in columns])
         self.columns = columns
 
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
         self.length = [length + own.stop - own.start for length, own in zip(self.length, self.columns, strict=True)]
+
+    def reset(self) -> None:
+        """Forget all tokens and start again at the widest codes, in the same memory."""
+        self.length = [0] * self.batch_size
+        for layer in self.layers:
+            layer.reset()
+
+    @torch.inference_mode()
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Let every sequence i hold what sequence `sequences[i]` held, as beam search asks for.
+
+        Packed codes are copied as they are, one layer at a time. Raises `InputError` for other sequences than the
+        cache's; nothing is changed then.
+        """
+        self._check_sequences(sequences)
+        if len(sequences) != self.batch_size:
+            raise InputError(
+                f"{len(sequences)} sequences cannot take the places of {self.batch_size}; "
+                f"for another number of them make a new cache with select"
+            )
+        for layer in self.layers:
+            layer.reorder(sequences)
+        self.length = [self.length[sequence] for sequence in sequences]
+
+    def select(self, sequences: Sequence[int]) -> Cache:
+        """A new cache of these sequences, in any number and order, within the same budget.
+
+        More sequences have less room each, so that layers may be lowered; this cache stays as it is. Raises
+        `InputError` where so many sequences of `max_len` tokens do not fit the budget.
+        """
+        self._check_sequences(sequences)
+        buffer = self.layers[0].keys
+        chosen = Cache(self.plan, len(sequences), self.max_len, buffer.dtype, buffer.device)
+        for layer, source in zip(chosen.layers, self.layers, strict=True):
+            layer.take(source, sequences)
+        chosen.length = [self.length[sequence] for sequence in sequences]
+        return chosen
+
+    def crop(self, count: int) -> None:
+        """Take back the last `count` tokens of every sequence.
+
+        Only tokens that were not quantized yet can be taken back; earlier ones that they pushed out of the window stay
+        quantized. Raises `InputError` for more than that; nothing is changed then.
+        """
+        limit = min(layer.croppable(sequence) for layer in self.layers for sequence in range(self.batch_size))
+        if not 0 <= count <= limit:
+            raise InputError(
+                f"{count:,} tokens cannot be taken back from this cache: its last {limit:,} are not quantized yet; "
+                f"feed the tokens that you keep to a new cache"
+            )
+        self.length = [length - count for length in self.length]
+        for layer in self.layers:
+            layer.rows = [rows - count for rows in layer.rows]
+
+    def _check_sequences(self, sequences: Sequence[int]) -> None:
+        if not sequences or not all(0 <= sequence < self.batch_size for sequence in sequences):
+            raise InputError(f"sequences {list(sequences)} are not all among the cache's 0 to {self.batch_size - 1}")

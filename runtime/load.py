@@ -36,18 +36,21 @@ def load(
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
-    _verify_files(folder, manifest["files"])
-    code = _import(folder / manifest["package"] / "model.py")
-    plan = _import(folder / manifest["package"] / "plan.py").PLAN
+    package = _package_folder(folder, manifest)
+    _verify_files(folder, package, manifest)
+    code = _import(package / "model.py")
+    plan = _import(package / "plan.py").PLAN
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    weights = _read_weights(folder, manifest, stored, target, place)
+    checkpoint = [folder / name for name in manifest["weights"]]
+    weights = _read_weights(checkpoint, package / "constants.safetensors", stored, target, place)
     hidden_states, logits = code.bind(weights)
     generation = _read_json(folder / "generation_config.json")
     ends = generation.get("eos_token_id")
     return CompiledModel(
         plan=plan,
+        weights=weights,
         hidden_states=hidden_states,
         logits=logits,
         vocab_size=manifest["vocab_size"],
@@ -96,13 +99,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify_files(folder: Path, digests: dict[str, str]) -> None:
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing; copy the artifact again or compile it again")
-        if file_digest(folder / name) != digest:
+def _package_folder(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Where the package's files lie: inside the artifact, or around it where a wheel has put the artifact into it."""
+    inside = folder / manifest["package"]
+    return inside if inside.is_dir() else folder.parent
+
+
+def _verify_files(folder: Path, package: Path, manifest: dict[str, Any]) -> None:
+    prefix = manifest["package"] + "/"
+    for name, digest in manifest["files"].items():
+        path = package / name.removeprefix(prefix) if name.startswith(prefix) else folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; copy the artifact again or compile it again")
+        if file_digest(path) != digest:
             raise ArtifactError(
-                f"{folder / name} was changed after the compile: its sha256 is not the one in {MANIFEST}; "
+                f"{path} was changed after the compile: its sha256 is not the one in {MANIFEST}; "
                 f"copy the artifact again or compile it again"
             )
 
@@ -124,16 +135,17 @@ def _import(path: Path) -> ModuleType:
 
 
 def _read_weights(
-    folder: Path, manifest: dict[str, Any], stored: torch.dtype, target: torch.dtype, device: torch.device
+    checkpoint: list[Path], constants: Path, stored: torch.dtype, target: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Weights of the model's dtype `stored` in `target`; constants, and what the model keeps in float32, as they
     are."""
     weights: dict[str, Tensor] = {}
     try:
-        for name in manifest["weights"]:
-            shard = load_file(folder / name, device=str(device))
+        for file in checkpoint:
+            shard = load_file(file, device=str(device))
             weights.update({key: value.to(target) if value.dtype == stored else value for key, value in shard.items()})
-        weights.update(load_file(folder / manifest["package"] / "constants.safetensors", device=str(device)))
+        weights.update(load_file(constants, device=str(device)))
     except (SafetensorError, OSError) as error:
+        folder = checkpoint[0].parent
         raise ArtifactError(f"the weights in {folder} cannot be read ({error}); compile the artifact again") from error
     return weights

@@ -20,10 +20,11 @@ class CompiledModel:
     """Call it for logits, or let it generate.
 
     `hidden_states(input_ids, position_ids, cache) -> [B, S, hidden_size]` and `logits(hidden) -> [..., vocab_size]` are
-    the artifact's `model.py` with the weights bound.
+    the artifact's `model.py` with the `weights` bound: tensors by their names in the checkpoint, and constants.
     """
 
     plan: CachePlan
+    weights: dict[str, Tensor]
     hidden_states: Callable[[Tensor, Tensor, Cache], Tensor]
     logits: Callable[[Tensor], Tensor]
     vocab_size: int

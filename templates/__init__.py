@@ -1,4 +1,4 @@
-"""Jinja2 sources of everything that the compiler writes."""
+"""Sources of everything that the compiler writes: jinja2 templates, and Python modules that are copied as they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import jinja2
 
 def render(template: str, **values: Any) -> str:
     """The text of a template of this folder; a value that it lacks is an error."""
-    source = importlib.resources.files(__name__).joinpath(template).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(source).render(**values)
+    return environment.from_string(read(template)).render(**values)
+
+
+def read(name: str) -> str:
+    """The text of a file of this folder."""
+    return importlib.resources.files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pmkvq_compiler.emit import emit_package, plan_source, write_weights
+from pmkvq_compiler.emit import emit_package, plan_source, write_project, write_weights
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
@@ -148,11 +150,32 @@ def test_package_needs_torch_and_safetensors_alone(emitted: Path) -> None:
 
 
 def test_package_says_what_it_is(emitted: Path) -> None:
-    card = (emitted / "README.md").read_text()
-    assert card.startswith("---\n")
-    assert "from tiny_llama import load" in card
-    assert 'packages = ["tiny_llama", "tiny_llama.runtime"]' in (emitted / "pyproject.toml").read_text()
+    card = ModelCard.load(emitted / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"kv-cache-quantization", "custom_code"} <= set(card.data.tags)
+    assert "from tiny_llama import load" in card.text
+    assert "an ordinary LlamaForCausalLM" in card.text
     assert list(load_file(emitted / "tiny_llama" / "constants.safetensors")) == ["model.rotary_emb.inv_freq"]
+
+
+def test_card_names_the_model_that_it_comes_from(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "source", "llama")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: some/model\n---\n")
+    emit_package(lowered("llama"), open_source(str(folder), "auto"), tmp_path / "artifact", "tiny_llama")
+    data = ModelCard.load(tmp_path / "artifact" / "README.md").data
+    assert (data.license, data.base_model) == ("mit", "some/model")
+    assert data.to_dict()["base_model_relation"] == "quantized"
+
+
+def test_project_lists_everything_that_a_wheel_carries(emitted: Path) -> None:
+    (emitted / "config.json").touch()
+    write_project(emitted, "tiny_llama", "tiny llama")
+    project = tomllib.loads((emitted / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "tiny-llama"
+    carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert set(carried) == {path.name for path in emitted.iterdir()} - {"tiny_llama"} | {"pmkvq.json"}
+    assert set(carried.values()) == {f"tiny_llama/artifact/{name}" for name in carried}
 
 
 def test_plan_says_once_what_all_layers_share() -> None:

@@ -125,6 +125,15 @@ def test_pieces_and_batches_are_the_runtimes(channel_axis: Path) -> None:
     assert any("key_codes" in name and value.shape[2] > 1 for name, value in decoder.state.items())
 
 
+@pytest.mark.parametrize("recipe", ["kivi", "rotation", "best"])
+def test_every_recipe_is_the_runtimes(compile_tiny: CompileTiny, recipe: str) -> None:
+    folder = compile_tiny("qwen2", recipe=recipe, budget="70%", onnx=True)
+    model, decoder, ids = at_final_bits(folder), Decoder(folder), prompt(1, 250)
+    cache = model.new_cache()
+    for piece in ids.split([200, 1, 49], dim=1):
+        assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
+
+
 def test_model_passes_the_checker_and_carries_the_plan(artifact: Path) -> None:
     onnx.checker.check_model(artifact / "model.onnx", full_check=True)
     model = onnx.load(artifact / "model.onnx", load_external_data=False)

@@ -35,7 +35,7 @@ def sample_plan(batch_size: int = 1) -> CachePlan:
 
 
 def sample_report(plan: CachePlan) -> dict[str, Any]:
-    folds = ["folded", REASON, REASON]
+    folds, transforms = ["folded", REASON, REASON], ["scale", "none", "none"]
     rows = [
         {
             "layer": index,
@@ -43,8 +43,12 @@ def sample_report(plan: CachePlan) -> dict[str, Any]:
             "value_bits": layer.value_bits,
             "key_axis": layer.key_axis,
             "arena_bytes": layer.arena_bytes,
+            "key_transform": transforms[index],
+            "value_transform": "rotate",
+            "window": layer.window,
             "sensitivity": 0.1 * (index + 1),
             "fold": folds[index],
+            "value_fold": "folded",
         }
         for index, layer in enumerate(plan.layers)
     ]
@@ -61,6 +65,7 @@ def sample_report(plan: CachePlan) -> dict[str, Any]:
         "arena_bytes": plan.arena_bytes,
         "original_bytes": sum(original_bytes(layer, plan.max_len) for layer in plan.layers),
         "true_bits": 4.5,
+        "predicted_loss": 0.6,
         "bytes_over_tokens": bytes_over_tokens(plan),
         "check": {"full_precision_error": 1.23456e-7, "planned_precision_kl": 0.0123},
         "seconds": {"capture": 1.25},
@@ -111,9 +116,10 @@ def test_html_shows_layers_reasons_figures_and_command(tmp_path: Path) -> None:
     write_report(report, tmp_path)
     text = _Text()
     text.feed((tmp_path / "report.html").read_text())
-    shown = " ".join(text.content)
+    shown = " ".join(" ".join(text.content).split())
     assert "some/<model>" in shown
-    assert f"Layers 1-2 are not folded: {REASON}" in shown
+    assert f"multiplied by it in the query's. folded layers 0 not folded layers 1-2: {REASON}" in shown
+    assert "its inverse in the output projection. folded layers 0-2" in shown
     assert "1.23e-07" in shown
     assert report["command"] in shown
     assert f"{report['rows'][0]['arena_bytes']:,}" in shown

@@ -1,0 +1,327 @@
+"""The artifact as a transformers model: `AutoModelForCausalLM.from_pretrained(ARTIFACT, trust_remote_code=True)`.
+
+Weights, generated code and runtime are those of the folder that this file lies in; a hub id is downloaded as a whole.
+Keys and values are kept in the runtime's progressively quantized cache, which `generate` makes by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+MANIFEST = "pmkvq.json"
+FOREIGN_CACHE = "past_key_values is a {}; a compiled artifact has its own cache: make one with the model's new_cache()"
+UNSUPPORTED = {
+    "inputs_embeds": "give input_ids",
+    "labels": "compute the loss from the logits",
+    "output_attentions": "attention weights are not kept",
+    "output_hidden_states": "hidden states are not kept",
+}
+
+
+class PmkvqCache(Cache):
+    """The runtime's cache where transformers expects one of its own.
+
+    transformers counts columns, in which padding is included; `cache`, the runtime's, counts each sequence's tokens.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__(layers=[])
+        self.cache = cache
+        self.columns = 0
+        self.unpadded = 0
+        """How many of the last columns hold a token in every row."""
+
+    def __repr__(self) -> str:
+        held = f"{self.cache.bytes_used:,} of {self.cache.bytes_reserved:,} bytes"
+        return f"PmkvqCache({self.batch_size} x {self.columns:,} of {self.cache.max_len:,} columns, {held})"
+
+    def __len__(self) -> int:
+        return len(self.cache.layers)
+
+    @property
+    def batch_size(self) -> int:
+        return self.cache.batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """A crop takes tokens back but not a lowering of bits that they brought about."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [layer.plan.sliding_window is not None for layer in self.cache.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.cache.max_len
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.cache.max_len
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("this cache is filled by the artifact's own attention; pass it to no other model")
+
+    def count(self, mask: Tensor) -> None:
+        """Note the columns of a call, whose `mask` [B, S] says which are tokens."""
+        padded = (~mask).any(0).flip(0)
+        trailing = int(padded.int().argmax()) if bool(padded.any()) else len(padded) + self.unpadded
+        self.columns += len(padded)
+        self.unpadded = trailing
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.columns = self.unpadded = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.reorder(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache = self.cache.select(torch.as_tensor(indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache = self.cache.select([row for row in range(self.batch_size) for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns, a number of at most 0.
+
+        Raises `ValueError` where they are quantized or padding; nothing is changed then.
+        """
+        count = -tokens_to_remove
+        if count < 0:
+            raise ValueError(f"crop({tokens_to_remove}) is not supported; to take back n tokens call crop(-n)")
+        if count > self.unpadded:
+            raise ValueError(
+                f"{count:,} columns cannot be taken back: only the last {self.unpadded:,} hold a token in every row; "
+                f"feed the tokens that you keep to a new cache"
+            )
+        self.cache.crop(count)
+        self.columns -= count
+        self.unpadded -= count
+
+
+class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
+    """A compiled model. For inference: it has no gradients, and its cache is always the artifact's."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # attention is the artifact's; this keeps transformers from refusing its own default
+
+    def __init__(
+        self, config: PretrainedConfig, folder: Path, device: torch.device, dtype: str | torch.dtype | None
+    ) -> None:
+        super().__init__(config)
+        package = _import_package(folder)
+        self.compiled = package.load(device, dtype)
+        self.prefill_chunk = package.runtime.PREFILL_CHUNK
+        with safe_open(Path(package.__file__).with_name("constants.safetensors"), framework="pt") as constants:
+            self.constants = set(constants.keys())
+        for name in self.compiled.weights.keys() - self.constants:
+            _attach(self, name, self.compiled.weights[name])
+        self._apply(lambda value: value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> PmkvqForCausalLM:
+        """The model in an artifact's folder or hub repository, in its own dtype and on the CPU unless told otherwise.
+
+        `dtype` is a torch dtype, its name or "auto"; `device_map` one device, {"": device} or "auto". Raises
+        `ValueError` for what an artifact cannot do.
+        """
+        for name in ("quantization_config", "gguf_file", "subfolder", "state_dict"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}={kwargs[name]!r} is not supported by a compiled artifact; leave it out")
+        folder = _folder(pretrained_model_name_or_path, kwargs)
+        config = copy.deepcopy(kwargs.get("config")) or AutoConfig.from_pretrained(folder)
+        model = cls(config, folder, _device(kwargs.get("device_map")), _dtype(kwargs))
+        model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        if getattr(config, "max_position_embeddings", None):
+            config.max_position_embeddings = model.compiled.plan.max_len  # as long as the cache's budget allows
+        return model.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"an artifact is saved by copying its folder, {self.name_or_path}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
+        """Move or convert the weights; constants move only."""
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.compiled.dtype, device=self.compiled.device))
+        weights = self.compiled.weights  # read by the generated code: changed in place
+        weights.update(self.named_parameters())
+        weights.update({name: weights[name].to(probe.device) for name in self.constants})
+        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device)
+        return self
+
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> PmkvqCache:
+        """An empty cache for `past_key_values`, of as many tokens a sequence as the budget allows unless given."""
+        return PmkvqCache(self.compiled.new_cache(batch_size, max_len))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PmkvqCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of `input_ids` [B, S], of the last `logits_to_keep` columns or of those that it lists (0: of all).
+
+        `attention_mask` [B, cached columns + S] marks padding (0), at either end of a row. `position_ids` follow the
+        mask unless given. Long input is taken in chunks, so that all but the first read a quantized cache.
+        """
+        for name in UNSUPPORTED.keys() & kwargs.keys():
+            if kwargs[name] is not None and kwargs[name] is not False:
+                raise ValueError(f"{name} is not supported by a compiled artifact; {UNSUPPORTED[name]}")
+        if input_ids is None:
+            raise ValueError("input_ids are missing; a compiled artifact reads token ids only")
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        past = past_key_values
+        if past is None:
+            past = self.new_cache(input_ids.shape[0], None if use_cache else input_ids.shape[1])
+        elif not isinstance(past, PmkvqCache):
+            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+        mask = _new_columns(attention_mask, input_ids, past.columns)
+        columns = torch.arange(input_ids.shape[1])
+        kept = columns[-logits_to_keep:] if isinstance(logits_to_keep, int) else columns[logits_to_keep.cpu()]
+        past.cache.check_room(mask.sum(-1).tolist())
+        parts = []
+        for start in range(0, input_ids.shape[1], self.prefill_chunk):
+            part = slice(start, start + self.prefill_chunk)
+            wanted = kept[(kept >= start) & (kept < part.stop)] - start
+            parts.append(
+                self.compiled(
+                    input_ids[:, part],
+                    past.cache,
+                    None if position_ids is None else position_ids[..., part].expand_as(input_ids[:, part]),
+                    mask[:, part],
+                    only=_grid(input_ids.shape[0], wanted),
+                ).unflatten(0, (input_ids.shape[0], len(wanted)))
+            )
+        past.count(mask)
+        return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), past_key_values=past if use_cache else None)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Called by `generate`: the cache is ours, and a request that it cannot hold is refused before any work."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported: "
+                f"a compiled artifact has its own cache; leave it out"
+            )
+        past = model_kwargs.get("past_key_values")
+        if past is None and generation_config.use_cache is False:
+            return
+        if past is None:
+            sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            past = model_kwargs["past_key_values"] = self.new_cache(sequences)
+        elif isinstance(past, PmkvqCache):
+            past._is_user_defined = True  # as transformers marks them
+        else:
+            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+        if max_cache_length > past.get_max_length():
+            raise ValueError(
+                f"{max_cache_length + 1:,} tokens, prompt and new ones together, do not fit a cache of "
+                f"{past.get_max_length():,} tokens for each of {past.batch_size} sequence(s); shorten one of them or "
+                f"compile with a larger --max-len or --batch-size"
+            )
+
+
+def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The artifact's folder; that of a hub id is downloaded or found in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+    return Path(snapshot_download(str(name), **{option: kwargs[option] for option in options if kwargs.get(option)}))
+
+
+def _import_package(folder: Path) -> ModuleType:
+    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ."""
+    manifest = (folder / MANIFEST).read_bytes()
+    package = json.loads(manifest)["package"]
+    name = f"{package}_{hashlib.sha256(str(folder.absolute()).encode() + manifest).hexdigest()[:16]}"
+    if name not in sys.modules:
+        path = folder / package / "__init__.py"
+        spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _attach(model: nn.Module, name: str, value: Tensor) -> None:
+    """Register a weight under its name in the checkpoint, so that the model has its parameters where others do."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in model._modules:
+            model.add_module(part, nn.Module())
+        model = model._modules[part]  # type: ignore[assignment]
+    model.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _device(device_map: Any) -> torch.device:
+    if isinstance(device_map, dict):
+        if len(set(map(str, device_map.values()))) != 1:
+            raise ValueError(f"device_map={device_map!r} names several devices; an artifact runs on one")
+        (device_map, *_) = device_map.values()
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cpu" if device_map is None else device_map)
+
+
+def _dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+    return None if dtype == "auto" else dtype
+
+
+def _new_columns(attention_mask: Tensor | None, input_ids: Tensor, cached: int) -> Tensor:
+    """The part [B, S] of a mask over cached and new columns that is about `input_ids`, as booleans on the CPU."""
+    if attention_mask is None:
+        return torch.ones(input_ids.shape, dtype=torch.bool)
+    expected = [input_ids.shape[0], cached + input_ids.shape[1]]
+    if list(attention_mask.shape) != expected:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; give {expected}, a value for each cached and "
+            f"each new column"
+        )
+    return attention_mask[:, cached:].bool().cpu()
+
+
+def _grid(rows: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of all `rows` times `columns`, row by row."""
+    return torch.arange(rows).repeat_interleave(len(columns)), columns.repeat(rows)
