@@ -44,6 +44,8 @@ def cached_attention(
     sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the
     softmax and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
     """
+    if cache.kernels is not None:
+        return cache.kernels[layer].attend(q, k, v, cache, layer, scale, sinks)
     store = cache.layers[layer]
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for sequence, own in enumerate(cache.columns):

@@ -8,7 +8,9 @@ shorter, from the front of the pool; what that frees at the end takes new blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ from .plan import (
     sequence_bytes,
 )
 from .quantize import encode, group_parameters, pack, shift_to, unpack
+
+if TYPE_CHECKING:
+    from .kernels import LayerKernels
 
 ALIGNMENT = 16
 BLOCKS_LOWERED_AT_ONCE = 16
@@ -70,6 +75,9 @@ class LayerCache:
         self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
         self.values = self.arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
         self.pool = self.arena[..., buffers:]
+        # the whole arena as words of codes, as parameters and as rows, which is how kernels address it
+        self.words, self.halves, self.buffers = (self.arena.view(view) for view in (torch.int16, torch.float16, dtype))
+        self.head_units = self.arena.shape[-1] // ALIGNMENT
         self.stage = 0
         self.rows = [0] * batch_size
         self.flushed = [0] * batch_size
@@ -87,9 +95,10 @@ class LayerCache:
         record = block_bytes(plan, *self.bits) if blocks else 0
         return plan.num_key_value_heads * (sum(self.rows) * row_bytes + blocks * record)
 
-    def capacity(self) -> int:
-        """Blocks of a sequence that the pool holds at the present widths."""
-        return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *self.bits))
+    def capacity(self, stage: int | None = None) -> int:
+        """Blocks of a sequence that the pool holds at a stage (the present one unless told)."""
+        widths = self.plan.stages[self.stage if stage is None else stage]
+        return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *widths))
 
     def live_blocks(self, sequence: int) -> int:
         return min(self.flushed[sequence], self.ring)
@@ -132,6 +141,28 @@ class LayerCache:
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
             value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
         )
+
+    def stages_until_fit(self, counts: Sequence[int]) -> range:
+        """The stages that the layer must go through before `counts` new tokens of the sequences fit."""
+        blocks = max(self._flushed_at(self.length(sequence) + count) for sequence, count in enumerate(counts))
+        last = self.stage
+        while min(blocks, self.ring) > self.capacity(last):
+            last += 1
+        return range(self.stage + 1, last + 1)
+
+    def grow(self, counts: Sequence[int]) -> int:
+        """Count new tokens that kernels put into the arena; returns the most blocks that a sequence has flushed."""
+        most = 0
+        for sequence, count in enumerate(counts):
+            length = self.length(sequence) + count
+            flushed = self._flushed_at(length)
+            most = max(most, flushed - self.flushed[sequence])
+            self.flushed[sequence], self.rows[sequence] = flushed, length - flushed * self.plan.block
+        return most
+
+    def _flushed_at(self, length: int) -> int:
+        """Blocks that a sequence of `length` tokens has flushed: as few as leave what sink and window hold."""
+        return max(0, -(-(length - self.plan.sink - self.plan.window) // self.plan.block))
 
     def append(self, sequence: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (`keys` [H, S, key_head_dim], `values` [H, S, value_head_dim]) to one sequence.
@@ -226,7 +257,13 @@ class Cache:
     """
 
     def __init__(
-        self, plan: CachePlan, batch_size: int, max_len: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        plan: CachePlan,
+        batch_size: int,
+        max_len: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Sequence[LayerKernels] | None = None,
     ) -> None:
         largest = longest(plan, batch_size, dtype.itemsize)
         if batch_size < 1 or largest < 1:
@@ -246,6 +283,10 @@ class Cache:
         self.length = [0] * batch_size
         self.columns: list[slice] = []
         """Columns of each sequence's own tokens in the call under way; the rest is padding."""
+        self.kernels = kernels
+        """What attends, a set of kernels a layer; the reference path where there are none."""
+        self.state = None if kernels is None else torch.zeros(3, batch_size, dtype=torch.int32, device=device)
+        """For the kernels: each sequence's length before the call, first column and count of its own tokens."""
 
     @property
     def bits(self) -> list[tuple[int, int]]:
@@ -272,6 +313,9 @@ class Cache:
                     f"make a cache with a larger max_len or compile with a larger --max-len"
                 )
         self.columns = columns
+        if self.state is not None:
+            starts, counts = [own.start for own in columns], [own.stop - own.start for own in columns]
+            self.state.copy_(torch.tensor([self.length, starts, counts], dtype=torch.int32))
 
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
