@@ -52,12 +52,16 @@ class AttentionCall:
             return F.scaled_dot_product_attention(
                 self.query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True
             )
-        groups = (key.shape[1], self.query.shape[1] // key.shape[1])
-        query = self.query.unflatten(1, groups).flatten(2, 3)  # a key head's queries side by side: one product
+        return self.over(self.query, key, value, self._visible())
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """This call's attention of other operands; `visible` (bool) broadcasts to [B, Hq, queries, keys]."""
+        groups = (key.shape[1], query.shape[1] // key.shape[1])
+        query = query.unflatten(1, groups).flatten(2, 3)  # a key head's queries side by side: one product
         scores = (query @ key.transpose(-1, -2) * self.scaling).unflatten(2, (groups[1], -1)).flatten(1, 2)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~self._visible(), torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         if self.sinks is not None:
             sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
@@ -71,20 +75,23 @@ class AttentionCall:
         return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
 
 
-def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:
+def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int, clip: float = 1.0) -> Tensor:
     """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
 
     The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
     """
     blocks = max(0, x.shape[-2] - sink) // block
     quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
-    quantized = fake_quantize(quantized, bits, dim=-1 if axis == "token" else -2).flatten(-3, -2)
+    quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2, clip).flatten(-3, -2)
     return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)
 
 
 @contextmanager
-def observed(observe: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Within, models whose `attn_implementation` is `ATTENTION` show each attention to `observe` before it is done."""
+def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None]:
+    """Within, models whose `attn_implementation` is `ATTENTION` show each attention to `observe` before it is done.
+
+    What `observe` returns, if anything, takes the place of the attention's output [B, Hq, S, dv].
+    """
 
     def attention(
         module: nn.Module,
@@ -107,8 +114,8 @@ def observed(observe: Callable[[AttentionCall], None]) -> Iterator[None]:
             softcap=softcap,
             sinks=s_aux,
         )
-        observe(call)
-        return call.output().transpose(1, 2).contiguous(), None
+        output = observe(call)
+        return (call.output() if output is None else output).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attention)
     yield

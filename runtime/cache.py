@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import CacheFull, InputError
 from .plan import (
+    ALIGNMENT,
     PARAMETER_BYTES,
     CachePlan,
     LayerPlan,
@@ -24,15 +25,14 @@ from .plan import (
     blocks_needed,
     buffer_bytes,
     fitted,
+    flushed_blocks,
+    head_bytes,
     longest,
-    sequence_bytes,
 )
 from .quantize import encode, group_parameters, pack, shift_to, unpack
 
 if TYPE_CHECKING:
     from .kernels import LayerKernels
-
-ALIGNMENT = 16
 BLOCKS_LOWERED_AT_ONCE = 16
 
 
@@ -47,6 +47,8 @@ class Records:
     key_bits: int
     value_bits: int
     key_by_channel: bool
+    key_clip: float
+    value_clip: float
     key_parameters: Tensor
     value_parameters: Tensor
     key_codes: Tensor
@@ -62,14 +64,8 @@ class LayerCache:
         self.plan = plan = fitted(plan, max_len)
         self.ring = blocks_needed(plan, max_len)
         """Blocks that are ever alive at once; a sliding-window layer reuses the slots of passed ones."""
-        share = plan.arena_bytes // batch_size
-        widest = sequence_bytes(plan, max_len, dtype.itemsize, stage=0) if plan.quantized else share
-        head_bytes = min(share, widest) // plan.num_key_value_heads
-        if not self.ring:
-            head_bytes = buffer_bytes(plan, dtype.itemsize)
-        self.arena = torch.empty(
-            batch_size, plan.num_key_value_heads, head_bytes // ALIGNMENT * ALIGNMENT, dtype=torch.uint8, device=device
-        )
+        size = head_bytes(plan, max_len, batch_size, dtype.itemsize)
+        self.arena = torch.empty(batch_size, plan.num_key_value_heads, size, dtype=torch.uint8, device=device)
         rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
         buffers = buffer_bytes(plan, dtype.itemsize)
         self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
@@ -136,6 +132,8 @@ class LayerCache:
             key_bits=key_bits,
             value_bits=value_bits,
             key_by_channel=plan.key_axis == "channel",
+            key_clip=plan.key_clip,
+            value_clip=plan.value_clip,
             key_parameters=key_parameters.view(torch.float16).unflatten(-1, (2, key_groups)),
             value_parameters=value_parameters.view(torch.float16).unflatten(-1, (2, plan.block)),
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
@@ -144,7 +142,7 @@ class LayerCache:
 
     def stages_until_fit(self, counts: Sequence[int]) -> range:
         """The stages that the layer must go through before `counts` new tokens of the sequences fit."""
-        blocks = max(self._flushed_at(self.length(sequence) + count) for sequence, count in enumerate(counts))
+        blocks = max(flushed_blocks(self.plan, self.length(sequence) + count) for sequence, count in enumerate(counts))
         last = self.stage
         while min(blocks, self.ring) > self.capacity(last):
             last += 1
@@ -155,14 +153,10 @@ class LayerCache:
         most = 0
         for sequence, count in enumerate(counts):
             length = self.length(sequence) + count
-            flushed = self._flushed_at(length)
+            flushed = flushed_blocks(self.plan, length)
             most = max(most, flushed - self.flushed[sequence])
             self.flushed[sequence], self.rows[sequence] = flushed, length - flushed * self.plan.block
         return most
-
-    def _flushed_at(self, length: int) -> int:
-        """Blocks that a sequence of `length` tokens has flushed: as few as leave what sink and window hold."""
-        return max(0, -(-(length - self.plan.sink - self.plan.window) // self.plan.block))
 
     def append(self, sequence: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (`keys` [H, S, key_head_dim], `values` [H, S, value_head_dim]) to one sequence.
@@ -216,8 +210,8 @@ class LayerCache:
         value_mid, value_range = group_parameters(values, -1)
         records.key_parameters.copy_(torch.stack([key_mid.squeeze(key_dim), key_range.squeeze(key_dim)], dim=2))
         records.value_parameters.copy_(torch.stack([value_mid.squeeze(-1), value_range.squeeze(-1)], dim=2))
-        key_codes = encode(keys, key_mid, key_range, records.key_bits)
-        value_codes = encode(values, value_mid, value_range, records.value_bits).transpose(-1, -2)
+        key_codes = encode(keys, key_mid, key_range, records.key_bits, records.key_clip)
+        value_codes = encode(values, value_mid, value_range, records.value_bits, records.value_clip).transpose(-1, -2)
         records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
         records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 
@@ -235,19 +229,19 @@ class LayerCache:
 def _lower_records(wide: Records, narrow: Records) -> None:
     """Rewrite records at narrower widths. They may overlap: everything is read before anything is written."""
     key_parameters, value_parameters = wide.key_parameters.clone(), wide.value_parameters.clone()
-    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits)
-    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits)
+    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits, wide.key_clip)
+    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits, wide.value_clip)
     narrow.key_parameters.copy_(key_parameters)
     narrow.value_parameters.copy_(value_parameters)
     narrow.key_codes.copy_(key_codes)
     narrow.value_codes.copy_(value_codes)
 
 
-def _lower_codes(packed: Tensor, bits: int, target: int) -> Tensor:
+def _lower_codes(packed: Tensor, bits: int, target: int, clip: float) -> Tensor:
     if bits == target:
         return packed.clone()
     codes = unpack(packed.view(torch.int16), bits)
-    return pack(shift_to(codes, bits, target), target).view(torch.uint8)
+    return pack(shift_to(codes, bits, target, clip), target).view(torch.uint8)
 
 
 class Cache:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .plan import LayerPlan, block_bytes
-from .quantize import levels
+from .quantize import narrowing_margin, step_fraction
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache
@@ -93,6 +93,7 @@ class LayerKernels:
                 k.shape[0],
                 store.plan.window,
                 store.ring,
+                *_steps(store),
                 **_widths(store),
                 MODE=mode,
                 num_warps=4,
@@ -114,6 +115,8 @@ class LayerKernels:
                 cache.state,
                 plan.window,
                 store.ring,
+                narrowing_margin(plan.key_clip),
+                narrowing_margin(plan.value_clip),
                 KEY_BITS=before[0],
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
@@ -148,7 +151,7 @@ class LayerKernels:
             row_splits,
             splits,
             scale,
-            *_steps(widths),
+            *_steps(store),
             **widths,
             CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
             num_warps=1,
@@ -170,9 +173,8 @@ class LayerKernels:
         return out
 
     def largest_cells(self, bits: int) -> int:
-        """Groups of 8 words that a line of V codes has, 16-bit codes counted by half."""
-        words = self.module.BLOCK.value * bits // 16
-        return words // 16 if bits == 16 else words // 8
+        """Groups of 8 words that a line of V codes has."""
+        return self.module.BLOCK.value * bits // 16 // 8
 
     def _splits(self, heads: int, cache: Cache, store: LayerCache) -> tuple[int, int]:
         """In how many parts the rows and the pool are read: enough to fill the device, none for nothing."""
@@ -210,7 +212,7 @@ class LayerKernels:
             store.plan.window,
             store.ring,
             scale,
-            *_steps(widths),
+            *_steps(store),
             **widths,
             TILE=tile,
             STEP=self.tuning.prefill_step,
@@ -247,9 +249,10 @@ def _widths(store: LayerCache) -> dict[str, Any]:
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 
-def _steps(widths: dict[str, Any]) -> tuple[float, float]:
+def _steps(store: LayerCache) -> tuple[float, float]:
     """A step of a code of K and of V, in units of its group's range."""
-    return 1 / levels(widths["KEY_BITS"]), 1 / levels(widths["VALUE_BITS"])
+    plan, widths = store.plan, _widths(store)
+    return step_fraction(widths["KEY_BITS"], plan.key_clip), step_fraction(widths["VALUE_BITS"], plan.value_clip)
 
 
 def _multiprocessors(tensor: Tensor | None) -> int:

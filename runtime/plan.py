@@ -13,6 +13,8 @@ KeyAxis = Literal["token", "channel"]
 
 PARAMETER_BYTES = 4  # a group's mid and range, fp16 each
 CODE_BITS = (16, 8, 4, 2)
+ALIGNMENT = 16
+"""Arenas of a head begin and end at multiples of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LayerPlan:
     none`).
 
     `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
-    ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see.
+    ("channel"). V is always grouped by token. `key_clip` and `value_clip` narrow the step of 2-bit codes (`quantize`). A `sliding_window` layer keeps only what its window can still see.
     `arena_bytes` is the layer's whole share of the budget, for all sequences of the plan.
     """
 
@@ -42,6 +44,8 @@ class LayerPlan:
     sliding_window: int | None
     stages: tuple[tuple[int, int], ...]
     arena_bytes: int
+    key_clip: float = 1.0
+    value_clip: float = 1.0
 
     @property
     def quantized(self) -> bool:
@@ -102,6 +106,26 @@ def blocks_needed(layer: LayerPlan, max_len: int) -> int:
     if layer.sliding_window is not None:
         tokens = min(tokens, layer.sliding_window - (layer.window - layer.block + 1))
     return max(0, -(-tokens // layer.block))
+
+
+def flushed_blocks(layer: LayerPlan, length: int) -> int:
+    """Blocks that a sequence of `length` tokens has sent out of its window, those that a sliding window passed
+    included."""
+    return max(0, -(-(length - layer.sink - layer.window) // layer.block))
+
+
+def head_bytes(layer: LayerPlan, max_len: int, batch_size: int, itemsize: int) -> int:
+    """Bytes of the arena of one sequence and head: its share, as far as it can use it."""
+    if not blocks_needed(layer, max_len):
+        return buffer_bytes(layer, itemsize) // ALIGNMENT * ALIGNMENT
+    widest = sequence_bytes(layer, max_len, itemsize, stage=0)
+    share = min(layer.arena_bytes // batch_size, widest)
+    return share // layer.num_key_value_heads // ALIGNMENT * ALIGNMENT
+
+
+def pool_blocks(layer: LayerPlan, head_bytes: int, itemsize: int, stage: tuple[int, int]) -> int:
+    """Quantized blocks of the widths `stage` that an arena of `head_bytes` holds beside sink and window."""
+    return (head_bytes - buffer_bytes(layer, itemsize)) // block_bytes(layer, *stage)
 
 
 def sequence_bytes(layer: LayerPlan, max_len: int, itemsize: int, stage: int = -1) -> int:

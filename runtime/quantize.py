@@ -7,6 +7,11 @@ A group stores `mid` and `range` in fp16 and codes `c` in `[0, 2^b - 1]`:
 `mid` and `range` do not depend on b, so lowering the bits touches codes only (PM-KVQ, section 3.2, "equivalent right
 shift"). A shift from 2n to n bits divides by the odd number 2^n + 1, whose rounding boundaries are rounding boundaries
 of the wider codes too: shifted codes equal codes quantized at the narrow width at once.
+
+Four levels spread over the whole range of a group waste two of them on its rare extremes. At 2 bits the step is
+therefore `clip * range / 3`, the outer levels standing for all that lies beyond them. `clip` is 1, 4/5 or 3/5, a
+constant of a layer: the thresholds between its levels, at 0 and +-5 clip steps of the 4-bit codes, then still lie
+between 4-bit codes, and lowering stays exact.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 16
+NARROWEST = 2
+CLIPS = (1.0, 0.8, 0.6)
 LARGEST_FP16 = 65504.0
 
 
@@ -37,30 +44,35 @@ def group_parameters(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mid, torch.where(nearest.float() < exact, next_larger, nearest)
 
 
-def encode(x: Tensor, mid: Tensor, value_range: Tensor, bits: int) -> Tensor:
+def step_fraction(bits: int, clip: float) -> float:
+    """A group's step as a fraction of its range; `clip` narrows that of 2-bit codes."""
+    return (clip if bits == NARROWEST else 1.0) / levels(bits)
+
+
+def encode(x: Tensor, mid: Tensor, value_range: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     """Codes (int32, shape of `x`) of `x` in groups of the given parameters, which broadcast against `x`."""
     top = levels(bits)
-    codes_per_unit = torch.where(value_range > 0, top / value_range.to(torch.float32), 0.0)
-    codes = (x.to(torch.float32) - mid.to(torch.float32)) * codes_per_unit + top / 2
+    steps_per_unit = torch.where(value_range > 0, 1 / (value_range.to(torch.float32) * step_fraction(bits, clip)), 0.0)
+    codes = (x.to(torch.float32) - mid.to(torch.float32)) * steps_per_unit + top / 2
     return codes.round_().clamp_(0, top).to(torch.int32)
 
 
-def step_and_zero(mid: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def step_and_zero(mid: Tensor, value_range: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """`step` and `zero` (float32) with `x = zero + c * step`."""
-    step = value_range.to(torch.float32) / levels(bits)
+    step = value_range.to(torch.float32) * step_fraction(bits, clip)
     return step, mid.to(torch.float32) - step * (levels(bits) / 2)
 
 
-def decode(codes: Tensor, mid: Tensor, value_range: Tensor, bits: int) -> Tensor:
+def decode(codes: Tensor, mid: Tensor, value_range: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     """The numbers (float32) that codes stand for."""
-    step = value_range.to(torch.float32) / levels(bits)
+    step, _ = step_and_zero(mid, value_range, bits, clip)
     return mid.to(torch.float32) + (codes.to(torch.float32) - levels(bits) / 2) * step
 
 
-def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> Tensor:
     """`x` after a round trip through codes of `bits` bits, groups along `dim`; shape and dtype of `x`."""
     mid, value_range = group_parameters(x, dim)
-    return decode(encode(x, mid, value_range, bits), mid, value_range, bits).to(x.dtype)
+    return decode(encode(x, mid, value_range, bits, clip), mid, value_range, bits, clip).to(x.dtype)
 
 
 def shift(codes: Tensor, bits: int) -> Tensor:
@@ -73,11 +85,24 @@ def shift(codes: Tensor, bits: int) -> Tensor:
     return ((scaled + half) >> 3 * n).to(codes.dtype)
 
 
-def shift_to(codes: Tensor, bits: int, target: int) -> Tensor:
+def shift_to(codes: Tensor, bits: int, target: int, clip: float = 1.0) -> Tensor:
     """Codes of width `bits` lowered step by step to `target`."""
     while bits > target:
-        codes, bits = shift(codes, bits), bits // 2
+        codes = shift(codes, bits) if bits > 2 * NARROWEST else narrow(codes, clip)
+        bits //= 2
     return codes
+
+
+def narrowing_margin(clip: float) -> int:
+    """4-bit codes between the middle and the outer thresholds of 2-bit codes."""
+    return round(5 * clip)
+
+
+def narrow(codes: Tensor, clip: float = 1.0) -> Tensor:
+    """4-bit codes to 2 bits: the number of the three thresholds that a code reaches. Uncut, that is `shift`."""
+    margin = narrowing_margin(clip)
+    reached = [(codes >= threshold).to(codes.dtype) for threshold in (8 - margin, 8, 8 + margin)]
+    return reached[0] + reached[1] + reached[2]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

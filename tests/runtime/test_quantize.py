@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from pmkvq_compiler.runtime.quantize import (
+    CLIPS,
     decode,
     encode,
     fake_quantize,
     fields_of,
     group_parameters,
     levels,
+    narrow,
     pack,
     shift,
     shift_to,
@@ -35,6 +37,27 @@ def test_shifted_codes_equal_codes_quantized_at_once(target: int) -> None:
     mid, value_range = group_parameters(x, -1)
     lowered = shift_to(encode(x, mid, value_range, 16), 16, target)
     at_once = encode(x, mid, value_range, target)
+    assert (lowered != at_once).float().mean() < 1e-3
+    assert (lowered - at_once).abs().max() <= 1
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_narrowed_codes_are_the_nearest_of_the_clipped_levels(clip: float) -> None:
+    codes = torch.arange(16, dtype=torch.int32)
+    wide = (codes - 7.5) / 15
+    levels_at_2_bits = (torch.arange(4) - 1.5) * clip / 3
+    nearest = (wide.unsqueeze(-1) - levels_at_2_bits).abs().argmin(-1)
+    assert torch.equal(narrow(codes, clip), nearest.to(torch.int32))
+    if clip == 1:
+        assert torch.equal(narrow(codes), shift(codes, 4))
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_lowered_codes_equal_clipped_codes_quantized_at_once(clip: float) -> None:
+    x = torch.randn(512, 64) * torch.rand(512, 1).mul(12).sub(6).exp()
+    mid, value_range = group_parameters(x, -1)
+    lowered = shift_to(encode(x, mid, value_range, 16, clip), 16, 2, clip)
+    at_once = encode(x, mid, value_range, 2, clip)
     assert (lowered != at_once).float().mean() < 1e-3
     assert (lowered - at_once).abs().max() <= 1
 

@@ -1,0 +1,140 @@
+"""Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
+
+A Qwen2 of 2.9 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from multiprocessing import Value
+from multiprocessing.sharedctypes import Synchronized
+
+import torch
+import torch.nn.functional as F
+from problems import MODEL, character_tokenizer, ledger, most_entries, token_ids
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CONTEXT = 4096
+TOKENS_A_BATCH = 16 * CONTEXT
+LENGTHS = (256, 512, 1024, 2048, 4096)
+LEARNT = 0.02
+"""Loss (nats a token) of the longest ledgers so far at which longer ones are added."""
+
+IGNORED = -100
+
+
+class Batches(IterableDataset):  # type: ignore[type-arg]
+    """Batches (`input_ids`, `labels`) of ledgers that fill one of the first `level` + 1 of `LENGTHS`, half of them the
+    longest; only the chain is to be learnt."""
+
+    def __init__(self, level: Synchronized[int]) -> None:
+        self.level = level
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        rng = random.Random(worker.seed if worker else 0)
+        tokenizer = character_tokenizer()
+        while True:
+            longest = self.level.value
+            length = LENGTHS[longest if rng.random() < 0.5 else rng.randint(0, longest)]
+            rows = [self._row(rng, tokenizer, length) for _ in range(TOKENS_A_BATCH // length)]
+            inputs, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+            yield inputs, labels
+
+    def _row(self, rng: random.Random, tokenizer: PreTrainedTokenizerFast, length: int) -> tuple[list[int], list[int]]:
+        longest = most_entries(length)
+        entries = rng.randint(3, longest) if rng.random() < 0.2 else longest
+        prompt, chain = token_ids(tokenizer, *ledger(rng, entries))
+        padding = length - len(prompt) - len(chain)
+        labels = [IGNORED] * len(prompt) + chain + [IGNORED] * padding
+        return prompt + chain + [tokenizer.pad_token_id] * padding, labels
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """The reasoner with random weights, float32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(model: Qwen2ForCausalLM, minutes: float, workers: int) -> None:
+    started, seconds, level = time.time(), 60 * minutes, Value("i", 0)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    loader = DataLoader(Batches(level), batch_size=None, num_workers=workers, prefetch_factor=2)
+    for step, (inputs, labels) in enumerate(loader):
+        done = (time.time() - started) / seconds
+        if done >= 1:
+            break
+        rate = min(1, (step + 1) / 100) * min(1, max(0.01, (1 - done) / 0.5))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
+        inputs, labels = inputs.to(model.device), labels.to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits = model(input_ids=inputs, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0:
+            if inputs.shape[1] == LENGTHS[level.value] and loss.item() < LEARNT:
+                level.value = min(level.value + 1, len(LENGTHS) - 1)
+            if step % 100 == 0:
+                print(f"{done:6.1%}  step {step:5d}  length {inputs.shape[1]:4d}  loss {loss.item():.5f}", flush=True)
+
+
+@torch.no_grad()
+def exact(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
+    """Share of the problems whose greedy chain is right to the last character, by teacher forcing."""
+    rng, right = random.Random(seed), 0
+    for _ in range(problems):
+        prompt, chain = token_ids(tokenizer, *ledger(rng, entries))
+        ids = torch.tensor([prompt + chain], device=model.device)
+        greedy = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        right += int(torch.equal(greedy, ids[0, len(prompt) :]))
+    return right / problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--workers", type=int, default=12, help="processes that write ledgers (%(default)s)")
+    parser.add_argument("--output", default=MODEL, help="folder to write (%(default)s)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = character_tokenizer()
+    model = new_model(tokenizer).to(device)
+    train(model, arguments.minutes, arguments.workers)
+    model.to(torch.bfloat16).eval()
+    for entries in (most_entries(length) for length in LENGTHS[-3:]):
+        print(f"{entries} entries: {exact(model, tokenizer, entries, 64, seed=entries):.1%} exact", flush=True)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

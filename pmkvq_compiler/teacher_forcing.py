@@ -1,0 +1,110 @@
+"""What the progressive cache does to a text, for all tokens at once: the source model under teacher forcing.
+
+Every query attends to the cache as it stands when the runtime comes to that token: the prompt in the runtime's chunks,
+each chunk's own keys and values exact, then token by token, with the blocks that have left the window by then at the
+widths that the layer has reached by then. A greedy chain is reproduced exactly if and only if every argmax of such a
+run is right, so one run scores what thousands of decoding steps would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pmkvq_compiler.passes.rotation import hadamard
+from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, flushed_blocks, head_bytes, pool_blocks
+
+from .recording import AttentionCall, as_cached
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What is folded into the weights: key scales by layer ([Hkv, dk]), and the layers whose values are rotated."""
+
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
+    rotated: frozenset[int] = frozenset()
+
+
+def progressive(plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int]) -> Callable[[AttentionCall], Tensor]:
+    """The attention of a cache that keeps to `plan`, for `recording.observed`.
+
+    Row b of a call's batch is a text that begins at its first column with a prompt of `prompt_lengths[b]` tokens.
+    """
+    prompts = torch.tensor(prompt_lengths)
+
+    def attention(call: AttentionCall) -> Tensor:
+        layer = plan.layers[call.layer]
+        if not layer.quantized:
+            return call.output()
+        return _Layer(call, layer, plan, folds).attend(prompts.to(call.key.device))
+
+    return attention
+
+
+class _Layer:
+    """One attention call under one layer's plan; keeps the quantized keys and values of the stages that it meets."""
+
+    def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds) -> None:
+        self.call, self.layer = call, layer
+        self.scale = folds.scales.get(call.layer, torch.ones(1, 1)).to(call.key).unsqueeze(-2)
+        self.rotation = hadamard(layer.value_head_dim).to(call.value) if call.layer in folds.rotated else None
+        itemsize = getattr(torch, plan.dtype).itemsize
+        size = head_bytes(layer, plan.max_len, plan.batch_size, itemsize)
+        self.capacities = [pool_blocks(layer, size, itemsize, stage) for stage in layer.stages]
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, prompts: Tensor) -> Tensor:
+        length, out = self.call.key.shape[2], torch.empty_like(self.call.query[..., : self.layer.value_head_dim])
+        shortest, longest = int(prompts.min()), int(prompts.max())
+        for start in range(0, min(longest, length), PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, longest, length)
+            out[:, :, start:stop] = self._tile(start, stop, cached=start)
+        start = shortest
+        while start < length:
+            flushed = flushed_blocks(self.layer, start + 1)
+            stop = min(length, self.layer.sink + self.layer.window + flushed * self.layer.block)
+            decoded = self._tile(start, stop, cached=start + 1)
+            prefilled = torch.arange(start, stop, device=out.device) < prompts.reshape(-1, 1, 1, 1).transpose(2, 3)
+            out[:, :, start:stop] = torch.where(prefilled.transpose(2, 3), out[:, :, start:stop], decoded)
+            start = stop
+        return out
+
+    def _tile(self, start: int, stop: int, cached: int) -> Tensor:
+        """Attention of queries `start : stop` over a cache of `cached` tokens and what follows them up to each query."""
+        layer, call = self.layer, self.call
+        flushed = flushed_blocks(layer, cached)
+        quantized = slice(layer.sink, layer.sink + flushed * layer.block)
+        keys, values = call.key[:, :, :stop], call.value[:, :, :stop]
+        if flushed:
+            stage = next((n for n, fits in enumerate(self.capacities) if flushed <= fits), len(self.capacities) - 1)
+            stored_keys, stored_values = self._stage(stage)
+            keys, values = keys.clone(), values.clone()
+            keys[:, :, quantized], values[:, :, quantized] = (
+                stored_keys[:, :, quantized],
+                stored_values[:, :, quantized],
+            )
+        positions = torch.arange(stop, device=keys.device)
+        queries = positions[start:].unsqueeze(-1)
+        visible = positions <= queries
+        if layer.sliding_window is not None:
+            visible &= positions > queries - layer.sliding_window
+        return call.over(call.query[:, :, start:stop], keys, values, visible)
+
+    def _stage(self, stage: int) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them."""
+        if stage not in self.stored:
+            layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
+            keys = as_cached(
+                self.call.key / self.scale, key_bits, layer.key_axis, layer.sink, layer.block, layer.key_clip
+            )
+            values = self.call.value if self.rotation is None else self.call.value @ self.rotation
+            values = as_cached(values, value_bits, "token", layer.sink, layer.block, layer.value_clip)
+            self.stored[stage] = (
+                keys * self.scale,
+                values if self.rotation is None else values @ self.rotation.T,
+            )
+        return self.stored[stage]
