@@ -37,13 +37,15 @@ class Tuning:
     cells: dict[int, int]
     decode_programs: int
     decode_registers: int | None
+    decode_stages: int
+    decode_prefetch: bool
     prefill_tile: int
     prefill_step: int
     prefill_warps: int
     prefill_stages: int
 
 
-CONSERVATIVE = Tuning({16: 1, 8: 2, 4: 2, 2: 2}, 12, None, 64, 64, 4, 2)
+CONSERVATIVE = Tuning({16: 1, 8: 2, 4: 2, 2: 1}, 12, 168, 2, False, 64, 64, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,9 @@ class LayerKernels:
             *_steps(store),
             **widths,
             CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
+            PREFETCH=self.tuning.decode_prefetch,
             num_warps=1,
-            num_stages=1,
+            num_stages=self.tuning.decode_stages,
             **registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
