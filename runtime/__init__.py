@@ -1,14 +1,15 @@
-"""What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors alone."""
+"""What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors; triton on CUDA."""
 
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
-from .load import FORMAT_VERSION, load
+from .load import FORMAT_VERSION, Backend, load
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
 
 __all__ = [
     "FORMAT_VERSION",
     "ArtifactError",
+    "Backend",
     "Cache",
     "CacheFull",
     "CachePlan",

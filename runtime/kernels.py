@@ -48,6 +48,10 @@ class Tuning:
 CONSERVATIVE = Tuning({16: 1, 8: 2, 4: 2, 2: 1}, 12, 168, 2, False, 64, 64, 4, 2)
 
 
+MEASURED: dict[str, Tuning] = {}
+"""Tunings by a part of the device's name."""
+
+
 @dataclass(frozen=True)
 class LayerKernels:
     """The kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`."""
@@ -132,8 +136,7 @@ class LayerKernels:
         batch, query_heads = q.shape[:2]
         q = q.contiguous()
         heads = batch * store.plan.num_key_value_heads
-        row_splits, splits = self._splits(heads, cache, store)
-        parts = (heads, row_splits + splits, query_heads * batch // heads)
+        parts = (heads, self._splits(heads, store), query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
         widths = _widths(store)
@@ -150,8 +153,7 @@ class LayerKernels:
             batch,
             store.plan.window,
             store.ring,
-            row_splits,
-            splits,
+            parts[1],
             scale,
             *_steps(store),
             **widths,
@@ -179,15 +181,12 @@ class LayerKernels:
         """Groups of 8 words that a line of V codes has."""
         return self.module.BLOCK.value * bits // 16 // 8
 
-    def _splits(self, heads: int, cache: Cache, store: LayerCache) -> tuple[int, int]:
-        """In how many parts the rows and the pool are read: enough to fill the device, none for nothing."""
-        plan = store.plan
-        rows = plan.sink + plan.window
-        target = _multiprocessors(cache.state) * self.tuning.decode_programs
+    def _splits(self, heads: int, store: LayerCache) -> int:
+        """In how many parts a head's cache is read: as many programs as run at once, each with something to do."""
+        rows = -(-(store.plan.sink + store.plan.window) // 16)
         blocks = store.capacity() if store.ring else 0
-        splits = min(blocks, max(1, target // heads))
-        row_splits = min(-(-rows // 16), max(-(-rows // 64), 0 if splits else target // heads))
-        return row_splits, splits
+        programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
+        return min(max(1, programs // heads), max(rows, blocks))
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
@@ -225,6 +224,12 @@ class LayerKernels:
         return out
 
 
+def tuning_for(device: torch.device) -> Tuning:
+    """How to launch kernels on a device: as was measured on it, or cautiously."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tuning for known, tuning in MEASURED.items() if known in name), CONSERVATIVE)
+
+
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
     if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
@@ -258,7 +263,5 @@ def _steps(store: LayerCache) -> tuple[float, float]:
     return step_fraction(widths["KEY_BITS"], plan.key_clip), step_fraction(widths["VALUE_BITS"], plan.value_clip)
 
 
-def _multiprocessors(tensor: Tensor | None) -> int:
-    if tensor is None or not tensor.is_cuda:
-        return 1
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
