@@ -19,6 +19,7 @@ from .verify import Stage, is_assertion
 aten = torch.ops.aten
 
 COPIES = frozenset({*CASTS, aten.contiguous.default, aten.clone.default})
+RESHAPES = frozenset({aten.transpose.int, aten.view.default, aten.reshape.default})
 NORMS = frozenset({aten.rsqrt.default, aten.layer_norm.default, aten.rms_norm.default, aten.linalg_vector_norm.default})
 DIVISIONS = frozenset({aten.slice.Tensor, operator.getitem})
 LINEARS = frozenset({aten.linear.default, aten.addmm.default})
@@ -32,7 +33,8 @@ class LocateAttention(Pass):
        halves of x's channels, then through the split into heads, to a linear layer with an optional bias.
     3. Casts and copies are looked through; anything else in between ends the match with a reason.
     4. What is matched must feed this attention only, or scaling it would change something else too.
-    5. v is walked back in the same way but without RoPE; nothing depends on its match yet.
+    5. v is walked back in the same way but without RoPE, and from the attention forward to the linear layer that takes
+       the outputs of all heads: between the two the channels of a head may be turned.
     """
 
     takes = Stage.CAPTURED
@@ -57,7 +59,7 @@ class _NoMatchError(Exception):
 
 def _locate(marker: Node, program: Program) -> AttentionSite:
     q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
-    query = key = value = reason = None
+    query = key = value = output = reason = None
     try:
         key = _walk(k, marker, program, rotary=True)
         query = _walk(q, marker, program, rotary=True)
@@ -65,6 +67,7 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
         reason = str(error)
     with suppress(_NoMatchError):
         value = _walk(v, marker, program, rotary=False)
+        output = _walk_forward(marker, program)
     return AttentionSite(
         layer=layer,
         node=marker.name,
@@ -80,6 +83,7 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
         key=key,
         value=value,
         reason=reason,
+        output=output,
     )
 
 
@@ -105,6 +109,22 @@ def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projec
         start=0,
         rows=weight.meta["val"].shape[0],
     )
+
+
+def _walk_forward(marker: Node, program: Program) -> str:
+    """The weight of the linear layer that takes the heads of `marker`, side by side. Raises `_NoMatchError`."""
+    node, width = marker, marker.meta["val"].shape[1] * marker.meta["val"].shape[3]
+    while node.target not in LINEARS:
+        users = [user for user in node.users if not is_assertion(user)]
+        if len(users) != 1 or users[0].target not in (*COPIES, *RESHAPES, *LINEARS):
+            raise _NoMatchError(f"{node.name} ({node.target}) feeds more or other than one linear layer")
+        node = users[0]
+    weight = node.args[1]
+    if node.target is not aten.linear.default or weight.meta["val"].shape[1] != width:
+        raise _NoMatchError(f"{node.name} does not take the {width} channels of all heads")
+    if weight.name not in program.weights or len(weight.users) > 1:
+        raise _NoMatchError(f"{node.name} takes {weight.name}, which is not a tensor of the checkpoint of its own")
+    return program.weights[weight.name]
 
 
 def _look_through(node: Node, seen: set[Node]) -> Node:

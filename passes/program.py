@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention, read off the graph: layer index, marker node, shapes, and where q and k come from.
+    """One attention, read off the graph: layer index, marker node, shapes, and where q, k and v come from.
 
+    `output` is the weight that takes the heads' outputs side by side, where it alone takes them.
     `reason` is None where the key scales can be folded, else a sentence why not; then the projections may be None.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
@@ -46,6 +48,7 @@ class AttentionSite:
     key: Projection | None
     value: Projection | None
     reason: str | None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,37 @@ class RowScale:
         rows = slice(self.start, self.start + self.scale.shape[0])
         edited[rows] *= self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
         return edited.to(value.dtype)
+
+
+@dataclass(frozen=True)
+class HeadRotation:
+    """Weight edit: turn the heads of a projection by an orthogonal `rotation` [d, d], in float64.
+
+    With `side` "rows", the `heads` groups of d rows from `start` on (and so of a bias) become `rotation.T @ rows`: what
+    the layer puts out is turned. With "columns" the groups of d columns become `columns @ rotation`: the layer takes
+    turned input and puts out what it did.
+    """
+
+    tensor: str
+    start: int
+    heads: int
+    rotation: Tensor
+    side: Literal["rows", "columns"]
+
+    def apply(self, value: Tensor) -> Tensor:
+        """The edited tensor, in the dtype of `value`."""
+        edited, rotation = value.to(torch.float64), self.rotation.to(value.device)
+        part = slice(self.start, self.start + self.heads * rotation.shape[0])
+        if self.side == "rows":
+            groups = edited[part].reshape(self.heads, rotation.shape[0], -1)
+            edited[part] = (rotation.T @ groups).reshape(edited[part].shape)
+        else:
+            groups = edited[:, part].unflatten(1, (self.heads, -1))
+            edited[:, part] = (groups @ rotation).flatten(1)
+        return edited.to(value.dtype)
+
+
+Edit = RowScale | HeadRotation
 
 
 @dataclass(frozen=True)
@@ -86,7 +120,7 @@ class Program:
     weights: dict[str, str]
     constants: dict[str, Constant]
     sites: list[AttentionSite] = field(default_factory=list)
-    edits: list[RowScale] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     plan: CachePlan | None = None
 
     @property

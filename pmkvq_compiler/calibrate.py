@@ -1,14 +1,14 @@
-"""Calibration: what the plan and the folds need to know of the real model, from a few stretched texts.
+"""Calibration: what the plan and the folds need to know of the real model, from a few texts.
 
-Three walks over the same samples, nothing kept between them but a few numbers a layer: the maxima of K, the scales of
-K, and last, backwards too, the sensitivities.
+Walks over the same samples, nothing kept between them but a few numbers a layer: the maxima of K and the scales of K
+at positions that are stretched to the effective length, and last, backwards too, what each format costs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -20,21 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pmkvq_compiler.passes.fold_value_rotation import can_rotate
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.runtime.plan import KeyAxis
 
 from .errors import CompileError, UsageError
 from .options import CompileOptions
-from .planner import sink_and_window
-from .recording import ATTENTION, AttentionCall, as_cached, observed, run
+from .recipes import key_formats, resolved, value_formats
+from .recording import ATTENTION, AttentionCall, observed, run
 from .scales import ScaleSearch
+from .sensitivity import GradientProduct, Losses, OutputLoss
 from .source import Source, check_finite
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's text, the steps done and the steps in all."""
 
-KEY_AXES: tuple[KeyAxis, ...] = ("token", "channel")
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
+DOUBT = 0.1
+"""Share of labels, drawn to measure sensitivities, that are not the likeliest."""
+
 BUILTIN_TEXT = files("pmkvq_compiler") / "data" / "calibration.txt"
 
 
@@ -43,18 +46,21 @@ class Calibration:
     """What was measured, by layer index.
 
     `key_maxima` float32 [Hkv, dk]: largest |K| of each channel, after RoPE. `alphas`, `scales` float64 [Hkv, dk]: the
-    reparameterization of the layers whose site can be folded. `key_sensitivity[layer][bits, axis]` and
-    `value_sensitivity[layer][bits]`: first-order change of the loss in nats, at most, when that tensor alone is
-    quantized; they may be added up. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source
-    model's logits of its last M tokens. `fingerprint` says what all this was measured with.
+    reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_loss` and `value_loss`:
+    predicted loss of the output, in nats a token, when that tensor alone is kept in a format; they may be added up.
+    `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe plans by it. `check_ids`
+    int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its last M tokens.
+    `fingerprint` says what all this was measured with.
     """
 
     fingerprint: str
     key_maxima: dict[int, Tensor]
     alphas: dict[int, float]
     scales: dict[int, Tensor]
-    key_sensitivity: dict[int, dict[tuple[int, KeyAxis], float]]
-    value_sensitivity: dict[int, dict[int, float]]
+    key_loss: Losses
+    value_loss: Losses
+    key_gradient: Losses
+    value_gradient: Losses
     check_ids: Tensor
     check_logits: Tensor
 
@@ -62,101 +68,84 @@ class Calibration:
 def calibrate(
     source: Source, sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, progress: Progress
 ) -> Calibration:
-    """Run the source model on the calibration texts, their positions stretched to the effective length.
+    """Run the source model on the calibration texts.
 
     With `--recipe none` nothing is quantized and only the check logits are made. Raises `CompileError` where the texts
     are too short or the model's loss is not finite.
     """
-    samples = read_samples(source, options)
-    positions = stretched_positions(options.calib_len, effective_length(source, options, max_len))
+    samples, recipe = read_samples(source, options), resolved(options)
+    effective_len = effective_length(source, options, max_len)
     model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
-    check_ids = samples[:1, :CHECK_TOKENS]
+    check_ids = samples[0][None, :CHECK_TOKENS]
     calibration = Calibration(
         fingerprint=calibration_fingerprint(source, sites, options, max_len),
         key_maxima={},
         alphas={},
         scales={},
-        key_sensitivity={},
-        value_sensitivity={},
+        key_loss={},
+        value_loss={},
+        key_gradient={},
+        value_gradient={},
         check_ids=check_ids,
         check_logits=reference_logits(model, check_ids)[-CHECK_LOGITS:],
     )
     if options.recipe == "none":
         return calibration
 
-    sink, _ = sink_and_window(options)
-    walk = partial(_walk, model, samples.to(model.device), positions.to(model.device), progress)
-    maxima: dict[int, Tensor] = {}
-    walk("Measuring keys", partial(_record_maxima, maxima))
-    foldable = {site.layer: maxima[site.layer] for site in sites if site.reason is None}
-    search = ScaleSearch(foldable, min(options.bits), sink, options.block)
-    walk("Searching scales", search)
-    alphas, scales = search.best()
-    sensitivity = Sensitivity(scales, options.bits, sink, options.block)
-    walk("Measuring sensitivities", sensitivity, backward=True)
-    return replace(
+    walk = partial(_walk, model, samples, progress)
+    if "scale" in recipe.key_transforms:
+        maxima: dict[int, Tensor] = {}
+        walk("Measuring keys", partial(_record_maxima, maxima), effective_len)
+        search = ScaleSearch(
+            {site.layer: maxima[site.layer] for site in sites if site.reason is None},
+            min(options.bits),
+            recipe.sink,
+            recipe.block,
+        )
+        walk("Searching scales", search, effective_len)
+        alphas, scales = search.best()
+        key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
+        calibration = replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
+
+    formats = {
+        "key_formats": {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
+        "value_formats": {
+            site.layer: value_formats(recipe, options.bits, can_rotate=can_rotate(site)) for site in sites
+        },
+    }
+    measured = OutputLoss(**formats, scales=calibration.scales, sink=recipe.sink, block=recipe.block)
+    walk("Measuring losses", measured, None, _sampled_loss)
+    calibration = replace(
         calibration,
-        key_maxima={layer: value.cpu() for layer, value in maxima.items()},
-        alphas=alphas,
-        scales=scales,
-        key_sensitivity=_averaged(sensitivity.key, len(samples)),
-        value_sensitivity=_averaged(sensitivity.value, len(samples)),
+        key_loss=_averaged(measured.key, len(samples)),
+        value_loss=_averaged(measured.value, len(samples)),
     )
+    if recipe.measure == "gradient":
+        product = GradientProduct(**formats, scales=calibration.scales, sink=recipe.sink, block=recipe.block)
+        walk("Measuring gradients", product, effective_len, _text_loss)
+        calibration = replace(
+            calibration,
+            key_gradient=_averaged(product.key, len(samples)),
+            value_gradient=_averaged(product.value, len(samples)),
+        )
+    return calibration
 
 
 def calibration_fingerprint(
     source: Source, sites: Sequence[AttentionSite], options: CompileOptions, max_len: int
 ) -> str:
-    """sha256 (hex) of everything that a calibration depends on; not the budget, the batch size or the window."""
-    sink, _ = sink_and_window(options)
+    """sha256 (hex) of everything that a calibration depends on; not the budget or the batch size."""
     facts: dict[str, Any] = {
         "source": source.fingerprint,
         "text": hashlib.sha256(_calibration_bytes(options.calib)).hexdigest(),
         "samples": options.calib_samples,
         "length": options.calib_len,
         "effective_length": effective_length(source, options, max_len),
-        "foldable": [site.layer for site in sites if site.reason is None],
-        "quantized": options.recipe != "none",
+        "foldable": [(site.layer, site.reason is None, can_rotate(site)) for site in sites],
+        "recipe": repr(resolved(options)) if options.recipe != "none" else "none",
         "bits": sorted(options.bits),
-        "sink": sink,
-        "block": options.block,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-class Sensitivity:
-    """Observes attention calls and, while gradients come back, adds up sum |delta x| * |dLoss / dx| over K and over V.
-
-    That is PM-KVQ's measure with the sum in place of the mean, so that layers of different shapes can be
-    compared. `delta x` is the error of the quantizer and the block layout that the cache itself uses; K is divided by
-    its scale for the quantizer.
-    """
-
-    def __init__(self, scales: dict[int, Tensor], bits: Iterable[int], sink: int, block: int) -> None:
-        self.scales = scales
-        self.bits = tuple(bits)
-        self.cached = partial(as_cached, sink=sink, block=block)
-        self.key: dict[int, dict[tuple[int, KeyAxis], float]] = {}
-        self.value: dict[int, dict[int, float]] = {}
-
-    def __call__(self, call: AttentionCall) -> None:
-        call.key.register_hook(partial(self._add_key, call.layer, call.key.detach()))
-        call.value.register_hook(partial(self._add_value, call.layer, call.value.detach()))
-
-    def _add_key(self, layer: int, key: Tensor, gradient: Tensor) -> None:
-        total = self.key.setdefault(
-            layer, dict.fromkeys(((bits, axis) for bits in self.bits for axis in KEY_AXES), 0.0)
-        )
-        scale = self.scales.get(layer, torch.ones(1, 1)).to(key).unsqueeze(-2)
-        for bits, axis in total:
-            error = self.cached(key / scale, bits, axis) * scale - key
-            total[bits, axis] += (error * gradient).abs().sum(dtype=torch.float64).item()
-
-    def _add_value(self, layer: int, value: Tensor, gradient: Tensor) -> None:
-        total = self.value.setdefault(layer, dict.fromkeys(self.bits, 0.0))
-        for bits in total:
-            error = self.cached(value, bits, "token") - value
-            total[bits] += (error * gradient).abs().sum(dtype=torch.float64).item()
 
 
 def reference_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -201,30 +190,31 @@ def pick_device(name: str) -> str:
     return name
 
 
-def read_samples(source: Source, options: CompileOptions) -> Tensor:
-    """Calibration samples, int64 [calib_samples, calib_len], spread evenly over the text.
+def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
+    """Calibration samples, int64 [at most calib_len] each, spread evenly over the text.
 
-    Raises `CompileError` where there are too few tokens, or text but no tokenizer.
+    A document is cut into pieces of `calib_len` tokens; of what is left, at least half as long a piece is a sample too,
+    shorter ones are joined. Raises `CompileError` where there are too few tokens, or text but no tokenizer.
     """
-    length, wanted = options.calib_len, options.calib_samples
-    if length < sink_and_window(options)[0] + options.block:
+    length, wanted, recipe = options.calib_len, options.calib_samples, resolved(options)
+    if length < recipe.sink + recipe.block:
         raise UsageError(
-            f"calibration texts of {length} tokens hold no block of {options.block} to quantize; raise --calib-len"
+            f"calibration texts of {length} tokens hold no block of {recipe.block} to quantize; raise --calib-len"
         )
     prefix, documents = _read_tokens(source, options.calib)
     body = length - len(prefix)
     chunks, rest = [], []
     for document in documents:
-        whole = len(document) // body * body
-        chunks += [document[start : start + body] for start in range(0, whole, body)]
-        rest += document[whole:]
+        pieces = [document[start : start + body] for start in range(0, len(document), body)]
+        chunks += [piece for piece in pieces if 2 * len(piece) >= body]
+        rest += [token for piece in pieces if 2 * len(piece) < body for token in piece]
     chunks += [rest[start : start + body] for start in range(0, len(rest) - body + 1, body)]
     if len(chunks) < wanted:
         raise CompileError(
             f"calibration text {options.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
             f"{length} need {wanted * body:,}; give more text or lower --calib-samples or --calib-len"
         )
-    return torch.tensor([prefix + chunks[index * len(chunks) // wanted] for index in range(wanted)])
+    return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
 
 
 def _calibration_bytes(calib: str) -> bytes:
@@ -297,29 +287,53 @@ def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:
 
 def _walk(
     model: PreTrainedModel,
-    samples: Tensor,
-    positions: Tensor,
+    samples: Sequence[Tensor],
     progress: Progress,
     stage: str,
-    observe: Callable[[AttentionCall], None],
-    backward: bool = False,
+    observe: Callable[[AttentionCall], Tensor | None],
+    effective_len: int | None,
+    objective: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
-    """Run the model on each sample under `observe`, and its loss backwards if told."""
+    """Run the model on each sample under `observe`, its positions stretched if told, and an `objective` of logits
+    [S, V] and tokens [S] backwards if given."""
     inputs = model.get_input_embeddings().register_forward_hook(
-        lambda module, arguments, output: output.requires_grad_(backward)
+        lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(observe), torch.set_grad_enabled(backward):
+        with observed(observe), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(stage, index, len(samples))
-                logits = run(model, sample.unsqueeze(0), positions)
-                loss = F.cross_entropy(logits[0, :-1].float(), sample[1:])
-                _check_loss(model, loss)
-                if backward:
-                    loss.backward()
+                positions = stretched_positions(len(sample), max(len(sample), effective_len or 0))
+                input_ids = sample.unsqueeze(0).to(model.device)
+                logits = run(model, input_ids, positions.to(model.device))[0].float()
+                _check_loss(model, F.cross_entropy(logits[:-1], input_ids[0, 1:]))
+                if objective is not None:
+                    objective(logits, input_ids[0]).backward()
         progress(stage, len(samples), len(samples))
     finally:
         inputs.remove()
+
+
+def _text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean loss (nats) of the text itself."""
+    return F.cross_entropy(logits[:-1], tokens[1:])
+
+
+def _sampled_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The summed loss of labels drawn from the model's own distribution: its gradients are those of the Fisher
+    information.
+
+    A model that is sure of every token has almost none, although noise in its logits, which is not infinitesimal, may
+    well change them. The distribution is therefore tempered until a label of the second half, where outputs are
+    compared, is not the likeliest one at least once in ten times.
+    """
+    temperature = 1.0
+    while (logits.detach()[len(tokens) // 2 :] / temperature).softmax(-1).amax(-1).mean() > 1 - DOUBT:
+        temperature *= 2
+    tempered = logits / temperature
+    generator = torch.Generator(logits.device).manual_seed(len(tokens))
+    labels = torch.multinomial(tempered.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return F.cross_entropy(tempered, labels, reduction="sum")
 
 
 def _check_loss(model: PreTrainedModel, loss: Tensor) -> None:
@@ -329,5 +343,5 @@ def _check_loss(model: PreTrainedModel, loss: Tensor) -> None:
         raise CompileError(f"the model's loss on the calibration text is {loss.item()}; try --dtype float32")
 
 
-def _averaged(totals: dict[int, dict[Any, float]], samples: int) -> dict[int, dict[Any, float]]:
+def _averaged(totals: Losses, samples: int) -> Losses:
     return {layer: {key: value / samples for key, value in totals[layer].items()} for layer in sorted(totals)}

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch import Tensor
 from pmkvq_compiler.passes.program import AttentionSite
 
 from .calibrate import Calibration, Progress, calibrate, calibration_fingerprint
+from .formats import Format
 from .options import CompileOptions
+from .sensitivity import Losses
 from .source import Source
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "pmkvq_calibration"
+LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
 
 def load_or_calibrate(
@@ -58,16 +62,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     facts = {
         "fingerprint": calibration.fingerprint,
         "alphas": sorted(calibration.alphas.items()),
-        "key_sensitivity": [
-            (layer, bits, axis, value)
-            for layer, values in calibration.key_sensitivity.items()
-            for (bits, axis), value in values.items()
-        ],
-        "value_sensitivity": [
-            (layer, bits, value)
-            for layer, values in calibration.value_sensitivity.items()
-            for bits, value in values.items()
-        ],
+        **{name: _listed(getattr(calibration, name)) for name in LOSSES},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -85,22 +80,26 @@ def load_calibration(path: Path) -> Calibration:
     with safe_open(path, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
         facts = json.loads((handle.metadata() or {})[METADATA_KEY])
-    key_sensitivity: dict[int, Any] = {}
-    for layer, bits, axis, value in facts["key_sensitivity"]:
-        key_sensitivity.setdefault(layer, {})[bits, axis] = value
-    value_sensitivity: dict[int, Any] = {}
-    for layer, bits, value in facts["value_sensitivity"]:
-        value_sensitivity.setdefault(layer, {})[bits] = value
     return Calibration(
         fingerprint=facts["fingerprint"],
         key_maxima=_by_layer(tensors, "key_maxima"),
         alphas=dict(facts["alphas"]),
         scales=_by_layer(tensors, "scales"),
-        key_sensitivity=key_sensitivity,
-        value_sensitivity=value_sensitivity,
+        **{name: _losses(facts[name]) for name in LOSSES},
         check_ids=tensors["check_ids"],
         check_logits=tensors["check_logits"],
     )
+
+
+def _listed(losses: Losses) -> list[Any]:
+    return [(layer, *astuple(kept), value) for layer, values in losses.items() for kept, value in values.items()]
+
+
+def _losses(listed: list[Any]) -> Losses:
+    losses: Losses = {}
+    for layer, *kept, value in listed:
+        losses.setdefault(layer, {})[Format(*kept)] = value
+    return losses
 
 
 def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions, Recipe
+from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
     from rich.table import Table
@@ -112,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--recipe",
-        choices=get_args(Recipe),
+        choices=RECIPE_NAMES,
         default=defaults.recipe,
-        help="best: what measures best; pm-kvq: the paper's; uniform: the same bits in every layer; "
-        "none: leave the cache in the model's dtype (%(default)s)",
+        help="best: what measures best; pm-kvq: the paper's; kivi, rotation, uniform: baselines with the same bits in "
+        "every layer; none: leave the cache in the model's dtype (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
@@ -153,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--onnx", action="store_true", help="write model.onnx too, with the cache at its final bits (needs [onnx])"
+    )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
     output.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -239,8 +242,9 @@ def _print_summary(result: CompileResult) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table("layer", "K bits", "V bits", "K axis", "bytes", "sensitivity", "fold", box=None, header_style="bold")
-    for column in table.columns[:3] + table.columns[4:6]:
+    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "predicted loss", "folded")
+    table = Table(*names, box=None, header_style="bold")
+    for column in table.columns[:3] + table.columns[4:7]:
         column.justify = "right"
     for row in rows:
         table.add_row(
@@ -248,11 +252,18 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["key_bits"]),
             str(row["value_bits"]),
             row["key_axis"],
+            str(row["window"]),
             f"{row['arena_bytes']:,}",
             f"{row['sensitivity']:.3g}",
-            "folded" if row["fold"] == "folded" else "no",
+            _folded(row),
         )
     return table
+
+
+def _folded(row: dict[str, Any]) -> str:
+    """What is folded into a layer's weights."""
+    folds = ("K scales" if row["fold"] == "folded" else None, "V rotation" if row["rotated"] else None)
+    return ", ".join(filter(None, folds)) or "nothing"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
 from pmkvq_compiler.budget import parse_budget
@@ -23,8 +27,8 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
-from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.planner import cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.planner import Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -54,6 +58,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     `options.output` is then absent or as it was.
     """
     stages = _Stages(progress)
+    onnx_export = _onnx_export() if options.onnx else None
     if not options.dry_run:
         check_target(options.output, options.force)
     with stages("source"):
@@ -61,22 +66,28 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         max_len = _max_len(source, options)
     with stages("capture"):
         program = capture(source.config)
+        if onnx_export is not None:
+            onnx_export.check_expressible(program)
         run_passes(program, [LocateAttention()])
     with stages("calibrate"):
         budget = _budget(program, options, max_len)
         check_feasible(program.sites, options, budget, max_len, source.dtype)
         calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
     with stages("plan"):
-        plan = solve(program.sites, calibration, options, budget, max_len, source.dtype)
-    report = _report(source, program, calibration, options, plan)
+        solution = solve(program.sites, calibration, options, budget, max_len, source.dtype)
+        plan = solution.plan
+    report = _report(program, calibration, options, solution)
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
-        run_passes(program, pipeline(_scales(options, calibration), plan))
+        run_passes(program, pipeline(_scales(solution, calibration), solution.rotated, plan))
     with staged(options.output) as folder:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
             write_manifest(folder, manifest)
+        if onnx_export is not None:
+            with stages("onnx"):
+                onnx_export.write_onnx(program, folder, manifest["weights"])
         with stages("check"):
             report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
         report["seconds"] = stages.seconds
@@ -112,6 +123,17 @@ def _max_len(source: Source, options: CompileOptions) -> int:
     return options.max_len or limit or DEFAULT_MAX_LEN
 
 
+def _onnx_export() -> ModuleType:
+    """The module that writes ONNX, which needs packages of an extra. Raises `UsageError` where one is missing."""
+    try:
+        return importlib.import_module("pmkvq_compiler.onnx_export")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--onnx needs the package {error.name}, which is not installed; "
+            f"run `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
+        ) from error
+
+
 def _budget(program: Program, options: CompileOptions, max_len: int) -> int | None:
     """Bytes for the cache; None where the recipe takes what it takes."""
     if options.budget is None:
@@ -119,9 +141,9 @@ def _budget(program: Program, options: CompileOptions, max_len: int) -> int | No
     return parse_budget(options.budget, cache_bytes_at_16_bits(program.sites, max_len, options.batch_size))
 
 
-def _scales(options: CompileOptions, calibration: Calibration) -> dict[int, Any]:
-    """The key scales that the recipe folds: `uniform` is the baseline without any."""
-    return calibration.scales if options.recipe in ("best", "pm-kvq") else {}
+def _scales(solution: Solution, calibration: Calibration) -> dict[int, Tensor]:
+    """The key scales that the plan's formats ask for."""
+    return {layer: calibration.scales[layer] for layer in sorted(solution.scaled)}
 
 
 def _write_model(
@@ -151,15 +173,12 @@ def _write_model(
     }
 
 
-def _report(
-    source: Source, program: Program, calibration: Calibration, options: CompileOptions, plan: CachePlan
-) -> dict[str, Any]:
+def _report(program: Program, calibration: Calibration, options: CompileOptions, solution: Solution) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
-    folded = _scales(options, calibration)
-    not_chosen = f"recipe {options.recipe} folds no scales"
+    plan = solution.plan
     rows = [
-        {**asdict(row), "fold": "folded" if site.layer in folded else site.reason or not_chosen}
-        for row, site in zip(plan_table(plan, program.sites, calibration), program.sites, strict=True)
+        {**asdict(row), "fold": _folded(site, solution), "rotated": site.layer in solution.rotated}
+        for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
     return {
@@ -175,5 +194,13 @@ def _report(
         "arena_bytes": plan.arena_bytes,
         "original_bytes": original,
         "true_bits": 16 * plan.arena_bytes / original,
+        "predicted_loss": sum(row["sensitivity"] for row in rows),
         "bytes_over_tokens": bytes_over_tokens(plan),
     }
+
+
+def _folded(site: AttentionSite, solution: Solution) -> str:
+    """ "folded" where the key scales are, else why they are not."""
+    if site.layer in solution.scaled:
+        return "folded"
+    return site.reason or "the plan gains nothing by it: it groups K by channel, or leaves it unscaled"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Recipe = Literal["best", "pm-kvq", "uniform", "none"]
+RECIPE_NAMES = ("best", "pm-kvq", "kivi", "rotation", "uniform", "none")
 
 
 @dataclass(frozen=True)
@@ -19,16 +18,17 @@ class CompileOptions:
     """`512MiB`, `25%` (of the 16-bit cache) or `3.2bits` (true bits a number); needed by every recipe but `none`."""
     max_len: int | None = None
     batch_size: int = 1
-    recipe: Recipe = "best"
+    recipe: str = "best"
     bits: tuple[int, ...] = (8, 4, 2)
     sink: int | None = None
     window: int | None = None
-    block: int = 64
+    block: int | None = None
     calib: str = "builtin"
-    calib_samples: int = 8
-    calib_len: int = 512
+    calib_samples: int = 4
+    calib_len: int = 1024
     effective_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    onnx: bool = False
     dry_run: bool = False
     force: bool = False

@@ -1,13 +1,14 @@
 """The bit plan: one candidate a layer, least sensitivity in all, within the budget to the byte.
 
 Choosing is a multiple-choice knapsack, solved as an integer program by CBC through PuLP: PM-KVQ's allocation,
-with true bytes in place of code bits, K and V apart, and the grouping axis of K as a third choice.
+with true bytes in place of code bits, over all that a recipe lets a layer choose: widths of K and V, grouping axis of
+K, transforms, clips and the window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,40 +29,61 @@ from pmkvq_compiler.runtime.plan import (
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
 from .errors import CompileError, UsageError
+from .formats import Format
 from .options import CompileOptions
+from .recipes import RECIPES, Recipe, resolved
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
 
-SINK, PM_KVQ_SINK, WINDOW = 4, 1, 128
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to keep a layer's cache, its bytes for all sequences (`plan.arena_bytes`) and its sensitivity."""
+    """One way to keep a layer's cache, its bytes for all sequences (`plan.arena_bytes`) and its sensitivity,
+    which is what the recipe minimizes. `key` and `value` are the formats, None where nothing is quantized.
+    """
 
     plan: LayerPlan
     sensitivity: float
+    key: Format | None = None
+    value: Format | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan, and the formats of K and V that it chose in each layer: they say what is to be folded."""
+
+    plan: CachePlan
+    formats: tuple[tuple[Format | None, Format | None], ...]
+
+    @property
+    def scaled(self) -> frozenset[int]:
+        """Layers whose key scales are to be folded."""
+        return frozenset(n for n, (key, _) in enumerate(self.formats) if key is not None and key.transform == "scale")
+
+    @property
+    def rotated(self) -> frozenset[int]:
+        """Layers whose value rotation is to be folded."""
+        return frozenset(
+            n for n, (_, value) in enumerate(self.formats) if value is not None and value.transform == "rotate"
+        )
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A layer of the plan as the table and the report show it; `sensitivity` in nats of calibration loss."""
+    """A layer of the plan as the table and the report show it; `sensitivity` is its share of the predicted
+    loss, in nats a token."""
 
     layer: int
     key_bits: int
     value_bits: int
     key_axis: KeyAxis
+    window: int
     arena_bytes: int
     sensitivity: float
-
-
-def sink_and_window(options: CompileOptions) -> tuple[int, int]:
-    """Tokens kept exact at the start and at the end of a sequence: the user's, or the recipe's."""
-    sink = PM_KVQ_SINK if options.recipe == "pm-kvq" else SINK
-    return sink if options.sink is None else options.sink, WINDOW if options.window is None else options.window
 
 
 def cache_bytes_at_16_bits(sites: Sequence[AttentionSite], max_len: int, batch_size: int) -> int:
@@ -90,7 +112,7 @@ def solve(
     budget: int | None,
     max_len: int,
     dtype: torch.dtype,
-) -> CachePlan:
+) -> Solution:
     """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within `budget` bytes.
 
     `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone.
@@ -100,11 +122,11 @@ def solve(
     if budget is None:
         budget = _smallest(_candidate_plans(sites, options, max_len, dtype), options)
     layers = candidates(sites, calibration, options, max_len, dtype)
-    if options.recipe == "uniform":
-        chosen = max((row for row in zip(*layers, strict=True) if _total(row) <= budget), key=_total)
-    else:
+    if RECIPES[options.recipe].per_layer:
         chosen = tuple(choose([undominated(layer) for layer in layers], budget))
-    return CachePlan(
+    else:
+        chosen = max((row for row in zip(*layers, strict=True) if _total(row) <= budget), key=_total)
+    plan = CachePlan(
         recipe=options.recipe,
         budget=budget,
         max_len=max_len,
@@ -112,6 +134,7 @@ def solve(
         dtype=str(dtype).removeprefix("torch."),
         layers=tuple(candidate.plan for candidate in chosen),
     )
+    return Solution(plan, tuple((candidate.key, candidate.value) for candidate in chosen))
 
 
 def candidates(
@@ -121,14 +144,36 @@ def candidates(
     max_len: int,
     dtype: torch.dtype,
 ) -> list[list[Candidate]]:
-    """What the recipe allows for each layer, widest first."""
-    return [
-        [Candidate(plan, _sensitivity(plan, site.layer, calibration, max_len)) for plan in plans]
-        for site, plans in zip(sites, _candidate_plans(sites, options, max_len, dtype), strict=True)
-    ]
+    """What the recipe allows for each layer: of formats that take the same bytes, those that cost least."""
+    by_gradient = RECIPES[options.recipe].measure == "gradient"
+    layers = []
+    for site, plans in zip(sites, _candidate_plans(sites, options, max_len, dtype), strict=True):
+        key_costs = (calibration.key_gradient if by_gradient else calibration.key_loss).get(site.layer, {})
+        value_costs = (calibration.value_gradient if by_gradient else calibration.value_loss).get(site.layer, {})
+        layers.append([_candidate(plan, key_costs, value_costs, max_len) for plan in plans])
+    return layers
 
 
-def plan_table(plan: CachePlan, sites: Sequence[AttentionSite], calibration: Calibration) -> list[PlanRow]:
+def _candidate(
+    plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
+) -> Candidate:
+    """The best formats of the plan's widths, axis and window, and the plan with their clips and rotation."""
+    if not plan.quantized:
+        return Candidate(plan, 0.0)
+    key = min(
+        (kept for kept in key_costs if (kept.bits, kept.axis) == (plan.key_bits, plan.key_axis)),
+        key=lambda kept: (abs(kept.window - plan.window), key_costs[kept]),
+    )
+    value = min(
+        (kept for kept in value_costs if kept.bits == plan.value_bits),
+        key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
+    )
+    chosen = replace(plan, key_clip=key.clip, value_clip=value.clip, key_rotated=key.transform == "rotate")
+    cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
+    return Candidate(chosen, cost, key, value)
+
+
+def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: Calibration) -> list[PlanRow]:
     """One row a layer."""
     return [
         PlanRow(
@@ -136,11 +181,20 @@ def plan_table(plan: CachePlan, sites: Sequence[AttentionSite], calibration: Cal
             key_bits=layer.key_bits,
             value_bits=layer.value_bits,
             key_axis=layer.key_axis,
+            window=layer.window,
             arena_bytes=layer.arena_bytes,
-            sensitivity=_sensitivity(layer, site.layer, calibration, plan.max_len),
+            sensitivity=_loss(site.layer, layer, key, value, calibration, solution.plan.max_len),
         )
-        for site, layer in zip(sites, plan.layers, strict=True)
+        for site, layer, (key, value) in zip(sites, solution.plan.layers, solution.formats, strict=True)
     ]
+
+
+def _loss(
+    layer: int, plan: LayerPlan, key: Format | None, value: Format | None, calibration: Calibration, max_len: int
+) -> float:
+    if key is None or value is None or not blocks_needed(plan, max_len):
+        return 0.0
+    return calibration.key_loss[layer][key] + calibration.value_loss[layer][value]
 
 
 def choose(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate]:
@@ -191,15 +245,15 @@ def undominated(layer: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _check_options(options: CompileOptions, budget: int | None) -> None:
-    sink, window = sink_and_window(options)
+    recipe = resolved(options)
     if budget is None and options.recipe != "none":
         raise UsageError(f"recipe {options.recipe!r} needs a budget; give --budget, 25% for example")
-    if options.block < WORD_BITS or options.block % WORD_BITS:
-        raise UsageError(f"a block of {options.block} tokens is not a multiple of {WORD_BITS}; choose 64")
-    if sink < 0 or window < options.block:
+    if recipe.block < WORD_BITS or recipe.block % WORD_BITS:
+        raise UsageError(f"a block of {recipe.block} tokens is not a multiple of {WORD_BITS}; choose 64")
+    if recipe.sink < 0 or not recipe.windows:
         raise UsageError(
-            f"sink {sink} and window {window} are not possible: a window holds at least one block of {options.block} "
-            f"tokens, a sink none or more"
+            f"sink {recipe.sink} and window {options.window} are not possible: a window holds at least one block of "
+            f"{recipe.block} tokens, a sink none or more"
         )
     wrong = [bits for bits in options.bits if bits not in CODE_BITS]
     if wrong or not options.bits:
@@ -210,32 +264,37 @@ def _total(chosen: Iterable[Candidate]) -> int:
     return sum(candidate.plan.arena_bytes for candidate in chosen)
 
 
-def _choices(sites: Sequence[AttentionSite], options: CompileOptions) -> list[tuple[int, int, KeyAxis]]:
-    """(K bits, V bits, K axis) that the recipe allows; K is packed along channels, which must fill whole words."""
+def _choices(sites: Sequence[AttentionSite], options: CompileOptions) -> list[tuple[int, int, KeyAxis, int]]:
+    """(K bits, V bits, K axis, window) that the recipe allows; K is packed along channels, which must fill whole
+    words."""
     if options.recipe == "none":
         return []
+    recipe = resolved(options)
     channels = math.gcd(*(site.key_head_dim for site in sites))
     widths = [bits for bits in sorted(options.bits, reverse=True) if channels * bits % WORD_BITS == 0]
     if not widths:
         raise CompileError(
             f"{channels} channels of a key do not fill {WORD_BITS}-bit words at {options.bits} bits; allow wider --bits"
         )
-    if options.recipe == "best":
-        axes: tuple[KeyAxis, ...] = ("token", "channel")
-        return [(key, value, axis) for key in widths for value in widths for axis in axes]
-    return [(bits, bits, "token") for bits in widths]
+    return [
+        (key, value, axis, window)
+        for key in widths
+        for value in ([key] if recipe.same_bits else widths)
+        for axis in recipe.key_axes
+        for window in recipe.windows
+    ]
 
 
 def _candidate_plans(
     sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, dtype: torch.dtype
 ) -> list[list[LayerPlan]]:
-    """The plans of `candidates`."""
-    choices = _choices(sites, options)
+    """The plans of `candidates`, but for what depends on a calibration."""
+    recipe, choices = resolved(options), _choices(sites, options)
     layers = []
     for site in sites:
-        plans = [_quantized(site, options, max_len, *choice) for choice in choices]
-        if options.recipe in ("best", "none"):
-            plans.insert(0, _exact(site, max_len, options.block, dtype.itemsize))
+        plans = [_quantized(site, recipe, max_len, *choice) for choice in choices]
+        if recipe.exact_layers:
+            plans.insert(0, _exact(site, max_len, recipe.block, dtype.itemsize))
         layers.append(
             [
                 replace(plan, arena_bytes=options.batch_size * sequence_bytes(plan, max_len, dtype.itemsize))
@@ -246,10 +305,10 @@ def _candidate_plans(
 
 
 def _smallest(layers: Sequence[Sequence[LayerPlan]], options: CompileOptions) -> int:
-    """Bytes of the smallest plan; "uniform" takes the same choice in every layer."""
-    if options.recipe == "uniform":
-        return min(sum(plan.arena_bytes for plan in row) for row in zip(*layers, strict=True))
-    return sum(min(plan.arena_bytes for plan in layer) for layer in layers)
+    """Bytes of the smallest plan; some recipes take the same choice in every layer."""
+    if RECIPES[options.recipe].per_layer:
+        return sum(min(plan.arena_bytes for plan in layer) for layer in layers)
+    return min(sum(plan.arena_bytes for plan in row) for row in zip(*layers, strict=True))
 
 
 def _exact(site: AttentionSite, max_len: int, block: int, itemsize: int) -> LayerPlan:
@@ -276,10 +335,9 @@ def _exact(site: AttentionSite, max_len: int, block: int, itemsize: int) -> Laye
 
 
 def _quantized(
-    site: AttentionSite, options: CompileOptions, max_len: int, key_bits: int, value_bits: int, key_axis: KeyAxis
+    site: AttentionSite, recipe: Recipe, max_len: int, key_bits: int, value_bits: int, key_axis: KeyAxis, window: int
 ) -> LayerPlan:
-    sink, window = sink_and_window(options)
-    stages = lowering_stages(key_bits, value_bits, together=options.recipe == "pm-kvq")
+    stages = lowering_stages(key_bits, value_bits, together=recipe.same_bits)
     plan = LayerPlan(
         num_key_value_heads=site.num_key_value_heads,
         key_head_dim=site.key_head_dim,
@@ -287,11 +345,11 @@ def _quantized(
         key_bits=key_bits,
         value_bits=value_bits,
         key_axis=key_axis,
-        sink=min(sink, max_len - 1) if site.sliding_window is None else 0,
+        sink=min(recipe.sink, max_len - 1) if site.sliding_window is None else 0,
         window=window,
-        block=options.block,
+        block=recipe.block,
         sliding_window=site.sliding_window,
-        stages=stages[-1:] if options.recipe == "uniform" else stages,
+        stages=stages if recipe.progressive else stages[-1:],
         arena_bytes=0,
     )
     return fitted(plan, max_len)
@@ -312,13 +370,3 @@ def lowering_stages(key_bits: int, value_bits: int, together: bool) -> tuple[tup
             value //= 2
         stages.append((key, value))
     return tuple(stages)
-
-
-def _sensitivity(plan: LayerPlan, layer: int, calibration: Calibration, max_len: int) -> float:
-    """Of a layer kept as `plan`: 0 where nothing of it is ever quantized."""
-    if not blocks_needed(plan, max_len):
-        return 0.0
-    return (
-        calibration.key_sensitivity[layer][plan.key_bits, plan.key_axis]
-        + calibration.value_sensitivity[layer][plan.value_bits]
-    )

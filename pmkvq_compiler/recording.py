@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from pmkvq_compiler.runtime.plan import KeyAxis
-from pmkvq_compiler.runtime.quantize import fake_quantize
-
 ATTENTION = "pmkvq_calibrate"
 """The `attn_implementation` of a model that is to be observed."""
 
@@ -45,6 +42,11 @@ class AttentionCall:
         """The same call for the queries at `positions` (int64) alone; they still see their whole past."""
         return replace(self, query=self.query[..., positions, :], mask=self._visible()[..., positions, :])
 
+    def detached(self) -> AttentionCall:
+        """The same call in float32, outside of any gradient's way."""
+        query, key, value = (x.detach().float() for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
     def output(self, key: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """The attention [B, Hq, S, dv], with other keys and values if given; batches of one broadcast."""
         key, value = self.key if key is None else key, self.value if value is None else value
@@ -52,38 +54,35 @@ class AttentionCall:
             return F.scaled_dot_product_attention(
                 self.query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True
             )
-        return self.over(self.query, key, value, self._visible())
+        return self.values_under(self.weights(self.scores(self.query, key)), value)
 
-    def over(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """This call's attention of other operands; `visible` (bool) broadcasts to [B, Hq, queries, keys]."""
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """q . k [B, Hq, queries, keys], scaled and soft-capped."""
         groups = (key.shape[1], query.shape[1] // key.shape[1])
         query = query.unflatten(1, groups).flatten(2, 3)  # a key head's queries side by side: one product
         scores = (query @ key.transpose(-1, -2) * self.scaling).unflatten(2, (groups[1], -1)).flatten(1, 2)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def weights(self, scores: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Softmax of scores over the keys that each query may see: this call's own ones unless `visible` (bool)."""
+        visible = self._visible() if visible is None else visible
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        if self.sinks is not None:
-            sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
-        weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
-        return (weights.unflatten(1, groups).flatten(2, 3) @ value).unflatten(2, (groups[1], -1)).flatten(1, 2)
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks.to(scores.dtype)], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def values_under(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Sums [B, Hq, queries, dv] of values under weights [B, Hq, queries, keys]."""
+        groups = (value.shape[1], weights.shape[1] // value.shape[1])
+        weights = weights.unflatten(1, groups).flatten(2, 3)
+        return (weights @ value).unflatten(2, (groups[1], -1)).flatten(1, 2)
 
     def _visible(self) -> Tensor:
         if self.mask is not None:
             return self.mask
         length = self.key.shape[-2]
         return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
-
-
-def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int, clip: float = 1.0) -> Tensor:
-    """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
-
-    The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
-    """
-    blocks = max(0, x.shape[-2] - sink) // block
-    quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
-    quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2, clip).flatten(-3, -2)
-    return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .recording import AttentionCall, as_cached
+from .formats import as_cached
+from .recording import AttentionCall
 
 GRID = 20
 SMALLEST, LARGEST = 1e-4, 1e4

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.passes.rotation import hadamard
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, flushed_blocks, head_bytes, pool_blocks
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, flushed_blocks, head_bytes, pool_blocks
 
-from .recording import AttentionCall, as_cached
+from .formats import Format, Transform, stored
+from .recording import AttentionCall
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ class _Layer:
 
     def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds) -> None:
         self.call, self.layer = call, layer
-        self.scale = folds.scales.get(call.layer, torch.ones(1, 1)).to(call.key).unsqueeze(-2)
-        self.rotation = hadamard(layer.value_head_dim).to(call.value) if call.layer in folds.rotated else None
+        self.scale = folds.scales.get(call.layer)
+        self.rotated = call.layer in folds.rotated
         itemsize = getattr(torch, plan.dtype).itemsize
         size = head_bytes(layer, plan.max_len, plan.batch_size, itemsize)
         self.capacities = [pool_blocks(layer, size, itemsize, stage) for stage in layer.stages]
+        self.ring = blocks_needed(layer, plan.max_len)
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, prompts: Tensor) -> Tensor:
-        length, out = self.call.key.shape[2], torch.empty_like(self.call.query[..., : self.layer.value_head_dim])
+        query, length = self.call.query, self.call.key.shape[2]
+        out = query.new_empty(*query.shape[:3], self.layer.value_head_dim)
         shortest, longest = int(prompts.min()), int(prompts.max())
         for start in range(0, min(longest, length), PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, longest, length)
@@ -68,19 +70,20 @@ class _Layer:
             flushed = flushed_blocks(self.layer, start + 1)
             stop = min(length, self.layer.sink + self.layer.window + flushed * self.layer.block)
             decoded = self._tile(start, stop, cached=start + 1)
-            prefilled = torch.arange(start, stop, device=out.device) < prompts.reshape(-1, 1, 1, 1).transpose(2, 3)
-            out[:, :, start:stop] = torch.where(prefilled.transpose(2, 3), out[:, :, start:stop], decoded)
+            own = torch.arange(start, stop, device=out.device) >= prompts.unsqueeze(-1)
+            out[:, :, start:stop] = torch.where(own[:, None, :, None], decoded, out[:, :, start:stop])
             start = stop
         return out
 
     def _tile(self, start: int, stop: int, cached: int) -> Tensor:
-        """Attention of queries `start : stop` over a cache of `cached` tokens and what follows them up to each query."""
+        """Attention of queries `start : stop` over a cache of `cached` tokens and those after it, up to each query."""
         layer, call = self.layer, self.call
         flushed = flushed_blocks(layer, cached)
         quantized = slice(layer.sink, layer.sink + flushed * layer.block)
         keys, values = call.key[:, :, :stop], call.value[:, :, :stop]
         if flushed:
-            stage = next((n for n, fits in enumerate(self.capacities) if flushed <= fits), len(self.capacities) - 1)
+            live = min(flushed, self.ring)
+            stage = next(number for number, capacity in enumerate(self.capacities) if live <= capacity)
             stored_keys, stored_values = self._stage(stage)
             keys, values = keys.clone(), values.clone()
             keys[:, :, quantized], values[:, :, quantized] = (
@@ -92,19 +95,18 @@ class _Layer:
         visible = positions <= queries
         if layer.sliding_window is not None:
             visible &= positions > queries - layer.sliding_window
-        return call.over(call.query[:, :, start:stop], keys, values, visible)
+        scores = call.scores(call.query[:, :, start:stop], keys)
+        return call.values_under(call.weights(scores, visible), values)
 
     def _stage(self, stage: int) -> tuple[Tensor, Tensor]:
         """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them."""
         if stage not in self.stored:
             layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
-            keys = as_cached(
-                self.call.key / self.scale, key_bits, layer.key_axis, layer.sink, layer.block, layer.key_clip
-            )
-            values = self.call.value if self.rotation is None else self.call.value @ self.rotation
-            values = as_cached(values, value_bits, "token", layer.sink, layer.block, layer.value_clip)
+            transform: Transform = "rotate" if layer.key_rotated else "none" if self.scale is None else "scale"
+            key = Format(key_bits, layer.key_axis, transform, layer.key_clip, layer.window)
+            value = Format(value_bits, "token", "rotate" if self.rotated else "none", layer.value_clip, layer.window)
             self.stored[stage] = (
-                keys * self.scale,
-                values if self.rotation is None else values @ self.rotation.T,
+                stored(self.call.key, key, layer.sink, layer.block, self.scale),
+                stored(self.call.value, value, layer.sink, layer.block),
             )
         return self.stored[stage]

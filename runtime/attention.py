@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .quantize import fields_of, step_and_zero, unpack_bytes
+from .rotation import hadamard
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache, Records
@@ -47,6 +48,9 @@ def cached_attention(
     if cache.kernels is not None:
         return cache.kernels[layer].attend(q, k, v, cache, layer, scale, sinks)
     store = cache.layers[layer]
+    if store.plan.key_rotated:
+        rotation = hadamard(q.shape[-1]).to(q)
+        q, k = q @ rotation, k @ rotation
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for sequence, own in enumerate(cache.columns):
         if own.start < own.stop:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pmkvq_compiler.calibrate import (
     Calibration,
-    Sensitivity,
     calibrate,
     effective_length,
     read_samples,
@@ -23,9 +22,11 @@ from pmkvq_compiler.calibrate import (
 )
 from pmkvq_compiler.calibration_file import calibration_path, load_calibration, load_or_calibrate, save_calibration
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.formats import Format
+from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, as_cached, observed, run
+from pmkvq_compiler.recipes import RECIPES
+from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
@@ -79,11 +80,15 @@ def test_an_observed_model_computes_what_the_model_computes(model_type: str, ove
     model = tiny_model(model_type, **overrides)
     input_ids, positions = torch.randint(3, 128, (1, 90)), stretched_positions(90, 450)
     calls: list[AttentionCall] = []
+
+    def collect(call: AttentionCall) -> None:
+        calls.append(call)
+
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = run(model, input_ids, positions)
         model.set_attn_implementation(ATTENTION)
-        with observed(calls.append):
+        with observed(collect):
             logits = run(model, input_ids, positions)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert [call.layer for call in calls] == [0, 1, 2]
@@ -95,7 +100,7 @@ def test_an_observed_model_computes_what_the_model_computes(model_type: str, ove
 def test_the_measured_keys_are_the_ones_that_a_cache_would_hold(source: Source, text: str, tmp_path: Path) -> None:
     chosen = options(tmp_path, calib=text)
     calibration = calibrate(source, sites(), chosen, MAX_LEN, silent)
-    model, samples = source.load_model("eager"), read_samples(source, chosen)
+    model, samples = source.load_model("eager"), torch.stack(read_samples(source, chosen))
     with torch.no_grad():
         positions = stretched_positions(80, MAX_LEN).expand(2, -1)
         cache = model(samples, position_ids=positions, attention_mask=torch.ones_like(samples)).past_key_values
@@ -103,52 +108,31 @@ def test_the_measured_keys_are_the_ones_that_a_cache_would_hold(source: Source, 
         torch.testing.assert_close(measured, cache.layers[layer].keys.abs().amax(dim=(0, 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_sensitivity_is_the_sum_of_error_times_gradient() -> None:
-    key, value, key_gradient, value_gradient = torch.randn(4, 1, 2, 80, 16).unbind(0)
-    scale = torch.rand(2, 16, dtype=torch.float64) + 0.5
-    key.requires_grad_(), value.requires_grad_()
-    sensitivity = Sensitivity({5: scale}, (8, 2), sink=4, block=32)
-    sensitivity(AttentionCall(5, torch.randn(1, 4, 80, 16), key, value, None, 0.25, None, None))
-    ((key * key_gradient).sum() + (value * value_gradient).sum()).backward()
-
-    factor = scale.float().unsqueeze(-2)
-    for bits in (8, 2):
-        value_error = as_cached(value.detach(), bits, "token", 4, 32) - value
-        assert sensitivity.value[5][bits] == pytest.approx((value_error * value_gradient).abs().sum().item(), rel=1e-5)
-        for axis in ("token", "channel"):
-            key_error = as_cached(key.detach() / factor, bits, axis, 4, 32) * factor - key
-            expected = (key_error * key_gradient).abs().sum().item()
-            assert sensitivity.key[5][bits, axis] == pytest.approx(expected, rel=1e-5)
+def total(calibration: Calibration, window: int) -> float:
+    """The losses of all layers in all formats of one window."""
+    by_layer = [*calibration.key_loss.values(), *calibration.value_loss.values()]
+    return sum(loss for losses in by_layer for kept, loss in losses.items() if kept.window == window)
 
 
-def test_sensitivities_bound_the_change_of_the_loss_and_fall_with_the_bits(
-    source: Source, text: str, tmp_path: Path
-) -> None:
-    chosen = options(tmp_path, calib=text)
+def test_losses_fall_with_the_bits_and_with_the_window(source: Source, text: str, tmp_path: Path) -> None:
+    chosen = options(tmp_path, calib=text, calib_len=400, window=None)
     calibration = calibrate(source, sites(), chosen, MAX_LEN, silent)
     for layer in range(3):
-        for values in (
-            [calibration.value_sensitivity[layer][bits] for bits in (2, 4, 8)],
-            [calibration.key_sensitivity[layer][bits, "token"] for bits in (2, 4, 8)],
-            [calibration.key_sensitivity[layer][bits, "channel"] for bits in (2, 4, 8)],
-        ):
-            assert values[0] > values[1] > values[2] > 0
+        for losses in (calibration.key_loss[layer], calibration.value_loss[layer]):
+            kinds = {(kept.axis, kept.transform) for kept in losses}
+            for axis, transform in kinds:
+                by_bits = [losses[Format(bits, axis, transform, 1.0, 64)] for bits in (2, 4, 8)]
+                assert by_bits[0] > by_bits[1] > by_bits[2] > 0
+    assert total(calibration, window=96) < total(calibration, window=64)
 
-    model, samples = source.load_model(ATTENTION), read_samples(source, chosen)
 
-    def loss() -> float:
-        logits = torch.cat([run(model, sample, stretched_positions(80, MAX_LEN)) for sample in samples.split(1)])
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), samples[:, 1:].flatten()).item()
-
-    def quantize_values(call: AttentionCall) -> None:
-        if call.layer == 1:
-            call.value.copy_(as_cached(call.value, 8, "token", 4, 32))
-
-    with torch.no_grad(), observed(lambda call: None):
-        exact = loss()
-    with torch.no_grad(), observed(quantize_values):
-        change = abs(loss() - exact)
-    assert 0 < change < calibration.value_sensitivity[1][8]
+def test_each_recipe_measures_what_it_can_choose(source: Source, text: str, tmp_path: Path) -> None:
+    for recipe in RECIPE_NAMES[:-1]:
+        calibration = calibrate(source, sites(), options(tmp_path, calib=text, recipe=recipe), MAX_LEN, silent)
+        assert bool(calibration.scales) == ("scale" in RECIPES[recipe].key_transforms)
+        assert bool(calibration.key_gradient) == (recipe == "pm-kvq")
+        assert {kept.axis for kept in calibration.key_loss[0]} == set(RECIPES[recipe].key_axes)
+        assert {kept.bits for kept in calibration.value_loss[2]} == {8, 4, 2}
 
 
 def test_positions_are_spread_over_the_effective_length() -> None:
@@ -180,7 +164,10 @@ def test_layers_with_a_reason_not_to_fold_get_no_scale(source: Source, text: str
     some = [replace(one, reason="no RoPE" if one.layer == 1 else None) for one in sites()]
     calibration = calibrate(source, some, options(tmp_path, calib=text), MAX_LEN, silent)
     assert set(calibration.scales) == set(calibration.alphas) == {0, 2}
-    assert set(calibration.key_sensitivity) == {0, 1, 2}
+    transforms = [
+        {kept.transform for kept in calibration.key_loss[layer] if kept.axis == "token"} for layer in range(3)
+    ]
+    assert transforms == [{"scale"}, {"none"}, {"scale"}]
 
 
 def test_recipe_none_runs_the_model_for_the_check_alone(source: Source, text: str, tmp_path: Path) -> None:
@@ -194,7 +181,7 @@ def test_recipe_none_runs_the_model_for_the_check_alone(source: Source, text: st
 
 def test_builtin_text_is_long_enough_and_apart_from_the_heldout_one(source: Source, tmp_path: Path) -> None:
     samples = read_samples(source, options(tmp_path, calib_samples=64, calib_len=2048))
-    assert samples.shape == (64, 2048)
+    assert [sample.shape for sample in samples] == [(2048,)] * 64
     data = Path(__file__).parent.parent / "pmkvq_compiler" / "data"
     calibration, heldout = (
         {line for line in (data / name).read_text().splitlines() if len(line) > 60}
@@ -208,12 +195,13 @@ def test_json_lines_may_hold_text_or_tokens(source: Source, tmp_path: Path) -> N
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "' + "a" * 90 + '"}\n\n{"input_ids": ' + str([98] * 85) + "}\n")
     samples = read_samples(source, options(tmp_path, calib=str(path)))
-    assert samples.tolist() == [[97] * 80, [98] * 80]
+    assert [sample.tolist() for sample in samples] == [[97] * 80, [98] * 80]
 
 
-def test_short_documents_are_joined(source: Source, tmp_path: Path) -> None:
-    calib = token_file(tmp_path / "lines.jsonl", [[7] * 50] * 4)
-    assert read_samples(source, options(tmp_path, calib=calib)).shape == (2, 80)
+def test_documents_of_half_a_sample_stand_alone_and_shorter_ones_are_joined(source: Source, tmp_path: Path) -> None:
+    calib = token_file(tmp_path / "lines.jsonl", [[7] * 50, [8] * 30, [9] * 30, [10] * 30])
+    samples = read_samples(source, options(tmp_path, calib=calib))
+    assert [sample.tolist() for sample in samples] == [[7] * 50, [8] * 30 + [9] * 30 + [10] * 20]
 
 
 def test_every_sample_begins_as_the_tokenizer_begins_a_text(source: Source, text: str, tmp_path: Path) -> None:
@@ -223,8 +211,8 @@ def test_every_sample_begins_as_the_tokenizer_begins_a_text(source: Source, text
         single="< $A", special_tokens=[("<", ord("<"))]
     )
     samples = read_samples(source, options(tmp_path, calib=text))
-    assert samples[:, 0].tolist() == [ord("<")] * 2
-    assert ord("<") not in samples[:, 1:]
+    assert [sample[0].item() for sample in samples] == [ord("<")] * 2
+    assert all(ord("<") not in sample[1:] for sample in samples)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +244,8 @@ def test_a_model_without_tokenizer_needs_tokens(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"no tokenizer.*input_ids"):
         read_samples(source, options(tmp_path))
     calib = token_file(tmp_path / "tokens.jsonl", [[5] * 80, [6] * 80])
-    assert read_samples(source, options(tmp_path, calib=calib)).tolist() == [[5] * 80, [6] * 80]
+    samples = read_samples(source, options(tmp_path, calib=calib))
+    assert [sample.tolist() for sample in samples] == [[5] * 80, [6] * 80]
 
 
 def test_texts_that_hold_no_block_are_wrong_usage(source: Source, tmp_path: Path) -> None:
@@ -309,7 +298,16 @@ def test_another_budget_runs_the_model_no_more(source: Source, text: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "other", [{"calib_samples": 3}, {"calib_len": 96}, {"bits": (8, 4)}, {"block": 48}, {"effective_len": 200}]
+    "other",
+    [
+        {"recipe": "uniform"},
+        {"window": 96},
+        {"calib_samples": 3},
+        {"calib_len": 96},
+        {"bits": (8, 4)},
+        {"block": 48},
+        {"effective_len": 200},
+    ],
 )
 def test_whatever_a_calibration_depends_on_makes_another_one(
     source: Source, text: str, tmp_path: Path, other: dict[str, Any]

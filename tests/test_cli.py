@@ -47,7 +47,7 @@ def test_output_is_named_after_the_model(model: str, folder: str) -> None:
 def test_every_flag_reaches_the_options() -> None:
     command = """m --budget 3.2bits --max-len 512 --batch-size 3 -o out --force --recipe pm-kvq --bits 2,8 --sink 0
     --window 96 --calib text.txt --calib-samples 5 --calib-len 128 --effective-len 4096 --device cuda:1
-    --dtype bfloat16 --dry-run --json"""
+    --dtype bfloat16 --onnx --dry-run --json"""
     expected = CompileOptions(
         model="m",
         output=Path("out"),
@@ -64,6 +64,7 @@ def test_every_flag_reaches_the_options() -> None:
         effective_len=4096,
         device="cuda:1",
         dtype="bfloat16",
+        onnx=True,
         dry_run=True,
         force=True,
     )
@@ -119,12 +120,12 @@ def test_summary_has_a_row_a_layer_and_names_the_artifact(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "artifact"
-    assert main([str(model), "--budget", "70%", *SMALL, "-o", str(out)]) == 0
+    assert main([str(model), "--recipe", "pm-kvq", "--budget", "90%", *SMALL, "-o", str(out)]) == 0
     shown = capsys.readouterr()
     header, *lines = shown.out.splitlines()
-    assert " ".join(header.split()) == "layer K bits V bits K axis bytes sensitivity fold"
+    assert " ".join(header.split()) == "layer K bits V bits K axis window bytes predicted loss folded"
     assert [line.split()[0] for line in lines[:3]] == ["0", "1", "2"]
-    assert all(line.split()[-1] == "folded" for line in lines[:3])
+    assert all("K scales" in line for line in lines[:3])
     assert f"artifact             {out}" in lines
     assert (out / "report.html").is_file()
     assert "calibrate" in shown.err.lower(), "progress goes to stderr"

@@ -14,7 +14,8 @@ import torch
 
 from pmkvq_compiler.calibrate import Calibration
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.formats import Format
+from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.planner import (
     Candidate,
@@ -58,22 +59,39 @@ def calibration(layers: int, seed: int = 0) -> Calibration:
     weight = [draw.lognormvariate(0, 1.5) for _ in range(layers)]
     noise = {layer: draw.uniform(0.3, 0.9) for layer in range(layers)}
     error = {2: 5.0, 4: 1.0, 8: 0.06}
+    windows = {64: 1.3, 128: 1.0, 256: 0.8}
+    keys = {
+        layer: {
+            Format(bits, axis, transform, clip, window): weight[layer]
+            * error[bits]
+            * (noise[layer] if axis == "channel" else 1.0)
+            * windows[window]
+            * (0.7 if clip == 0.8 else 1.0)
+            for bits in error
+            for axis, transform in (("token", "none"), ("token", "scale"), ("token", "rotate"), ("channel", "none"))
+            for clip in ((1.0, 0.8) if bits == 2 else (1.0,))
+            for window in windows
+        }
+        for layer in range(layers)
+    }
+    values = {
+        layer: {
+            Format(bits, "token", transform, 1.0, window): weight[layer] * noise[layer] * error[bits] * windows[window]
+            for bits in error
+            for transform in ("none", "rotate")
+            for window in windows
+        }
+        for layer in range(layers)
+    }
     return Calibration(
         fingerprint="",
         key_maxima={},
         alphas={},
         scales={},
-        key_sensitivity={
-            layer: {
-                (bits, axis): weight[layer] * error[bits] * (noise[layer] if axis == "channel" else 1.0)
-                for bits in error
-                for axis in ("token", "channel")
-            }
-            for layer in range(layers)
-        },
-        value_sensitivity={
-            layer: {bits: weight[layer] * noise[layer] * error[bits] for bits in error} for layer in range(layers)
-        },
+        key_loss=keys,
+        value_loss=values,
+        key_gradient=keys,
+        value_gradient=values,
         check_ids=torch.zeros(1, 1, dtype=torch.int64),
         check_logits=torch.zeros(1, 1),
     )
@@ -84,7 +102,7 @@ def options(**chosen: Any) -> CompileOptions:
 
 
 def planned(sites: list[AttentionSite], budget: int | None, **chosen: Any) -> CachePlan:
-    return solve(sites, calibration(len(sites)), options(**chosen), budget, MAX_LEN, torch.float16)
+    return solve(sites, calibration(len(sites)), options(**chosen), budget, MAX_LEN, torch.float16).plan
 
 
 def random_candidates(draw: random.Random, count: int) -> list[Candidate]:
@@ -130,13 +148,13 @@ def test_a_small_plan_is_the_exhaustive_one_and_uses_97_percent_of_its_bytes(see
     layers = candidates(sites, measured, options(), MAX_LEN, torch.float16)
     best = min((row for row in itertools.product(*layers) if total(row)[0] <= budget), key=lambda row: total(row)[1])
 
-    plan = solve(sites, measured, options(), budget, MAX_LEN, torch.float16)
-    rows = plan_table(plan, sites, measured)
+    solution = solve(sites, measured, options(), budget, MAX_LEN, torch.float16)
+    rows = plan_table(solution, sites, measured)
     assert sum(row.sensitivity for row in rows) == pytest.approx(total(best)[1], rel=1e-6)
-    assert 0.97 * total(best)[0] <= plan.arena_bytes <= budget
+    assert 0.97 * total(best)[0] <= solution.plan.arena_bytes <= budget
 
 
-@pytest.mark.parametrize("recipe", ["best", "pm-kvq", "uniform", "none"])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_infeasible_budget_names_the_smallest_feasible_one_to_the_byte(recipe: Any, batch_size: int) -> None:
     sites = [site(0), site(1, sliding_window=300)]
@@ -148,7 +166,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one_to_the_byte(recipe
         planned(sites, smallest - 1, recipe=recipe, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("recipe", ["best", "pm-kvq", "uniform", "none"])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_the_arenas_hold_the_sequences_they_were_planned_for(recipe: Any) -> None:
     sites = [site(0), site(1, sliding_window=300), site(2, key_head_dim=96, value_head_dim=80)]
     budget = cache_bytes_at_16_bits(sites, MAX_LEN, 3)
@@ -203,20 +221,20 @@ def test_a_sliding_window_layer_has_no_sink_and_pays_for_its_window_alone() -> N
 
 def test_a_window_longer_than_the_sequences_shrinks_to_them() -> None:
     sites = [site(0)]
-    plan = solve(sites, calibration(1), options(window=512), 10**9, 100, torch.float16)
-    assert plan.layers[0].sink + plan.layers[0].window == 100
-    assert plan_table(plan, sites, calibration(1))[0].sensitivity == 0
+    solution = solve(sites, calibration(1), options(recipe="uniform", window=512), 10**9, 100, torch.float16)
+    assert solution.plan.layers[0].sink + solution.plan.layers[0].window == 100
+    assert plan_table(solution, sites, calibration(1))[0].sensitivity == 0
 
 
 def test_the_layer_that_matters_most_gets_the_most_bytes() -> None:
     sites, measured = [site(layer) for layer in range(6)], calibration(6)
-    measured.key_sensitivity[4].update({key: 100 * value for key, value in measured.key_sensitivity[4].items()})
-    plan = solve(
+    measured.key_loss[4].update({key: 100 * value for key, value in measured.key_loss[4].items()})
+    solution = solve(
         sites, measured, options(), int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3), MAX_LEN, torch.float16
     )
-    rows = plan_table(plan, sites, measured)
+    rows = plan_table(solution, sites, measured)
     assert max(rows, key=lambda row: row.key_bits).layer == 4
-    assert [row.arena_bytes for row in rows] == [layer.arena_bytes for layer in plan.layers]
+    assert [row.arena_bytes for row in rows] == [layer.arena_bytes for layer in solution.plan.layers]
 
 
 @pytest.mark.parametrize("final", list(itertools.product((16, 8, 4, 2), repeat=2)))
@@ -252,7 +270,7 @@ def test_a_plan_for_a_70b_llama_takes_seconds() -> None:
     sites = [site(layer, num_attention_heads=64, num_key_value_heads=8, key_head_dim=128) for layer in range(80)]
     budget = int(cache_bytes_at_16_bits(sites, 32768, 1) * 0.2)
     start = time.monotonic()
-    plan = solve(sites, calibration(80), options(), budget, 32768, torch.bfloat16)
+    plan = solve(sites, calibration(80), options(), budget, 32768, torch.bfloat16).plan
     assert time.monotonic() - start < 10
     assert 0.97 * budget <= plan.arena_bytes <= budget
 

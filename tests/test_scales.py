@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.recording import AttentionCall, as_cached
+from pmkvq_compiler.formats import as_cached
+from pmkvq_compiler.recording import AttentionCall
 from pmkvq_compiler.runtime.quantize import fake_quantize
 from pmkvq_compiler.scales import GRID, LARGEST, QUERIES, SMALLEST, ScaleSearch, candidate_scales
 

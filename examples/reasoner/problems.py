@@ -1,12 +1,13 @@
 """Long chains of thought that are right or wrong: ledgers of sums, one character a token.
 
-A problem's prompt lists named entries, each a digit or the sum or difference (modulo 10) of two earlier entries. Its chain works every entry out:
+A problem's prompt lists named entries, each a digit or the sum or difference (modulo 10) of two earlier entries. Its
+chain works every entry out:
 
-    prompt   q=8;か=7;ネ=q-か;B=ネ+q;?\\n
-    chain    q=8;か=7;ネ=q-か=8-7=1;B=ネ+q=1+8=9;!\\n
+    prompt   q8;か7;ネq-か;Bネ+q;?\\n
+    chain    q8;か7;ネq8-か7=ネ1;Bネ1+q8=B9;!\\n
 
 The right chain is unique, every entry may be needed again until the end, and one wrong character spoils all that is
-built on it: a lossy key/value cache shows. An entry costs 18 tokens, prompt and chain together.
+built on it: a lossy key/value cache shows. An entry costs 15 tokens, prompt and chain together.
 """
 
 from __future__ import annotations
@@ -34,21 +35,20 @@ def ledger(rng: random.Random, entries: int) -> tuple[str, str]:
     for index, name in enumerate(names):
         if index < LITERALS:
             values.append(rng.randrange(10))
-            prompt.append(f"{name}={values[-1]};")
+            prompt.append(f"{name}{values[-1]};")
             chain.append(prompt[-1])
         else:
             left, right, sign = rng.randrange(index), rng.randrange(index), rng.choice("+-")
             a, b = values[left], values[right]
             values.append((a + b if sign == "+" else a - b) % 10)
-            entry = f"{name}={names[left]}{sign}{names[right]}"
-            prompt.append(f"{entry};")
-            chain.append(f"{entry}={a}{sign}{b}={values[-1]};")
+            prompt.append(f"{name}{names[left]}{sign}{names[right]};")
+            chain.append(f"{name}{names[left]}{a}{sign}{names[right]}{b}={name}{values[-1]};")
     return "".join(prompt) + "?\n", "".join(chain) + "!\n"
 
 
 def most_entries(tokens: int) -> int:
     """Entries of the longest ledger whose prompt and chain, with `<s>` and `</s>`, have at most so many tokens."""
-    around, literal, entry = 6, 8, 18
+    around, literal, entry = 6, 6, 15
     return min(len(NAMES), LITERALS + (tokens - around - LITERALS * literal) // entry)
 
 

@@ -1,6 +1,7 @@
 """Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
 
-A Qwen2 of 2.9 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
+A Llama of 3 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present
+longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from problems import MODEL, character_tokenizer, ledger, most_entries, token_ids
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 4096
 TOKENS_A_BATCH = 16 * CONTEXT
@@ -55,9 +56,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         return prompt + chain + [tokenizer.pad_token_id] * padding, labels
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The reasoner with random weights, float32."""
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=384,
@@ -65,15 +66,16 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
-def train(model: Qwen2ForCausalLM, minutes: float, workers: int) -> None:
+def train(model: LlamaForCausalLM, minutes: float, workers: int) -> None:
     started, seconds, level = time.time(), 60 * minutes, Value("i", 0)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -107,7 +109,7 @@ def train(model: Qwen2ForCausalLM, minutes: float, workers: int) -> None:
 
 
 @torch.no_grad()
-def exact(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
+def exact(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
     """Share of the problems whose greedy chain is right to the last character, by teacher forcing."""
     rng, right = random.Random(seed), 0
     for _ in range(problems):

@@ -1,0 +1,390 @@
+"""What a model can still do inside a budget: recipes and budgets, scored on chains of thought and on text.
+
+    python examples/benchmarks/quality.py                                   # the project's own reasoner
+    python examples/benchmarks/quality.py --model demo --text held-out.txt  # perplexity of a language model
+    python examples/benchmarks/quality.py --model FOLDER --problems p.jsonl --calib c.jsonl
+
+Chains are scored by teacher forcing under the progressive cache (`pmkvq_compiler.teacher_forcing`), which gives exactly
+what greedy decoding would: a chain is right if and only if every argmax is. Problems are JSON lines with "prompt" and
+"chain"; the own reasoner's are drawn from seed 1, its calibration texts from seed 2, at most half as long. All
+recipes see the same problems, so differences are paired: the interval is the 95% bootstrap interval of the difference
+in exact chains to the first recipe.
+
+Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.calibrate import Calibration, calibrate
+from pmkvq_compiler.capture import capture
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.planner import Solution, cache_bytes_at_16_bits, plan_table, solve
+from pmkvq_compiler.recipes import RECIPES
+from pmkvq_compiler.recording import ATTENTION, observed, run
+from pmkvq_compiler.source import open_source
+from pmkvq_compiler.teacher_forcing import Folds, progressive
+
+OWN = Path(__file__).parent.parent / "reasoner"
+RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
+PM_KVQ = RECIPES["pm-kvq"]
+ABLATIONS = {
+    "pm-kvq": PM_KVQ,
+    "  not progressive": replace(PM_KVQ, progressive=False),
+    "  same bits in every layer": replace(PM_KVQ, per_layer=False),
+    "  no positional interpolation": PM_KVQ,
+    "  no scales": replace(PM_KVQ, key_transforms=("none",)),
+}
+"""The paper's ablations. Positional interpolation is an option of the calibration, not of the recipe."""
+
+BEST = RECIPES["best"]
+ABLATIONS |= {
+    "best": BEST,
+    "  windows of 128 tokens": replace(BEST, windows=(128,)),
+    "  no clips": replace(BEST, clips=(1.0,)),
+    "  K by token": replace(BEST, key_axes=("token",)),
+    "  no rotation of V": replace(BEST, value_transforms=("none",)),
+    "  not progressive ": replace(BEST, progressive=False),
+}
+
+
+SMALL_VOCABULARY = 1024
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text to score: tokens that are given, and tokens to be reproduced."""
+
+    prompt: list[int]
+    chain: list[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one plan; `worse_by_low` and `worse_by_high` bound the exact chains lost to the first recipe."""
+
+    recipe: str
+    budget: str
+    true_bits: float
+    predicted_loss: float
+    exact: float
+    worse_by_low: float
+    worse_by_high: float
+    first_error: float
+    perplexity: float
+    divergence: float
+    agreement: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    if arguments.plot:
+        plot(read_rows(arguments.output / "quality.csv"), arguments.output / "quality.svg")
+        return
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments)
+    rows = bench.ablations() if arguments.ablations else bench.recipes()
+    write(rows, arguments.output, f"{arguments.model}, {len(bench.items)} texts of up to {bench.max_len:,} tokens")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(OWN / "model"), help="hub id, folder, .gguf file or `demo`")
+    parser.add_argument("--problems", type=Path, help='JSON lines with "prompt" and "chain"')
+    parser.add_argument("--text", type=Path, help="held-out text: perplexity instead of chains")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a piece of --text (%(default)s)")
+    parser.add_argument("--count", type=int, default=48, help="problems or pieces (%(default)s)")
+    parser.add_argument("--calib", help="calibration text as for pmkvq-compile")
+    parser.add_argument("--calib-len", type=int, default=2048)
+    parser.add_argument("--calib-samples", type=int, default=8)
+    parser.add_argument("--max-len", type=int, help="tokens that plans are made for (default: the longest item)")
+    parser.add_argument("--recipes", default="best,pm-kvq,kivi,kivi-128,rotation,uniform")
+    parser.add_argument("--budgets", default="2.6bits,2.8bits,3bits,3.3bits,3.7bits,4.3bits")
+    parser.add_argument("--ablations", action="store_true", help="leave one thing out at a time, at each budget")
+    parser.add_argument("--dtype", default="auto", help="what sink and window are counted in (%(default)s)")
+    parser.add_argument("--batch", type=int, default=12, help="items scored at once (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("out/quality"))
+    parser.add_argument("--plot", action="store_true", help="only draw --output's quality.csv again")
+    return parser.parse_args(argv)
+
+
+class Bench:
+    """The source model in float32, its items with their full-precision logits' statistics, and its calibrations."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.source = open_source(arguments.model, arguments.dtype)
+        program = capture(self.source.config)
+        run_passes(program, [LocateAttention()])
+        self.sites: list[AttentionSite] = program.sites
+        self.calib = arguments.calib or self._own_calibration()
+        self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
+        self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
+        self.model = self._model()
+        self.calibrations: dict[str, Calibration] = {}
+        self.references: dict[int, Tensor] = {}
+        self.exact: dict[str, list[bool]] = {}
+        self.full = self._score_all(None)
+
+    def _model(self) -> PreTrainedModel:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self.source.load_model(ATTENTION, device).float().requires_grad_(False)
+
+    def _own_calibration(self) -> str:
+        if self.arguments.text or self.arguments.problems:
+            return "builtin"
+        sys.path.insert(0, str(OWN))
+        import problems
+
+        path, rng = self.arguments.output / "calibration.jsonl", random.Random(2)
+        entries = problems.most_entries(self.arguments.calib_len)
+        texts = ["".join(problems.ledger(rng, entries)) for _ in range(self.arguments.calib_samples)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return str(path)
+
+    def _items(self) -> list[Item]:
+        tokenizer, arguments = self.source.tokenizer, self.arguments
+        assert tokenizer is not None
+        if arguments.text:
+            ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"), add_special_tokens=False)
+            pieces = [ids[start : start + arguments.length] for start in range(0, len(ids), arguments.length)]
+            whole = [piece for piece in pieces if len(piece) == arguments.length]
+            return [Item(piece[:1], piece[1:]) for piece in whole]
+        if arguments.problems:
+            lines = [json.loads(line) for line in arguments.problems.read_text(encoding="utf-8").splitlines()]
+            pairs = [(line["prompt"], line["chain"]) for line in lines]
+        else:
+            import problems
+
+            rng, entries = random.Random(1), problems.most_entries(4096)
+            pairs = [problems.ledger(rng, entries) for _ in range(arguments.count)]
+        begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+        def ids(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        return [Item(begin + ids(prompt), ids(chain) + end) for prompt, chain in pairs]
+
+    def recipes(self) -> list[Row]:
+        """A row for each recipe and budget that it can meet."""
+        rows = [self._full_row()]
+        for recipe in self.arguments.recipes.split(","):
+            for budget in self.arguments.budgets.split(","):
+                rows += self._row(recipe, recipe, budget, self.max_len)
+        return rows
+
+    def ablations(self) -> list[Row]:
+        rows = [self._full_row()]
+        for budget in self.arguments.budgets.split(","):
+            for name, recipe in ABLATIONS.items():
+                RECIPES[name] = recipe
+                effective = self.arguments.calib_len if "interpolation" in name else self.max_len
+                rows += self._row(name, name, budget, effective)
+        return rows
+
+    def _options(self, recipe: str, effective_len: int) -> CompileOptions:
+        arguments = self.arguments
+        return CompileOptions(
+            model=arguments.model,
+            output=arguments.output,
+            budget="100%",
+            recipe=recipe,
+            calib=self.calib,
+            calib_len=arguments.calib_len,
+            calib_samples=arguments.calib_samples,
+            effective_len=max(effective_len, arguments.calib_len),
+        )
+
+    def solution(self, recipe: str, budget: str, effective_len: int) -> Solution:
+        """The plan of a recipe; its calibration is made once. Raises `CompileError` where none fits the budget."""
+        options = self._options(recipe, effective_len)
+        if recipe not in self.calibrations:
+            self.calibrations[recipe] = calibrate(self.source, self.sites, options, self.max_len, lambda *_: None)
+        size = parse_budget(budget, cache_bytes_at_16_bits(self.sites, self.max_len, 1))
+        return solve(self.sites, self.calibrations[recipe], options, size, self.max_len, self.source.dtype)
+
+    def _row(self, name: str, recipe: str, budget: str, effective_len: int) -> list[Row]:
+        start = time.perf_counter()
+        try:
+            solution = self.solution(recipe, budget, effective_len)
+        except CompileError as error:
+            print(f"{name:30} {budget:8} {error}", flush=True)
+            return []
+        calibration = self.calibrations[recipe]
+        scores = self._score_all(solution, calibration)
+        table = plan_table(solution, self.sites, calibration)
+        bits = 16 * solution.plan.arena_bytes / cache_bytes_at_16_bits(self.sites, self.max_len, 1)
+        row = self._summary(name, budget, bits, sum(entry.sensitivity for entry in table), scores)
+        layout = " ".join(f"{e.key_bits}{e.key_axis[0]}{e.value_bits}w{e.window}" for e in table)
+        seconds = time.perf_counter() - start
+        print(
+            f"{name:30} {budget:8} true {bits:.3f}  exact {row.exact:.1%}  perplexity {row.perplexity:.4f}  "
+            f"KL {row.divergence:.2e}  predicted {row.predicted_loss:.2e}  {seconds:.0f} s  {layout}",
+            flush=True,
+        )
+        return [row]
+
+    def _full_row(self) -> Row:
+        return self._summary("full precision", "", 16.0, 0.0, self.full)
+
+    def _summary(self, name: str, budget: str, bits: float, predicted: float, scores: list[Score]) -> Row:
+        exact = [score.first_error is None for score in scores]
+        first = self.exact.setdefault(budget, exact)
+        low, high = paired_interval([int(a) - int(b) for a, b in zip(first, exact, strict=True)])
+        tokens = sum(score.tokens for score in scores)
+        errors = [score.first_error for score in scores if score.first_error is not None]
+        return Row(
+            recipe=name,
+            budget=budget,
+            true_bits=bits,
+            predicted_loss=predicted,
+            exact=sum(exact) / len(exact),
+            worse_by_low=low,
+            worse_by_high=high,
+            first_error=sum(errors) / len(errors) if errors else math.nan,
+            perplexity=math.exp(sum(score.nll for score in scores) / tokens),
+            divergence=sum(score.divergence for score in scores) / tokens,
+            agreement=sum(score.agreed for score in scores) / tokens,
+        )
+
+    @torch.no_grad()
+    def _score_all(self, solution: Solution | None, calibration: Calibration | None = None) -> list[Score]:
+        scores = []
+        for start in range(0, len(self.items), self.arguments.batch):
+            batch = self.items[start : start + self.arguments.batch]
+            reference = self._reference(start, batch)
+            found = reference if solution is None else self._logits(batch, solution, calibration)
+            scores += [score(item, reference[row], found[row]) for row, item in enumerate(batch)]
+        return scores
+
+    def _reference(self, start: int, batch: list[Item]) -> Tensor:
+        """Full-precision logits of a batch; those of small vocabularies are kept."""
+        if start in self.references:
+            return self.references[start]
+        logits = self._logits(batch, None, None)
+        if logits.shape[-1] <= SMALL_VOCABULARY:
+            self.references[start] = logits
+        return logits
+
+    def _logits(self, batch: list[Item], solution: Solution | None, calibration: Calibration | None) -> Tensor:
+        width = max(len(item.prompt) + len(item.chain) for item in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, item in enumerate(batch):
+            ids[row, : len(item.prompt) + len(item.chain)] = torch.tensor(item.prompt + item.chain)
+        positions = torch.arange(width, device=self.model.device).unsqueeze(0)
+        if solution is None or calibration is None:
+            with observed(lambda call: None):
+                return run(self.model, ids.to(self.model.device), positions)
+        scales = {layer: calibration.scales[layer] for layer in solution.scaled}
+        attention = progressive(solution.plan, Folds(scales, solution.rotated), [len(item.prompt) for item in batch])
+        with observed(attention):
+            return run(self.model, ids.to(self.model.device), positions)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one item: its tokens, the first wrong one, and sums over its tokens."""
+
+    tokens: int
+    first_error: int | None
+    nll: float
+    divergence: float
+    agreed: int
+
+
+def score(item: Item, reference: Tensor, found: Tensor) -> Score:
+    """Compare logits [S, V] of an item, `found` against `reference`."""
+    part = slice(len(item.prompt) - 1, len(item.prompt) + len(item.chain) - 1)
+    expected, logits = reference[part].float(), found[part].float()
+    right = torch.tensor(item.chain, device=logits.device)
+    wrong = (logits.argmax(-1) != right).nonzero()
+    log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
+    return Score(
+        tokens=len(item.chain),
+        first_error=int(wrong[0]) if len(wrong) else None,
+        nll=F.nll_loss(log_q, right, reduction="sum").item(),
+        divergence=(log_p.exp() * (log_p - log_q)).sum().item(),
+        agreed=int((expected.argmax(-1) == logits.argmax(-1)).sum()),
+    )
+
+
+def paired_interval(differences: list[int], draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of paired differences."""
+    rng, count = random.Random(0), len(differences)
+    means = sorted(sum(rng.choices(differences, k=count)) / count for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def write(rows: list[Row], folder: Path, title: str) -> None:
+    with (folder / "quality.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    lines = [
+        f"{title}\n",
+        "| recipe | budget | true bits | exact chains | lost to the first recipe (95%) | perplexity | KL a token | "
+        "greedy agreement |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row.recipe} | {row.budget} | {row.true_bits:.2f} | {row.exact:.1%} | "
+        f"{row.worse_by_low:+.1%} to {row.worse_by_high:+.1%} | {row.perplexity:.4f} | {row.divergence:.2e} | "
+        f"{row.agreement:.2%} |"
+        for row in rows
+    ]
+    (folder / "quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(rows, folder / "quality.svg")
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(**{name: value if name in ("recipe", "budget") else float(value) for name, value in line.items()})  # type: ignore[arg-type]
+            for line in csv.DictReader(file)
+        ]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Quality against true bits, a line a recipe."""
+    import matplotlib.pyplot as plt
+
+    chains = any(row.exact > 0 for row in rows)
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for recipe in dict.fromkeys(row.recipe for row in rows if row.budget):
+        points = sorted(
+            (row.true_bits, 100 * row.exact if chains else row.divergence) for row in rows if row.recipe == recipe
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=recipe.strip())
+    axes.set_xlabel("true bits a number")
+    axes.set_ylabel("exact chains, %" if chains else "KL to full precision, nats a token")
+    if not chains:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

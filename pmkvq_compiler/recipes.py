@@ -1,0 +1,119 @@
+"""The recipes: what each of them lets the planner choose from. Experiments may add entries of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pmkvq_compiler.runtime.plan import KeyAxis
+from pmkvq_compiler.runtime.quantize import CLIPS, NARROWEST
+
+from .formats import Format, Transform
+from .options import CompileOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a plan may be made of.
+
+    `key_axes`, `key_transforms`, `value_transforms` and `clips` span the formats of K and V; the key transforms are
+    meant for K grouped by token, for a channel's own group does not mind any scale of that channel. `measure` is what
+    the planner minimizes: the predicted loss of the output ("output"), or the paper's measure ("gradient").
+    `same_bits`: K and V share a width. `per_layer`: layers may differ. `progressive`: codes begin at 16 bits.
+    `exact_layers`: a layer may also stay unquantized.
+    """
+
+    summary: str
+    key_axes: tuple[KeyAxis, ...] = ("token",)
+    key_transforms: tuple[Transform, ...] = ("none",)
+    value_transforms: tuple[Transform, ...] = ("none",)
+    clips: tuple[float, ...] = (1.0,)
+    windows: tuple[int, ...] = (128,)
+    sink: int = 4
+    block: int = 64
+    measure: Literal["output", "gradient"] = "output"
+    same_bits: bool = True
+    per_layer: bool = False
+    progressive: bool = False
+    exact_layers: bool = False
+
+
+RECIPES = {
+    "best": Recipe(
+        "what measures best: K and V apart, K by token or channel, clips, windows, rotations where they earn it",
+        key_axes=("token", "channel"),
+        key_transforms=("scale",),
+        value_transforms=("none", "rotate"),
+        clips=CLIPS,
+        windows=(64, 96, 128, 192, 256),
+        same_bits=False,
+        per_layer=True,
+        progressive=True,
+        exact_layers=True,
+    ),
+    "pm-kvq": Recipe(
+        "the paper's: K and V share bits, by token, scales folded",
+        key_transforms=("scale",),
+        sink=1,
+        measure="gradient",
+        per_layer=True,
+        progressive=True,
+    ),
+    "kivi": Recipe(
+        "the same bits in every layer at once, K by channel over 32 tokens",
+        key_axes=("channel",),
+        sink=0,
+        block=32,
+    ),
+    "rotation": Recipe(
+        "the same bits in every layer at once, K and V rotated",
+        key_transforms=("rotate",),
+        value_transforms=("rotate",),
+    ),
+    "uniform": Recipe("the same bits in every layer at once, by token"),
+    "none": Recipe("leave the cache in the model's dtype", sink=0, exact_layers=True),
+}
+
+
+def resolved(options: CompileOptions) -> Recipe:
+    """The recipe of the options with the user's sink, window and block in place of its own. `windows` keeps those that
+    hold a block, which may be none."""
+    recipe = RECIPES[options.recipe]
+    block = recipe.block if options.block is None else options.block
+    windows = recipe.windows if options.window is None else (options.window,)
+    return replace(
+        recipe,
+        sink=recipe.sink if options.sink is None else options.sink,
+        windows=tuple(window for window in windows if window >= block),
+        block=block,
+    )
+
+
+def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[Format]:
+    """The ways to keep K; where scales cannot be folded, "scale" becomes "none"."""
+    transforms: dict[Transform, None] = dict.fromkeys(
+        "none" if one == "scale" and not can_scale else one for one in recipe.key_transforms
+    )
+    unscaled: tuple[Transform, ...] = ("none",)
+    return [
+        Format(width, axis, transform, clip, window)
+        for width in bits
+        for axis in recipe.key_axes
+        for transform in (transforms if axis == "token" else unscaled)
+        for clip in (recipe.clips if width == NARROWEST else (1.0,))
+        for window in recipe.windows
+    ]
+
+
+def value_formats(recipe: Recipe, bits: tuple[int, ...], can_rotate: bool) -> list[Format]:
+    """The ways to keep V; where the rotation cannot be folded, "rotate" becomes "none"."""
+    transforms: dict[Transform, None] = dict.fromkeys(
+        "none" if one == "rotate" and not can_rotate else one for one in recipe.value_transforms
+    )
+    return [
+        Format(width, "token", transform, clip, window)
+        for width in bits
+        for transform in transforms
+        for clip in (recipe.clips if width == NARROWEST else (1.0,))
+        for window in recipe.windows
+    ]
