@@ -43,7 +43,8 @@ def cached_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_rotation: Tensor | None = None,
     plan: LayerPlan | None = None,
 ) -> Tensor:
     """The runtime's `cached_attention` as the target of a node; `plan` is what BakePlan knows of the layer's cache."""
-    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks)
+    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation)

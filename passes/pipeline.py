@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -12,24 +12,31 @@ from .bake_plan import BakePlan
 from .base import Pass
 from .canonicalize import Canonicalize
 from .fold_key_scales import FoldKeyScales
-from .fold_value_rotation import FoldValueRotation
+from .fold_value_transform import FoldValueTransform
 from .outline_layers import OutlineLayers
 from .rewrite_attention import RewriteAttention
+from .rotate_keys import RotateKeys
 
 
-def pipeline(scales: Mapping[int, Tensor], rotated: Collection[int], plan: CachePlan) -> list[Pass]:
-    """From a located program to one that can be emitted: `scales` are those of FoldKeyScales, `rotated` the layers of
-    FoldValueRotation.
+def pipeline(
+    key_scales: Mapping[int, Tensor],
+    key_rotations: Mapping[int, Tensor],
+    value_transforms: Mapping[int, Tensor],
+    plan: CachePlan,
+) -> list[Pass]:
+    """From a located program to one that can be emitted. The tensors, by layer, are those of FoldKeyScales, RotateKeys
+    and FoldValueTransform.
 
-    LocateAttention is not among them: scales and plan are made from the sites that it finds.
+    LocateAttention is not among them: tensors and plan are made from the sites that it finds.
     """
     return [
         # While the sites still describe the graph as captured; they record edits and touch no node.
-        FoldKeyScales(scales),
-        FoldValueRotation(rotated),
+        FoldKeyScales(key_scales),
+        FoldValueTransform(value_transforms),
         # After all that reads markers.
         RewriteAttention(),
         # On the nodes that RewriteAttention makes.
+        RotateKeys(key_rotations),
         BakePlan(plan),
         # After the rewrite, so that what only the markers needed is dead by now.
         Canonicalize(),

@@ -68,34 +68,34 @@ class RowScale:
 
 
 @dataclass(frozen=True)
-class HeadRotation:
-    """Weight edit: turn the heads of a projection by an orthogonal `rotation` [d, d], in float64.
+class HeadTransform:
+    """Weight edit: multiply each head of a projection by a matrix of its own, in float64.
 
-    With `side` "rows", the `heads` groups of d rows from `start` on (and so of a bias) become `rotation.T @ rows`: what
-    the layer puts out is turned. With "columns" the groups of d columns become `columns @ rotation`: the layer takes
-    turned input and puts out what it did.
+    `matrices` are [heads, d, d]. With `side` "rows", the groups of d rows from `start` on (and so of a bias) become
+    `matrix.T @ rows`: what the layer puts out is multiplied by the matrix. With "columns" the groups of d columns
+    become `columns @ matrix`: the layer takes what the transposed inverse of the matrix was applied to.
     """
 
     tensor: str
     start: int
-    heads: int
-    rotation: Tensor
+    matrices: Tensor
     side: Literal["rows", "columns"]
 
     def apply(self, value: Tensor) -> Tensor:
         """The edited tensor, in the dtype of `value`."""
-        edited, rotation = value.to(torch.float64), self.rotation.to(value.device)
-        part = slice(self.start, self.start + self.heads * rotation.shape[0])
+        edited, matrices = value.to(torch.float64), self.matrices.to(value.device)
+        heads, dim, _ = matrices.shape
+        part = slice(self.start, self.start + heads * dim)
         if self.side == "rows":
-            groups = edited[part].reshape(self.heads, rotation.shape[0], -1)
-            edited[part] = (rotation.T @ groups).reshape(edited[part].shape)
+            groups = edited[part].reshape(heads, dim, -1)
+            edited[part] = (matrices.transpose(1, 2) @ groups).reshape(edited[part].shape)
         else:
-            groups = edited[:, part].unflatten(1, (self.heads, -1))
-            edited[:, part] = (groups @ rotation).flatten(1)
+            groups = edited[:, part].unflatten(1, (heads, dim)).transpose(0, 1)
+            edited[:, part] = (groups @ matrices).transpose(0, 1).flatten(1)
         return edited.to(value.dtype)
 
 
-Edit = RowScale | HeadRotation
+Edit = RowScale | HeadTransform
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Calibration: what the plan and the folds need to know of the real model, from a few texts.
 
 Walks over the same samples, nothing kept between them but a few numbers a layer: the maxima of K and the scales of K
-at positions that are stretched to the effective length, and last, backwards too, what each format costs.
+at positions that are stretched to the effective length; then, backwards too, the moments that transforms are matched
+to, and last what each format costs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pmkvq_compiler.passes.fold_value_rotation import can_rotate
+from pmkvq_compiler.passes.fold_value_transform import can_transform
 from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.runtime.rotation import hadamard
 
 from .errors import CompileError, UsageError
+from .formats import Transform
+from .matching import Moments
 from .options import CompileOptions
-from .recipes import key_formats, resolved, value_formats
+from .recipes import Recipe, key_formats, resolved, value_formats
 from .recording import ATTENTION, AttentionCall, observed, run
 from .scales import ScaleSearch
 from .sensitivity import GradientProduct, Losses, OutputLoss
@@ -33,6 +37,9 @@ from .source import Source, check_finite
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's text, the steps done and the steps in all."""
+
+Matrices = dict[int, dict[Transform, Tensor]]
+"""By layer and transform, what each head is multiplied by."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
 DOUBT = 0.1
@@ -46,17 +53,21 @@ class Calibration:
     """What was measured, by layer index.
 
     `key_maxima` float32 [Hkv, dk]: largest |K| of each channel, after RoPE. `alphas`, `scales` float64 [Hkv, dk]: the
-    reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_loss` and `value_loss`:
-    predicted loss of the output, in nats a token, when that tensor alone is kept in a format; they may be added up.
-    `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe plans by it. `check_ids`
-    int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its last M tokens.
-    `fingerprint` says what all this was measured with.
+    reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_matrices` and
+    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by.
+
+    `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
+    format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
+    plans by it. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its
+    last M tokens. `fingerprint` says what all this was measured with.
     """
 
     fingerprint: str
     key_maxima: dict[int, Tensor]
     alphas: dict[int, float]
     scales: dict[int, Tensor]
+    key_matrices: Matrices
+    value_matrices: Matrices
     key_loss: Losses
     value_loss: Losses
     key_gradient: Losses
@@ -82,6 +93,8 @@ def calibrate(
         key_maxima={},
         alphas={},
         scales={},
+        key_matrices={},
+        value_matrices={},
         key_loss={},
         value_loss={},
         key_gradient={},
@@ -106,14 +119,22 @@ def calibrate(
         alphas, scales = search.best()
         key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
         calibration = replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
+    moments = Moments()
+    if "match" in (*recipe.key_transforms, *recipe.value_transforms):
+        walk("Measuring moments", moments, None, _sampled_loss)
+    calibration = replace(
+        calibration,
+        key_matrices=_key_matrices(sites, recipe, calibration.scales, moments),
+        value_matrices=_value_matrices(sites, recipe, moments),
+    )
 
-    formats = {
-        "key_formats": {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
-        "value_formats": {
-            site.layer: value_formats(recipe, options.bits, can_rotate=can_rotate(site)) for site in sites
-        },
-    }
-    measured = OutputLoss(**formats, scales=calibration.scales, sink=recipe.sink, block=recipe.block)
+    formats = (
+        {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
+        {site.layer: value_formats(recipe, options.bits, can_transform=can_transform(site)) for site in sites},
+        calibration.key_matrices,
+        calibration.value_matrices,
+    )
+    measured = OutputLoss(*formats, recipe.sink, recipe.block)
     walk("Measuring losses", measured, None, _sampled_loss)
     calibration = replace(
         calibration,
@@ -121,7 +142,7 @@ def calibrate(
         value_loss=_averaged(measured.value, len(samples)),
     )
     if recipe.measure == "gradient":
-        product = GradientProduct(**formats, scales=calibration.scales, sink=recipe.sink, block=recipe.block)
+        product = GradientProduct(*formats, recipe.sink, recipe.block)
         walk("Measuring gradients", product, effective_len, _text_loss)
         calibration = replace(
             calibration,
@@ -129,6 +150,32 @@ def calibrate(
             value_gradient=_averaged(product.value, len(samples)),
         )
     return calibration
+
+
+def _key_matrices(
+    sites: Sequence[AttentionSite], recipe: Recipe, scales: dict[int, Tensor], moments: Moments
+) -> Matrices:
+    matched = moments.key_rotations()
+    matrices: Matrices = {layer: {"scale": torch.diag_embed(1 / scale)} for layer, scale in scales.items()}
+    for site in sites:
+        if "rotate" in recipe.key_transforms:
+            rotation = hadamard(site.key_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.key_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
+    return matrices
+
+
+def _value_matrices(sites: Sequence[AttentionSite], recipe: Recipe, moments: Moments) -> Matrices:
+    matched = moments.value_matrices()
+    matrices: Matrices = {}
+    for site in filter(can_transform, sites):
+        if "rotate" in recipe.value_transforms:
+            rotation = hadamard(site.value_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.value_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
+    return matrices
 
 
 def calibration_fingerprint(
@@ -141,7 +188,7 @@ def calibration_fingerprint(
         "samples": options.calib_samples,
         "length": options.calib_len,
         "effective_length": effective_length(source, options, max_len),
-        "foldable": [(site.layer, site.reason is None, can_rotate(site)) for site in sites],
+        "foldable": [(site.layer, site.reason is None, can_transform(site)) for site in sites],
         "recipe": repr(resolved(options)) if options.recipe != "none" else "none",
         "bits": sorted(options.bits),
     }

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pmkvq_compiler.passes.program import AttentionSite
 
-from .calibrate import Calibration, Progress, calibrate, calibration_fingerprint
-from .formats import Format
+from .calibrate import Calibration, Matrices, Progress, calibrate, calibration_fingerprint
+from .formats import Format, Transform
 from .options import CompileOptions
 from .sensitivity import Losses
 from .source import Source
@@ -25,6 +25,7 @@ from .source import Source
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "pmkvq_calibration"
+MATRICES = ("key_matrices", "value_matrices")
 LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
 
@@ -59,6 +60,9 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
     tensors |= {f"key_maxima.{layer}": value for layer, value in calibration.key_maxima.items()}
     tensors |= {f"scales.{layer}": value for layer, value in calibration.scales.items()}
+    for kind in MATRICES:
+        for layer, matrices in getattr(calibration, kind).items():
+            tensors |= {f"{kind}.{layer}.{transform}": value for transform, value in matrices.items()}
     facts = {
         "fingerprint": calibration.fingerprint,
         "alphas": sorted(calibration.alphas.items()),
@@ -85,6 +89,8 @@ def load_calibration(path: Path) -> Calibration:
         key_maxima=_by_layer(tensors, "key_maxima"),
         alphas=dict(facts["alphas"]),
         scales=_by_layer(tensors, "scales"),
+        key_matrices=_matrices(tensors, "key_matrices"),
+        value_matrices=_matrices(tensors, "value_matrices"),
         **{name: _losses(facts[name]) for name in LOSSES},
         check_ids=tensors["check_ids"],
         check_logits=tensors["check_logits"],
@@ -100,6 +106,15 @@ def _losses(listed: list[Any]) -> Losses:
     for layer, *kept, value in listed:
         losses.setdefault(layer, {})[Format(*kept)] = value
     return losses
+
+
+def _matrices(tensors: dict[str, Tensor], kind: str) -> Matrices:
+    matrices: Matrices = {}
+    for name, value in tensors.items():
+        if name.startswith(f"{kind}."):
+            _, layer, transform = name.split(".")
+            matrices.setdefault(int(layer), {})[cast(Transform, transform)] = value
+    return matrices
 
 
 def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:

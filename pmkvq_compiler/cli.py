@@ -242,7 +242,7 @@ def _print_summary(result: CompileResult) -> None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "predicted loss", "folded")
+    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "loss", "K map", "V map")
     table = Table(*names, box=None, header_style="bold")
     for column in table.columns[:3] + table.columns[4:7]:
         column.justify = "right"
@@ -255,15 +255,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["window"]),
             f"{row['arena_bytes']:,}",
             f"{row['sensitivity']:.3g}",
-            _folded(row),
+            row["key_transform"],
+            row["value_transform"],
         )
     return table
-
-
-def _folded(row: dict[str, Any]) -> str:
-    """What is folded into a layer's weights."""
-    folds = ("K scales" if row["fold"] == "folded" else None, "V rotation" if row["rotated"] else None)
-    return ", ".join(filter(None, folds)) or "nothing"
 
 
 if __name__ == "__main__":

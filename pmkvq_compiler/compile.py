@@ -13,8 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate import Calibration
@@ -24,11 +22,11 @@ from pmkvq_compiler.check import check_artifact
 from pmkvq_compiler.emit import emit_package, write_weights
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.planner import Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -80,7 +78,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
-        run_passes(program, pipeline(_scales(solution, calibration), solution.rotated, plan))
+        run_passes(program, _pipeline(solution, calibration))
     with staged(options.output) as folder:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
@@ -141,9 +139,20 @@ def _budget(program: Program, options: CompileOptions, max_len: int) -> int | No
     return parse_budget(options.budget, cache_bytes_at_16_bits(program.sites, max_len, options.batch_size))
 
 
-def _scales(solution: Solution, calibration: Calibration) -> dict[int, Tensor]:
-    """The key scales that the plan's formats ask for."""
-    return {layer: calibration.scales[layer] for layer in sorted(solution.scaled)}
+def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
+    """The passes that make a program of the plan and what it multiplies K and V by."""
+    folds, scaled = Folds.of(solution, calibration), _scaled(solution)
+    return pipeline(
+        key_scales={layer: calibration.scales[layer] for layer in scaled},
+        key_rotations={layer: rotation for layer, rotation in folds.keys.items() if layer not in scaled},
+        value_transforms=folds.values,
+        plan=solution.plan,
+    )
+
+
+def _scaled(solution: Solution) -> list[int]:
+    """Layers whose key scales are folded."""
+    return [layer for layer, transform in solution.key_transforms.items() if transform == "scale"]
 
 
 def _write_model(
@@ -177,7 +186,7 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
-        {**asdict(row), "fold": _folded(site, solution), "rotated": site.layer in solution.rotated}
+        {**asdict(row), "fold": _folded(site, solution)}
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
@@ -201,6 +210,6 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
 
 def _folded(site: AttentionSite, solution: Solution) -> str:
     """ "folded" where the key scales are, else why they are not."""
-    if site.layer in solution.scaled:
+    if site.layer in _scaled(solution):
         return "folded"
-    return site.reason or "the plan gains nothing by it: it groups K by channel, or leaves it unscaled"
+    return site.reason or "the plan does better without: it groups K by channel, rotates it, or leaves it as it is"

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pmkvq_compiler.runtime.plan import KeyAxis
 from pmkvq_compiler.runtime.quantize import fake_quantize
-from pmkvq_compiler.runtime.rotation import hadamard
 
-Transform = Literal["none", "scale", "rotate"]
-"""What is done to a tensor before it is quantized: nothing, each channel divided by its scale (K), or the channels of a
-head rotated into one another by a Hadamard matrix."""
+Transform = Literal["none", "scale", "rotate", "match"]
+"""What each head of a tensor is multiplied by before it is quantized: nothing, a diagonal of inverse scales (K), a
+Hadamard matrix, or the matrix that `matching` makes of the calibration."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,15 @@ class Format:
     window: int
 
 
-def stored(x: Tensor, kept: Format, sink: int, block: int, scale: Tensor | None = None) -> Tensor:
+def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | None = None) -> Tensor:
     """K or V [B, H, S, d] as its codes stand for it, whole blocks after the sink quantized, all else exact.
 
-    `scale` [H, d] is needed by the transform "scale".
+    `matrices` [H, d, d] (float64) are those of the format's transform, None where it has none.
     """
-    match kept.transform:
-        case "none":
-            return as_cached(x, kept.bits, kept.axis, sink, block, kept.clip)
-        case "scale":
-            assert scale is not None
-            factor = scale.to(x).unsqueeze(-2)
-            return as_cached(x / factor, kept.bits, kept.axis, sink, block, kept.clip) * factor
-        case "rotate":
-            rotation = hadamard(x.shape[-1]).to(x)
-            return as_cached(x @ rotation, kept.bits, kept.axis, sink, block, kept.clip) @ rotation.T
+    if matrices is None:
+        return as_cached(x, kept.bits, kept.axis, sink, block, kept.clip)
+    transformed = as_cached(x @ matrices.to(x), kept.bits, kept.axis, sink, block, kept.clip)
+    return transformed @ torch.linalg.inv(matrices).to(x)
 
 
 def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int, clip: float = 1.0) -> Tensor:

@@ -33,6 +33,7 @@ from pmkvq_compiler.onnx_attention import DOMAIN, OPSET, Attention, StateTensor,
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.ops import cached_attention
 from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.rotation import rotate_heads
 
 FILE = "model.onnx"
 INPUTS = ("input_ids", "position_ids")
@@ -134,6 +135,8 @@ class _Interpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is cached_attention:
             query, key, value, _, layer = args
+            if kwargs.get("key_rotation") is not None:
+                query, key = (rotate_heads(x, kwargs["key_rotation"]) for x in (query, key))
             return _mark(query, key, value, layer, kwargs["sinks"])
         return super().call_function(target, map_aggregate(args, _placed), map_aggregate(kwargs, _placed))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pulp
 import torch
+from torch import Tensor
 
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import (
@@ -29,7 +30,7 @@ from pmkvq_compiler.runtime.plan import (
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
 from .errors import CompileError, UsageError
-from .formats import Format
+from .formats import Format, Transform
 from .options import CompileOptions
 from .recipes import RECIPES, Recipe, resolved
 
@@ -60,15 +61,30 @@ class Solution:
     formats: tuple[tuple[Format | None, Format | None], ...]
 
     @property
-    def scaled(self) -> frozenset[int]:
-        """Layers whose key scales are to be folded."""
-        return frozenset(n for n, (key, _) in enumerate(self.formats) if key is not None and key.transform == "scale")
+    def key_transforms(self) -> dict[int, Transform]:
+        """What K is multiplied by, in the layers where it is."""
+        return {n: key.transform for n, (key, _) in enumerate(self.formats) if key and key.transform != "none"}
 
     @property
-    def rotated(self) -> frozenset[int]:
-        """Layers whose value rotation is to be folded."""
-        return frozenset(
-            n for n, (_, value) in enumerate(self.formats) if value is not None and value.transform == "rotate"
+    def value_transforms(self) -> dict[int, Transform]:
+        """What V is multiplied by, in the layers where it is."""
+        return {n: value.transform for n, (_, value) in enumerate(self.formats) if value and value.transform != "none"}
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What K and V are multiplied by before they are stored: matrices [Hkv, d, d] by layer."""
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, solution: Solution, calibration: Calibration) -> Folds:
+        """Those of a plan."""
+        keys, values = calibration.key_matrices, calibration.value_matrices
+        return cls(
+            keys={layer: keys[layer][transform] for layer, transform in solution.key_transforms.items()},
+            values={layer: values[layer][transform] for layer, transform in solution.value_transforms.items()},
         )
 
 
@@ -81,6 +97,8 @@ class PlanRow:
     key_bits: int
     value_bits: int
     key_axis: KeyAxis
+    key_transform: Transform
+    value_transform: Transform
     window: int
     arena_bytes: int
     sensitivity: float
@@ -157,7 +175,7 @@ def candidates(
 def _candidate(
     plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
 ) -> Candidate:
-    """The best formats of the plan's widths, axis and window, and the plan with their clips and rotation."""
+    """The best formats of the plan's widths, axis and window, and the plan with their clips."""
     if not plan.quantized:
         return Candidate(plan, 0.0)
     key = min(
@@ -168,7 +186,7 @@ def _candidate(
         (kept for kept in value_costs if kept.bits == plan.value_bits),
         key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
     )
-    chosen = replace(plan, key_clip=key.clip, value_clip=value.clip, key_rotated=key.transform == "rotate")
+    chosen = replace(plan, key_clip=key.clip, value_clip=value.clip)
     cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
     return Candidate(chosen, cost, key, value)
 
@@ -181,6 +199,8 @@ def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: 
             key_bits=layer.key_bits,
             value_bits=layer.value_bits,
             key_axis=layer.key_axis,
+            key_transform="none" if key is None else key.transform,
+            value_transform="none" if value is None else value.transform,
             window=layer.window,
             arena_bytes=layer.arena_bytes,
             sensitivity=_loss(site.layer, layer, key, value, calibration, solution.plan.max_len),

@@ -16,8 +16,8 @@ from .options import CompileOptions
 class Recipe:
     """What a plan may be made of.
 
-    `key_axes`, `key_transforms`, `value_transforms` and `clips` span the formats of K and V; the key transforms are
-    meant for K grouped by token, for a channel's own group does not mind any scale of that channel. `measure` is what
+    `key_axes`, `key_transforms`, `value_transforms` and `clips` span the formats of K and V; "scale" is meant for K
+    grouped by token and is left out by channel, whose own group does not mind a scale. `measure` is what
     the planner minimizes: the predicted loss of the output ("output"), or the paper's measure ("gradient").
     `same_bits`: K and V share a width. `per_layer`: layers may differ. `progressive`: codes begin at 16 bits.
     `exact_layers`: a layer may also stay unquantized.
@@ -40,10 +40,10 @@ class Recipe:
 
 RECIPES = {
     "best": Recipe(
-        "what measures best: K and V apart, K by token or channel, clips, windows, rotations where they earn it",
+        "what measures best: K and V apart, K by token or channel, clips, windows, matched transforms",
         key_axes=("token", "channel"),
-        key_transforms=("scale",),
-        value_transforms=("none", "rotate"),
+        key_transforms=("none", "match"),
+        value_transforms=("none", "match"),
         clips=CLIPS,
         windows=(64, 96, 128, 192, 256),
         same_bits=False,
@@ -90,25 +90,26 @@ def resolved(options: CompileOptions) -> Recipe:
 
 
 def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[Format]:
-    """The ways to keep K; where scales cannot be folded, "scale" becomes "none"."""
-    transforms: dict[Transform, None] = dict.fromkeys(
-        "none" if one == "scale" and not can_scale else one for one in recipe.key_transforms
-    )
-    unscaled: tuple[Transform, ...] = ("none",)
+    """The ways to keep K; where scales cannot be folded, or K is grouped by channel, "scale" becomes "none"."""
+
+    def transforms(axis: KeyAxis) -> dict[Transform, None]:
+        scales = can_scale and axis == "token"
+        return dict.fromkeys("none" if one == "scale" and not scales else one for one in recipe.key_transforms)
+
     return [
         Format(width, axis, transform, clip, window)
         for width in bits
         for axis in recipe.key_axes
-        for transform in (transforms if axis == "token" else unscaled)
+        for transform in transforms(axis)
         for clip in (recipe.clips if width == NARROWEST else (1.0,))
         for window in recipe.windows
     ]
 
 
-def value_formats(recipe: Recipe, bits: tuple[int, ...], can_rotate: bool) -> list[Format]:
-    """The ways to keep V; where the rotation cannot be folded, "rotate" becomes "none"."""
+def value_formats(recipe: Recipe, bits: tuple[int, ...], can_transform: bool) -> list[Format]:
+    """The ways to keep V; where nothing can be folded, all transforms are "none"."""
     transforms: dict[Transform, None] = dict.fromkeys(
-        "none" if one == "rotate" and not can_rotate else one for one in recipe.value_transforms
+        one if can_transform else "none" for one in recipe.value_transforms
     )
     return [
         Format(width, "token", transform, clip, window)

@@ -12,19 +12,27 @@ window, layers that only look back a few tokens seem to matter most; with it the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import Format, stored
+from .formats import Format, Transform, stored
 from .recording import AttentionCall
 
 QUERIES = 128
 """Query positions of a text at which outputs are compared, drawn from its second half."""
+
+MAGNIFIED = 3.0
+"""Errors of keys are measured this many times as large as they are, and the loss is divided by the square. A query that
+takes one token for another breaks a chain of thought; with errors of the true size that is too rare to be met in a
+few texts, and with larger ones it shows where softmax is about to give way."""
+
+LARGEST_GROWTH = 60.0
+"""Of a score, in nats: its exponential still fits float32."""
 
 Losses = dict[int, dict[Format, float]]
 """By layer and format, the sum over texts of a measure."""
@@ -37,11 +45,13 @@ class OutputLoss:
         self,
         key_formats: Mapping[int, list[Format]],
         value_formats: Mapping[int, list[Format]],
-        scales: Mapping[int, Tensor],
+        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
         sink: int,
         block: int,
     ) -> None:
-        self.scales, self.sink, self.block = scales, sink, block
+        self.key_matrices, self.value_matrices = key_matrices, value_matrices
+        self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
         self.generator = torch.Generator().manual_seed(0)
@@ -56,41 +66,81 @@ class OutputLoss:
 
     @torch.no_grad()
     def _add(self, call: AttentionCall, positions: Tensor, gradient: Tensor) -> None:
+        """Sums over blocks of keys serve all windows: a query takes those of as many blocks as are old to it."""
         gradient = gradient[:, :, positions]
-        exact_scores = call.scores(call.query, call.key)
-        exact_weights = call.weights(exact_scores)
-        exact = call.values_under(exact_weights, call.value)
+        scores = call.scores(call.query, call.key)
+        weights = call.weights(scores)
+        exact = call.values_under(weights, call.value)
+        blocks = max(0, call.key.shape[-2] - self.sink) // self.block
+        quantized = slice(self.sink, self.sink + blocks * self.block)
+        old = {kept.window: self._old_blocks(call, positions, kept.window) for kept in self.value[call.layer]}
 
-        def loss(output: Tensor) -> float:
+        def add(losses: dict[Format, float], kept: Format, output: Tensor, magnified: float = 1.0) -> None:
             change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64)
-            return change.square().mean().item() / 2
+            losses[kept] += change.square().mean().item() / 2 / magnified**2
 
-        olds = {kept.window: self._old(call, positions, kept.window) for kept in self.value[call.layer]}
-        for kept, scores in self._key_scores(call):
-            weights = call.weights(torch.where(olds[kept.window], scores, exact_scores))
-            self.key[call.layer][kept] += loss(call.values_under(weights, call.value))
-        for kept in self.value[call.layer]:
-            error = stored(call.value, kept, self.sink, self.block) - call.value
-            self.value[call.layer][kept] += loss(exact + call.values_under(exact_weights * olds[kept.window], error))
+        def sums(weights: Tensor, value: Tensor) -> Tensor:
+            return _block_sums(weights[..., quantized], value[:, :, quantized], self.block)
 
-    def _key_scores(self, call: AttentionCall) -> Iterator[tuple[Format, Tensor]]:
-        """Each format of K and the scores over keys kept in it; formats that differ in the window share them."""
+        value = F.pad(call.value, (0, 1), value=1.0)  # of this column the sum is that of the weights
+        outside = weights.clone()
+        outside[..., quantized] = 0
+        always = call.values_under(outside, value)
+        always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # what attention sinks take
+        unchanged = always.unsqueeze(-2) + _of_all_but_first(sums(weights, value))
+        for code, formats in _by_code(self.key[call.layer]):
+            key = self._magnified(call, code)
+            growth = (call.scores(call.query, key) - scores).clamp(max=LARGEST_GROWTH).exp()
+            changed = _of_first(sums(weights * growth, value))
+            for kept in formats:
+                mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
+                add(self.key[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
+        for code, formats in _by_code(self.value[call.layer]):
+            matrices = self.value_matrices.get(call.layer, {}).get(code.transform)
+            changed = _of_first(sums(weights, stored(call.value, code, self.sink, self.block, matrices) - call.value))
+            for kept in formats:
+                add(self.value[call.layer], kept, exact + _at(changed, old[kept.window]))
 
-        def codes(kept: Format) -> Format:
-            return replace(kept, window=0)
+    def _magnified(self, call: AttentionCall, code: Format) -> Tensor:
+        """Keys with errors `MAGNIFIED` times those of a format."""
+        matrices = self.key_matrices.get(call.layer, {}).get(code.transform)
+        return torch.lerp(call.key, stored(call.key, code, self.sink, self.block, matrices), MAGNIFIED)
 
-        for code, formats in groupby(sorted(self.key[call.layer], key=repr), key=codes):
-            keys = stored(call.key, code, self.sink, self.block, self.scales.get(call.layer))
-            scores = call.scores(call.query, keys)
-            yield from ((kept, scores) for kept in formats)
+    def _old_blocks(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
+        """Blocks that have left the window when each query comes; a short text gets a short window."""
+        beyond = positions + 1 - self.sink - min(window, call.key.shape[-2] // 4)
+        whole = max(0, call.key.shape[-2] - self.sink) // self.block
+        return ((beyond.clamp(min=0) + self.block - 1) // self.block).clamp(max=whole)
 
-    def _old(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
-        """Mask [queries, keys] of what has left the window when a query comes; a short text gets a short window."""
-        length = call.key.shape[-2]
-        beyond = positions + 1 - self.sink - min(window, length // 4)
-        blocks = (beyond.clamp(min=0) + self.block - 1) // self.block
-        tokens = torch.arange(length, device=positions.device)
-        return (tokens >= self.sink) & (tokens < self.sink + blocks.unsqueeze(-1) * self.block)
+
+def _by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:
+    """Formats that differ in nothing but the window."""
+    codes: dict[Format, list[Format]] = {}
+    for kept in formats:
+        codes.setdefault(replace(kept, window=0), []).append(kept)
+    return list(codes.items())
+
+
+def _block_sums(weights: Tensor, value: Tensor, block: int) -> Tensor:
+    """Of values [B, Hkv, n * block, d] under weights [B, Hq, Q, n * block], block by block: [B, Hq, Q, n, d]."""
+    groups = weights.unflatten(-1, (-1, block)).unflatten(1, (value.shape[1], -1))
+    sums = torch.einsum("bhgqnk,bhnkd->bhgqnd", groups, value.unflatten(2, (-1, block)))
+    return sums.flatten(1, 2)
+
+
+def _of_first(sums: Tensor) -> Tensor:
+    """Sums [..., n, d] of blocks to those of the first 0, 1, ..., n of them."""
+    return F.pad(sums.cumsum(-2), (0, 0, 1, 0))
+
+
+def _of_all_but_first(sums: Tensor) -> Tensor:
+    """Sums [..., n, d] of blocks to those of all but the first 0, 1, ..., n of them."""
+    return F.pad(sums.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def _at(sums: Tensor, blocks: Tensor) -> Tensor:
+    """The entry [B, H, Q, d] of sums [B, H, Q, n + 1, d] that each query's number of blocks [Q] asks for."""
+    return sums[:, :, torch.arange(len(blocks), device=blocks.device), blocks]
 
 
 class GradientProduct:
@@ -103,19 +153,26 @@ class GradientProduct:
         self,
         key_formats: Mapping[int, list[Format]],
         value_formats: Mapping[int, list[Format]],
-        scales: Mapping[int, Tensor],
+        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
         sink: int,
         block: int,
     ) -> None:
-        self.scales, self.sink, self.block = scales, sink, block
+        self.key_matrices, self.value_matrices = key_matrices, value_matrices
+        self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
 
     def __call__(self, call: AttentionCall) -> None:
-        call.key.register_hook(partial(self._add, self.key[call.layer], call.key.detach(), self.scales.get(call.layer)))
-        call.value.register_hook(partial(self._add, self.value[call.layer], call.value.detach(), None))
+        for x, losses, matrices in (
+            (call.key, self.key[call.layer], self.key_matrices.get(call.layer, {})),
+            (call.value, self.value[call.layer], self.value_matrices.get(call.layer, {})),
+        ):
+            x.register_hook(partial(self._add, losses, x.detach(), matrices))
 
-    def _add(self, losses: dict[Format, float], x: Tensor, scale: Tensor | None, gradient: Tensor) -> None:
+    def _add(
+        self, losses: dict[Format, float], x: Tensor, matrices: Mapping[Transform, Tensor], gradient: Tensor
+    ) -> None:
         for kept in losses:
-            error = stored(x, kept, self.sink, self.block, scale) - x
+            error = stored(x, kept, self.sink, self.block, matrices.get(kept.transform)) - x
             losses[kept] += (error * gradient).abs().sum(dtype=torch.float64).item()

@@ -8,8 +8,7 @@ run is right, so one run scores what thousands of decoding steps would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +16,9 @@ from torch import Tensor
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, flushed_blocks, head_bytes, pool_blocks
 
-from .formats import Format, Transform, stored
+from .formats import Format, stored
+from .planner import Folds
 from .recording import AttentionCall
-
-
-@dataclass(frozen=True)
-class Folds:
-    """What is folded into the weights: key scales by layer ([Hkv, dk]), and the layers whose values are rotated."""
-
-    scales: Mapping[int, Tensor] = field(default_factory=dict)
-    rotated: frozenset[int] = frozenset()
 
 
 def progressive(plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int]) -> Callable[[AttentionCall], Tensor]:
@@ -50,8 +42,8 @@ class _Layer:
 
     def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds) -> None:
         self.call, self.layer = call, layer
-        self.scale = folds.scales.get(call.layer)
-        self.rotated = call.layer in folds.rotated
+        self.key_matrices = folds.keys.get(call.layer)
+        self.value_matrices = folds.values.get(call.layer)
         itemsize = getattr(torch, plan.dtype).itemsize
         size = head_bytes(layer, plan.max_len, plan.batch_size, itemsize)
         self.capacities = [pool_blocks(layer, size, itemsize, stage) for stage in layer.stages]
@@ -102,11 +94,10 @@ class _Layer:
         """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them."""
         if stage not in self.stored:
             layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
-            transform: Transform = "rotate" if layer.key_rotated else "none" if self.scale is None else "scale"
-            key = Format(key_bits, layer.key_axis, transform, layer.key_clip, layer.window)
-            value = Format(value_bits, "token", "rotate" if self.rotated else "none", layer.value_clip, layer.window)
+            key = Format(key_bits, layer.key_axis, "none", layer.key_clip, layer.window)
+            value = Format(value_bits, "token", "none", layer.value_clip, layer.window)
             self.stored[stage] = (
-                stored(self.call.key, key, layer.sink, layer.block, self.scale),
-                stored(self.call.value, value, layer.sink, layer.block),
+                stored(self.call.key, key, layer.sink, layer.block, self.key_matrices),
+                stored(self.call.value, value, layer.sink, layer.block, self.value_matrices),
             )
         return self.stored[stage]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .quantize import fields_of, step_and_zero, unpack_bytes
-from .rotation import hadamard
+from .rotation import rotate_heads
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache, Records
@@ -38,19 +38,21 @@ def cached_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_rotation: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens over the cached ones and themselves; the new tokens are appended to the cache.
 
     `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; which columns are a
     sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the
-    softmax and carry no value. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns hold zeros.
+    softmax and carry no value. `key_rotation` [Hkv, key_head_dim, key_head_dim] turns queries and keys before anything
+    else, so that the cache holds turned keys. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns
+    hold zeros.
     """
     if cache.kernels is not None:
         return cache.kernels[layer].attend(q, k, v, cache, layer, scale, sinks)
     store = cache.layers[layer]
-    if store.plan.key_rotated:
-        rotation = hadamard(q.shape[-1]).to(q)
-        q, k = q @ rotation, k @ rotation
+    if key_rotation is not None:
+        q, k = rotate_heads(q, key_rotation), rotate_heads(k, key_rotation)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for sequence, own in enumerate(cache.columns):
         if own.start < own.stop:

@@ -29,8 +29,7 @@ class LayerPlan:
 
     `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
     ("channel"). V is always grouped by token. `key_clip` and `value_clip` narrow the step of 2-bit codes (see
-    `quantize`). With `key_rotated`, queries and keys are turned by a Hadamard rotation after RoPE. A `sliding_window`
-    layer keeps only what its window can still see.
+    `quantize`). A `sliding_window` layer keeps only what its window can still see.
     `arena_bytes` is the layer's whole share of the budget, for all sequences of the plan.
     """
 
@@ -48,7 +47,6 @@ class LayerPlan:
     arena_bytes: int
     key_clip: float = 1.0
     value_clip: float = 1.0
-    key_rotated: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -1,4 +1,4 @@
-"""The rotation that spreads what a few channels hold over all channels of a head."""
+"""Rotations of the channels of a head."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def hadamard(dim: int) -> Tensor:
     while dim % (2 * block.shape[0]) == 0:
         block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
     return torch.block_diag(*[block / block.shape[0] ** 0.5] * (dim // block.shape[0]))
+
+
+def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
+    """`x` [B, H, S, d] times the rotation [Hkv, d, d] of the key head that each head belongs to, in the rotation's
+    precision; shape and dtype of `x`."""
+    groups = x.unflatten(1, (rotation.shape[0], -1)).to(rotation.dtype)
+    return (groups @ rotation.unsqueeze(1)).flatten(1, 2).to(x.dtype)

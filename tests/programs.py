@@ -19,6 +19,7 @@ from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.ops import MARKER, cached_attention
 from pmkvq_compiler.passes.program import AttentionSite, Program
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.runtime.rotation import rotate_heads
 
 from .models import tiny_model
 
@@ -89,7 +90,10 @@ class Float64Interpreter(Interpreter):
             q, k, v, _, scale, _, _, _ = args
             return self.attend(q, k, v, scale)
         if target is cached_attention:
-            return self.attend(*args[:3], kwargs["scale"])
+            q, k, v = args[:3]
+            if kwargs.get("key_rotation") is not None:
+                q, k = (rotate_heads(x, kwargs["key_rotation"]) for x in (q, k))
+            return self.attend(q, k, v, kwargs["scale"])
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         args, kwargs = torch.utils._pytree.tree_map(_in_float64, (args, kwargs))

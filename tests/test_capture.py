@@ -123,7 +123,7 @@ program = capture(config)
 assert len(program.weights) == 80 * 9 + 3
 run_passes(program, [LocateAttention()])
 assert all(site.reason is None for site in program.sites)
-run_passes(program, pipeline({}, (), full_plan(program.sites)))
+run_passes(program, pipeline({}, {}, {}, full_plan(program.sites)))
 assert "for layer in range(80):" in model_source(program)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -64,7 +64,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
 
 def lowered(model_type: str, **overrides: Any) -> Program:
     program = located(model_type, **overrides)
-    run_passes(program, pipeline({}, (), full_plan(program.sites)))
+    run_passes(program, pipeline({}, {}, {}, full_plan(program.sites)))
     return program
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pmkvq_compiler.formats import Format, stored
 from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
-from pmkvq_compiler.sensitivity import GradientProduct, OutputLoss
+from pmkvq_compiler.sensitivity import MAGNIFIED, GradientProduct, OutputLoss
 
 from .models import tiny_model
 
@@ -41,7 +41,7 @@ def test_the_predicted_loss_is_that_of_what_the_cache_would_give_each_query(
     torch.manual_seed(window)
     observed_call = call(sliding_window)
     key_format, value_format = (Format(2, axis, "none", 0.8, window) for axis in ("channel", "token"))
-    measure = OutputLoss({5: [key_format]}, {5: [value_format]}, {}, SINK, BLOCK)
+    measure = OutputLoss({5: [key_format]}, {5: [value_format]}, {}, {}, SINK, BLOCK)
     gradient = torch.randn(1, 4, LENGTH, 16)
     drawn = LENGTH // 2 + torch.randperm(LENGTH - LENGTH // 2, generator=torch.Generator().manual_seed(0))
     (measure(observed_call) * gradient).sum().backward()
@@ -56,14 +56,14 @@ def test_the_predicted_loss_is_that_of_what_the_cache_would_give_each_query(
         old[SINK : SINK + blocks * BLOCK] = True
         visible = observed_call.mask[position]  # type: ignore[index]
         exact = one_query(query[:, position], key, value, visible)
-        mixed_key = torch.where(old[:, None], stored_key, key)
+        mixed_key = torch.where(old[:, None], key + MAGNIFIED * (stored_key - key), key)
         mixed_value = torch.where(old[:, None], stored_value, value)
         for losses, found in (
             (key_loss, one_query(query[:, position], mixed_key, value, visible)),
             (value_loss, one_query(query[:, position], key, mixed_value, visible)),
         ):
             losses.append(((found - exact) * gradient[0, :, position].double()).sum().square().item() / 2)
-    assert measure.key[5][key_format] == pytest.approx(sum(key_loss) / len(key_loss), rel=1e-3)
+    assert measure.key[5][key_format] == pytest.approx(sum(key_loss) / len(key_loss) / MAGNIFIED**2, rel=1e-3)
     assert measure.value[5][value_format] == pytest.approx(sum(value_loss) / len(value_loss), rel=1e-3)
 
 
@@ -75,7 +75,8 @@ def test_predicted_losses_are_those_of_the_model() -> None:
     kept = Format(4, "token", "none", 1.0, 32)
     texts = torch.randint(3, 128, (12, LENGTH))
     positions = torch.arange(LENGTH).unsqueeze(0)
-    measure = OutputLoss({layer: [] for layer in range(3)}, {layer: [kept] for layer in range(3)}, {}, SINK, BLOCK)
+    formats = {layer: [kept] for layer in range(3)}
+    measure = OutputLoss({layer: [] for layer in range(3)}, formats, {}, {}, SINK, BLOCK)
     model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_(True))
     divergence = 0.0
     for text in texts.split(1):
@@ -97,15 +98,15 @@ def test_predicted_losses_are_those_of_the_model() -> None:
 
 def test_the_papers_measure_is_the_sum_of_error_times_gradient() -> None:
     key, value, key_gradient, value_gradient = torch.randn(4, 1, 2, 80, 16).unbind(0)
-    scale = torch.rand(2, 16, dtype=torch.float64) + 0.5
+    matrices = torch.randn(2, 16, 16, dtype=torch.float64)
     key.requires_grad_(), value.requires_grad_()
     scaled, plain = Format(2, "token", "scale", 1.0, 64), Format(4, "token", "none", 1.0, 64)
-    measure = GradientProduct({5: [scaled]}, {5: [plain]}, {5: scale}, sink=4, block=32)
+    measure = GradientProduct({5: [scaled]}, {5: [plain]}, {5: {"scale": matrices}}, {}, sink=4, block=32)
     measure(AttentionCall(5, torch.randn(1, 4, 80, 16), key, value, None, 0.25, None, None))
     ((key * key_gradient).sum() + (value * value_gradient).sum()).backward()
-    for x, gradient, kept, found in (
-        (key, key_gradient, scaled, measure.key[5][scaled]),
-        (value, value_gradient, plain, measure.value[5][plain]),
+    for x, gradient, kept, own, found in (
+        (key, key_gradient, scaled, matrices, measure.key[5][scaled]),
+        (value, value_gradient, plain, None, measure.value[5][plain]),
     ):
-        error = stored(x.detach(), kept, 4, 32, scale) - x.detach()
+        error = stored(x.detach(), kept, 4, 32, own) - x.detach()
         assert found == pytest.approx((error * gradient).abs().sum().item(), rel=1e-5)

@@ -16,10 +16,10 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
-from pmkvq_compiler.planner import solve
+from pmkvq_compiler.planner import Folds, solve
 from pmkvq_compiler.recording import ATTENTION, observed, run
 from pmkvq_compiler.source import open_source
-from pmkvq_compiler.teacher_forcing import Folds, progressive
+from pmkvq_compiler.teacher_forcing import progressive
 
 from .folders import TEXT, model_folder
 
@@ -65,7 +65,7 @@ def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe:
     torch.manual_seed(1)
     texts = torch.randint(3, 128, (2, MAX_LEN))
     model = source.load_model(ATTENTION).requires_grad_(False)
-    folds = Folds({layer: calibration.scales[layer] for layer in solution.scaled}, solution.rotated)
+    folds = Folds.of(solution, calibration)
     with torch.no_grad(), observed(progressive(solution.plan, folds, PROMPTS)):
         forced = run(model, texts, torch.arange(MAX_LEN).unsqueeze(0))
     for row, prompt in enumerate(PROMPTS):

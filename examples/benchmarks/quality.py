@@ -39,11 +39,11 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import Solution, cache_bytes_at_16_bits, plan_table, solve
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, plan_table, solve
 from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.recording import ATTENTION, observed, run
 from pmkvq_compiler.source import open_source
-from pmkvq_compiler.teacher_forcing import Folds, progressive
+from pmkvq_compiler.teacher_forcing import progressive
 
 OWN = Path(__file__).parent.parent / "reasoner"
 RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
@@ -63,7 +63,8 @@ ABLATIONS |= {
     "  windows of 128 tokens": replace(BEST, windows=(128,)),
     "  no clips": replace(BEST, clips=(1.0,)),
     "  K by token": replace(BEST, key_axes=("token",)),
-    "  no rotation of V": replace(BEST, value_transforms=("none",)),
+    "  K as it is": replace(BEST, key_transforms=("none",)),
+    "  V as it is": replace(BEST, value_transforms=("none",)),
     "  not progressive ": replace(BEST, progressive=False),
 }
 
@@ -296,8 +297,8 @@ class Bench:
         if solution is None or calibration is None:
             with observed(lambda call: None):
                 return run(self.model, ids.to(self.model.device), positions)
-        scales = {layer: calibration.scales[layer] for layer in solution.scaled}
-        attention = progressive(solution.plan, Folds(scales, solution.rotated), [len(item.prompt) for item in batch])
+        folds = Folds.of(solution, calibration)
+        attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
         with observed(attention):
             return run(self.model, ids.to(self.model.device), positions)
 

@@ -1,0 +1,68 @@
+"""Rotate Q and K behind RoPE, where nothing can be folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .bake_plan import cached_attentions
+from .base import Pass
+from .outline_layers import layer_module
+from .program import WRAPPER, Constant, Program
+from .verify import Stage
+
+
+class RotateKeys(Pass):
+    """Give cached attentions the operand `key_rotation`: they turn Q and K by it, and store K turned.
+
+    `rotations[layer]` is orthogonal, [num_key_value_heads, key_head_dim, key_head_dim]; q . k stays what it was. Layers
+    without an entry are left alone.
+
+    1. Each rotation becomes a constant (float32), named as if it belonged to the layer's module.
+    2. Its placeholder follows the inputs; the attention's node takes it.
+    3. A matrix of another shape, or that is not orthogonal, is refused.
+    """
+
+    takes = Stage.REWRITTEN
+    leaves = Stage.REWRITTEN
+
+    def __init__(self, rotations: Mapping[int, Tensor]) -> None:
+        self.rotations = rotations
+
+    def requires(self, program: Program) -> None:
+        for site in program.sites:
+            if site.layer in self.rotations:
+                expected = (site.num_key_value_heads, site.key_head_dim, site.key_head_dim)
+                _check(site.layer, self.rotations[site.layer].to(torch.float64), expected)
+
+    def run(self, program: Program) -> bool:
+        for node in cached_attentions(program):
+            layer = node.args[4]
+            if layer in self.rotations:
+                node.update_kwarg("key_rotation", _constant(program, node, self.rotations[layer].to(torch.float32)))
+        return bool(self.rotations)
+
+
+def _check(layer: int, rotation: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(rotation.shape) != expected:
+        raise ValueError(
+            f"the key rotation of layer {layer} has shape {list(rotation.shape)} instead of {list(expected)}"
+        )
+    deviation = rotation @ rotation.transpose(1, 2) - torch.eye(expected[-1], dtype=torch.float64)
+    if not float(deviation.abs().max()) < 1e-6:
+        raise ValueError(f"the key rotation of layer {layer} is not orthogonal")
+
+
+def _constant(program: Program, attention: Node, rotation: Tensor) -> Node:
+    """The placeholder of a new constant that the attention's layer owns."""
+    owner = layer_module(attention)
+    name = f"{owner.removeprefix(WRAPPER)}.key_rotation" if owner else f"key_rotation.{attention.args[4]}"
+    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        placeholder = program.graph.placeholder(name.replace(".", "_"))
+    placeholder.meta["val"] = attention.meta["val"].new_empty(rotation.shape, dtype=rotation.dtype)
+    program.constants[placeholder.name] = Constant(name, rotation)
+    return placeholder
