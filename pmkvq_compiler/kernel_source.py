@@ -35,7 +35,8 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
         group = site.num_attention_heads // site.num_key_value_heads
         text = kernel_source(plan, group, site.softcap, site.has_sinks, layers="LAYERS")
         kinds.setdefault(text, []).append(site.layer)
-    files, names = {}, {}
+    files: dict[str, str] = {}
+    names: dict[int, str] = {}
     for number, (text, layers) in enumerate(kinds.items()):
         files[f"attention_{number}.py"] = text.replace("LAYERS", span(layers), 1)
         names |= dict.fromkeys(layers, f"attention_{number}")

@@ -33,6 +33,7 @@ from .quantize import encode, group_parameters, pack, shift_to, unpack
 
 if TYPE_CHECKING:
     from .kernels import LayerKernels
+
 BLOCKS_LOWERED_AT_ONCE = 16
 
 

@@ -6,7 +6,6 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -242,8 +241,8 @@ def check_kernels(plan: LayerPlan) -> None:
 def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int]]:
     """Runs of slots to be lowered one after another, the slots of a run all at once.
 
-    The records of `narrow` bytes that a run writes end where the run's records of `wide` bytes begin, so none is written
-    over a record that is still to be read. The first slot's record is written over itself.
+    The records of `narrow` bytes that a run writes end where the run's records of `wide` bytes begin, so none is
+    written over a record that is still to be read. The first slot's record is written over itself.
     """
     first, last = 0, 1
     while first < live:

@@ -105,9 +105,7 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
             one.begin(list(own))
         args: list[Any] = [tensor.to(device) for tensor in (q, k, v)]
         scale = case.head_dim**-0.5
-        out = cached_attention(
-            *args, cache, 0, scale, case.softcap, sinks if sinks is None else sinks.to(device)
-        ).cpu()
+        out = cached_attention(*args, cache, 0, scale, case.softcap, sinks if sinks is None else sinks.to(device)).cpu()
         for b, part in enumerate(own):
             twin.layers[0].append(b, k[b, :, part], v[b, :, part])
         compare_stores(copy_to_cpu(cache), twin)
@@ -122,7 +120,8 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
                 keys, values, at = stored_numbers(after.layers[0], b)
             else:
                 keys, values = (
-                    torch.cat([old, new[b, :, part].double()], 1) for old, new in zip(before[b][:2], (k, v), strict=True)
+                    torch.cat([old, new[b, :, part].double()], 1)
+                    for old, new in zip(before[b][:2], (k, v), strict=True)
                 )
                 at = torch.cat([before[b][2], positions])
             visible = at <= positions.unsqueeze(-1)
@@ -184,7 +183,6 @@ SMALL = [
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
 ]
-
 
 
 def repair_interpreter() -> None:
