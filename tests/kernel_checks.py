@@ -49,6 +49,8 @@ class Case:
     heads: int = 1
     sliding_window: int | None = None
     softcap: float | None = None
+    key_clip: float = 1.0
+    value_clip: float = 1.0
     has_sinks: bool = False
     dtype: torch.dtype = torch.float16
     max_len: int = 420
@@ -59,6 +61,7 @@ class Case:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
         values |= {"window": self.window, "sliding_window": self.sliding_window, "num_key_value_heads": self.heads}
         values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
+        values |= {"key_clip": self.key_clip, "value_clip": self.value_clip}
         if self.direct:
             values["stages"] = ((self.key_bits, self.value_bits),)
         return layer_plan(self.max_len, len(self.steps[0]), self.dtype.itemsize, **values)
@@ -176,8 +179,8 @@ RAGGED = (
 
 SMALL = [
     Case(steps=steps(1, 67, 1, 150, 1, 1)),
-    Case(key_axis="token", key_bits=2, value_bits=4, group=7, steps=steps(300, 1, 60, 1)),
-    Case(head_dim=80, group=3, key_bits=2, value_bits=2, block=128, window=128, steps=steps(280, 1)),
+    Case(key_axis="token", key_bits=2, value_bits=4, key_clip=0.6, group=7, steps=steps(300, 1, 60, 1)),
+    Case(head_dim=80, group=3, key_bits=2, value_bits=2, value_clip=0.8, block=128, window=128, steps=steps(280, 1)),
     Case(head_dim=96, key_axis="token", key_bits=8, value_bits=16, dtype=torch.bfloat16, steps=steps(200, 1)),
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),

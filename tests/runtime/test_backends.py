@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pmkvq_compiler import runtime
 
@@ -47,6 +48,9 @@ def test_an_artifact_has_a_readable_file_of_kernels_for_each_kind_of_layer(artif
 def test_both_backends_say_the_same(artifact: Path) -> None:
     """Logits over a prompt and greedy steps, the kernels in Triton's interpreter, through every stage of the cache."""
     pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+    package = artifact / json.loads((artifact / "pmkvq.json").read_text())["package"]
+    constants = load_file(package / "constants.safetensors")
+    assert any(name.endswith("key_rotation") for name in constants), "the run was to have keys that are rotated"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.backend_checks", str(artifact), "cpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
