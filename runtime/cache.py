@@ -141,9 +141,14 @@ class LayerCache:
             value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
         )
 
+    def reached(self, sequence: int) -> int:
+        """The fewest tokens that a sequence must once have had to send away as many blocks as this one did."""
+        flushed, plan = self.flushed[sequence], self.plan
+        return plan.sink + plan.window + (flushed - 1) * plan.block + 1 if flushed else 0
+
     def stages_until_fit(self, counts: Sequence[int]) -> range:
         """The stages that the layer must go through before `counts` new tokens of the sequences fit."""
-        blocks = max(flushed_blocks(self.plan, self.length(sequence) + count) for sequence, count in enumerate(counts))
+        blocks = max(self._flushed_after(sequence, count) for sequence, count in enumerate(counts))
         last = self.stage
         while min(blocks, self.ring) > self.capacity(last):
             last += 1
@@ -154,10 +159,13 @@ class LayerCache:
         most = 0
         for sequence, count in enumerate(counts):
             length = self.length(sequence) + count
-            flushed = flushed_blocks(self.plan, length)
+            flushed = self._flushed_after(sequence, count)
             most = max(most, flushed - self.flushed[sequence])
             self.flushed[sequence], self.rows[sequence] = flushed, length - flushed * self.plan.block
         return most
+
+    def _flushed_after(self, sequence: int, count: int) -> int:
+        return max(self.flushed[sequence], flushed_blocks(self.plan, self.length(sequence) + count))
 
     def append(self, sequence: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (`keys` [H, S, key_head_dim], `values` [H, S, value_head_dim]) to one sequence.
@@ -280,8 +288,9 @@ class Cache:
         """Columns of each sequence's own tokens in the call under way; the rest is padding."""
         self.kernels = kernels
         """What attends, a set of kernels a layer; the reference path where there are none."""
-        self.state = None if kernels is None else torch.zeros(3, batch_size, dtype=torch.int32, device=device)
-        """For the kernels: each sequence's length before the call, first column and count of its own tokens."""
+        self.state = None if kernels is None else torch.zeros(4, batch_size, dtype=torch.int32, device=device)
+        """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
+        length that it has had and that says how many blocks every layer has flushed."""
 
     @property
     def bits(self) -> list[tuple[int, int]]:
@@ -310,7 +319,11 @@ class Cache:
         self.columns = columns
         if self.state is not None:
             starts, counts = [own.start for own in columns], [own.stop - own.start for own in columns]
-            self.state.copy_(torch.tensor([self.length, starts, counts], dtype=torch.int32))
+            reached = [
+                max(length, *(layer.reached(sequence) for layer in self.layers))
+                for sequence, length in enumerate(self.length)
+            ]
+            self.state.copy_(torch.tensor([self.length, starts, counts, reached], dtype=torch.int32))
 
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""

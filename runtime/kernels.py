@@ -118,6 +118,7 @@ class LayerKernels:
                 store.head_units,
                 first,
                 cache.state,
+                cache.batch_size,
                 plan.window,
                 store.ring,
                 narrowing_margin(plan.key_clip),
