@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from rich.table import Table
 
     from pmkvq_compiler.compile import CompileResult, Progress
+    from pmkvq_compiler.explore import Explored
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+BAR = 30
+"""Characters of the longest bar."""
 
 DESCRIPTION = """\
 Compile a causal language model and a memory budget for its key/value cache into an artifact: a directory that loads and
@@ -39,6 +43,8 @@ examples
       SmolLM2-135M-Instruct, which needs 90 MiB for 4,096 tokens at 16 bits
   pmkvq-compile Qwen/Qwen2.5-1.5B-Instruct --budget 25% --max-len 32768 --dry-run
       see what each layer would get, write nothing
+  pmkvq-compile demo --max-len 4096 --dry-run --budgets 3bits,3.5bits,4bits,5bits
+      what each budget would cost the model
   pmkvq-compile ./my-model --budget 3.2bits --calib my-text.jsonl -o my-artifact
       calibrate with your own text
 """
@@ -47,32 +53,42 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 130 when interrupted."""
     try:
-        options, as_json = parse(argv)
-        result = _compile(options)
+        request = parse(argv)
+        result = _explore(request) if request.budgets else _compile(request.options)
     except CompileError as error:
         return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED)
     except OSError as error:
         return _fail(f"{error}; check that the place exists, is writable and has room", FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was changed", INTERRUPTED)
-    if as_json:
-        _print_json(result)
-    else:
-        _print_summary(result)
+    (_print_json if request.as_json else _print_text)(result)
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> tuple[CompileOptions, bool]:
-    """The options of a command line, and whether it asks for JSON. Raises `UsageError`."""
+@dataclass(frozen=True)
+class Request:
+    """A command line: `budgets` are to be compared, if there are any; else `options` say what to compile."""
+
+    options: CompileOptions
+    budgets: tuple[str, ...]
+    as_json: bool
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """What a command line asks for. Raises `UsageError`."""
     chosen = vars(_parser().parse_args(argv))
-    as_json = chosen.pop("json")
-    if chosen["recipe"] != "none" and chosen["budget"] is None:
+    as_json, budgets = chosen.pop("json"), chosen.pop("budgets")
+    if budgets and not chosen["dry_run"]:
+        raise UsageError("--budgets compares plans and writes nothing; add --dry-run, or give one --budget")
+    if budgets and (chosen["budget"] is not None or chosen["recipe"] == "none"):
+        raise UsageError("--budgets takes the place of --budget and compares plans of one recipe that has any")
+    if chosen["recipe"] != "none" and chosen["budget"] is None and not budgets:
         raise UsageError("--budget is missing: say what the cache may take, such as --budget 512MiB, 25% or 3.2bits")
     if chosen["recipe"] == "none" and chosen["budget"] is not None:
         raise UsageError("--recipe none leaves the cache unquantized, so it takes no --budget; leave one of them out")
     if chosen["output"] is None:
         chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
-    return CompileOptions(**chosen), as_json
+    return Request(CompileOptions(**chosen), budgets, as_json)
 
 
 def _fail(message: str, code: int) -> int:
@@ -97,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="hub id, Hugging Face folder, .gguf file, or `demo`")
     parser.add_argument(
         "--budget", type=_budget, metavar="SIZE", help="memory for the cache: 512MiB, 25%% or 3.2bits (see below)"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=_budgets,
+        default=(),
+        metavar="LIST",
+        help="with --dry-run: compare the plans for several, such as 3bits,3.5bits,4bits",
     )
     parser.add_argument(
         "--max-len", type=_count, metavar="N", help="tokens a sequence may have (default: the model's own limit)"
@@ -188,21 +211,32 @@ def _budget(text: str) -> str:
     return text
 
 
+def _budgets(text: str) -> tuple[str, ...]:
+    return tuple(_budget(part) for part in text.split(","))
+
+
 def _compile(options: CompileOptions) -> CompileResult:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
-    from transformers.utils import logging
-
-    from pmkvq_compiler.compile import compile_model
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     with _progress_bars() as progress:
+        from pmkvq_compiler.compile import compile_model
+
         return compile_model(options, progress)
+
+
+def _explore(request: Request) -> list[Explored]:
+    with _progress_bars() as progress:
+        from pmkvq_compiler.explore import explore
+
+        return explore(request.options, request.budgets, progress)
 
 
 @contextmanager
 def _progress_bars() -> Iterator[Progress]:
     """One bar a stage on stderr, in the order in which stages first report."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -218,9 +252,40 @@ def _progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-def _print_json(result: CompileResult) -> None:
+def _print_json(result: CompileResult | list[Explored]) -> None:
+    if isinstance(result, list):
+        print(json.dumps([asdict(explored) for explored in result], indent=2))
+        return
     report = {key: value for key, value in result.report.items() if key != "bytes_over_tokens"}
     print(json.dumps({"path": None if result.path is None else str(result.path), **report}, indent=2))
+
+
+def _print_text(result: CompileResult | list[Explored]) -> None:
+    if isinstance(result, list):
+        _print_comparison(result)
+    else:
+        _print_summary(result)
+
+
+def _print_comparison(explored: list[Explored]) -> None:
+    """A row a budget; the bars are as long as the logarithm of the predicted loss."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pmkvq_compiler.explore import log_shares
+
+    table = Table("budget", "bytes", "true bits", "predicted loss", "", box=None, header_style="bold")
+    for column in table.columns[:4]:
+        column.justify = "right"
+    for one, share in zip(explored, log_shares(explored), strict=True):
+        if one.predicted_loss is None:
+            table.add_row(one.budget, "", "", "", "no plan fits")
+        else:
+            cells = (f"{one.arena_bytes:,}", f"{one.true_bits:.2f}", f"{one.predicted_loss:.3g}")
+            table.add_row(one.budget, *cells, "\u2588" * max(1, round(BAR * share)))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print("predicted loss: nats a token that the next token's distribution moves by; bars are logarithmic")
 
 
 def _print_summary(result: CompileResult) -> None:

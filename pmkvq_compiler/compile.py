@@ -55,18 +55,13 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met;
     `options.output` is then absent or as it was.
     """
-    stages = _Stages(progress)
+    stages = Stages(progress)
     onnx_export = _onnx_export() if options.onnx else None
     if not options.dry_run:
         check_target(options.output, options.force)
-    with stages("source"):
-        source = open_source(options.model, options.dtype)
-        max_len = _max_len(source, options)
-    with stages("capture"):
-        program = capture(source.config)
-        if onnx_export is not None:
-            onnx_export.check_expressible(program)
-        run_passes(program, [LocateAttention()])
+    source, program, max_len = captured(options, stages)
+    if onnx_export is not None:
+        onnx_export.check_expressible(program)
     with stages("calibrate"):
         budget = _budget(program, options, max_len)
         check_feasible(program.sites, options, budget, max_len, source.dtype)
@@ -94,7 +89,18 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     return CompileResult(options.output, plan, report["rows"], report)
 
 
-class _Stages:
+def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, int]:
+    """The source model, its graph with the attention located, and the tokens that a sequence may have."""
+    with stages("source"):
+        source = open_source(options.model, options.dtype)
+        max_len = _max_len(source, options)
+    with stages("capture"):
+        program = capture(source.config)
+        run_passes(program, [LocateAttention()])
+    return source, program, max_len
+
+
+class Stages:
     """Tells when a stage begins and ends, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:

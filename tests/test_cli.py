@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pmkvq_compiler.cli import main, parse
+from pmkvq_compiler.cli import Request, main, parse
 from pmkvq_compiler.options import CompileOptions
 from tests.folders import model_folder, tree
 
@@ -33,7 +33,7 @@ def test_help_of_the_installed_command_teaches() -> None:
 
 
 def test_defaults_are_those_of_the_options() -> None:
-    assert parse(["demo", "--budget", "1GiB"]) == (CompileOptions("demo", Path("demo-pmkvq"), budget="1GiB"), False)
+    assert parse(["demo", "--budget", "1GiB"]).options == CompileOptions("demo", Path("demo-pmkvq"), budget="1GiB")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_options() -> None:
     [("org/Model-1B", "Model-1B-pmkvq"), ("./here/model", "model-pmkvq"), ("x/m.Q4.gguf", "m.Q4-pmkvq")],
 )
 def test_output_is_named_after_the_model(model: str, folder: str) -> None:
-    assert parse([model, "--budget", "25%"])[0].output == Path(folder)
+    assert parse([model, "--budget", "25%"]).options.output == Path(folder)
 
 
 def test_every_flag_reaches_the_options() -> None:
@@ -68,7 +68,7 @@ def test_every_flag_reaches_the_options() -> None:
         dry_run=True,
         force=True,
     )
-    assert parse(shlex.split(command)) == (expected, True)
+    assert parse(shlex.split(command)) == Request(expected, (), as_json=True)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,10 @@ def test_every_flag_reaches_the_options() -> None:
         (["demo", "--budget", "1GiB", "--recipe", "magic"], "'magic'"),
         (["demo", "--budget", "1GiB", "--dtype", "int8"], "'int8'"),
         (["demo", "--budget", "1GiB", "--bit", "4"], "--bit"),
+        (["demo", "--budgets", "3bits,4bits"], "add --dry-run"),
+        (["demo", "--budgets", "3bits,lots", "--dry-run"], "budget 'lots'"),
+        (["demo", "--budgets", "3bits", "--budget", "1GiB", "--dry-run"], "takes the place of --budget"),
+        (["demo", "--budgets", "3bits", "--recipe", "none", "--dry-run"], "one recipe that has any"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_2(
@@ -142,3 +146,33 @@ def test_dry_run_as_json_writes_nothing(
     assert result["arena_bytes"] <= result["budget"]
     assert sum(row["arena_bytes"] for row in result["rows"]) == result["arena_bytes"]
     assert tree(tmp_path) == {}
+
+
+def test_budgets_are_compared_and_nothing_is_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    explore = [str(model), *SMALL, "--dry-run", "--budgets", "95%,5%,80%,70%"]
+    assert main([*explore, "--json"]) == 0
+    found = {one["budget"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["5%"]["predicted_loss"] is None
+    assert 0 < found["95%"]["predicted_loss"] < found["80%"]["predicted_loss"] < found["70%"]["predicted_loss"]
+    assert main([str(model), "--budget", "70%", *SMALL, "--dry-run", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert {name: alone[name] for name in found["70%"] if name != "budget"} == {
+        name: value for name, value in found["70%"].items() if name != "budget"
+    }
+    assert main(explore) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [line.split()[0] for line in rows] == ["95%", "5%", "80%", "70%"]
+    assert rows[1].strip().endswith("no plan fits")
+    bars = {line.split()[0]: line.count("\u2588") for line in rows}
+    assert 0 < bars["95%"] < bars["80%"] < bars["70%"]
+    assert tree(tmp_path) == {}
+
+
+def test_budgets_none_of_which_holds_a_plan_end_in_one_sentence(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(model), *SMALL, "--dry-run", "--budgets", "2%,5%"]) == 1
+    assert "smallest feasible one" in capsys.readouterr().err
