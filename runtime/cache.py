@@ -94,6 +94,8 @@ class LayerCache:
 
     def capacity(self, stage: int | None = None) -> int:
         """Blocks of a sequence that the pool holds at a stage (the present one unless told)."""
+        if not self.ring:
+            return 0
         widths = self.plan.stages[self.stage if stage is None else stage]
         return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *widths))
 
