@@ -151,7 +151,10 @@ def test_package_says_what_it_is(emitted: Path) -> None:
     card = (emitted / "README.md").read_text()
     assert card.startswith("---\n")
     assert "from tiny_llama import load" in card
-    assert 'packages = ["tiny_llama", "tiny_llama.runtime", "tiny_llama.kernels"]' in (emitted / "pyproject.toml").read_text()
+    assert (
+        'packages = ["tiny_llama", "tiny_llama.runtime", "tiny_llama.kernels"]'
+        in (emitted / "pyproject.toml").read_text()
+    )
     assert list(load_file(emitted / "tiny_llama" / "constants.safetensors")) == ["model.rotary_emb.inv_freq"]
 
 
