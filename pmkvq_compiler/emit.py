@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pmkvq_compiler.codegen import MODEL_DTYPE
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.kernel_source import kernel_files
 from pmkvq_compiler.model_source import model_source
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
@@ -68,6 +69,9 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
     }
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
+    (target / "kernels").mkdir()
+    for name, text in kernel_files(program.sites, plan.layers).items():
+        (target / "kernels" / name).write_text(text, encoding="utf-8")
     constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
     save_file(constants, target / "constants.safetensors", metadata=METADATA)
     _copy_runtime(target / "runtime")

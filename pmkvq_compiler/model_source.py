@@ -114,7 +114,7 @@ def _layer_function(program: Program, kind: str, calls: list[Node], names: list[
     types = ("Tensor" if isinstance(value.meta.get("val"), Tensor) else "int" for value in values)
     parameters = ["weights: Weights", "layer: int"]
     parameters += [f"{name}: {'Cache' if name == 'cache' else type_}" for name, type_ in zip(names, types, strict=True)]
-    return Function(kind, parameters, f"Hidden states after {_span([call.args[0] for call in calls])}.", lines)
+    return Function(kind, parameters, f"Hidden states after {span([call.args[0] for call in calls])}.", lines)
 
 
 def _head_function(program: Program, result: Node, head: list[Node]) -> Function:
@@ -220,7 +220,7 @@ def _first(tensors: list[Node], expressions: dict[Node, Expression], dtype: torc
     return next(expressions[node].text for node in tensors if dtype in (None, node.meta["val"].dtype))
 
 
-def _span(layers: list[int]) -> str:
+def span(layers: list[int]) -> str:
     """As in "layers 0 to 4, 6 to 10"."""
     parts = []
     for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):

@@ -1,9 +1,9 @@
-"""What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors alone."""
+"""What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors; triton on CUDA."""
 
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
 from .generate import PREFILL_CHUNK
-from .load import FORMAT_VERSION, load
+from .load import FORMAT_VERSION, Backend, load
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
 
@@ -11,6 +11,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PREFILL_CHUNK",
     "ArtifactError",
+    "Backend",
     "Cache",
     "CacheFull",
     "CachePlan",

@@ -1,4 +1,4 @@
-"""Attention over the progressive cache: the reference path, plain PyTorch.
+"""Attention over the progressive cache: the way to the generated kernels, and the reference path, plain PyTorch.
 
 Codes are never turned back into K and V. With x = zero + c * step, the query meets integer codes:
 
@@ -48,9 +48,11 @@ def cached_attention(
     else, so that the cache holds turned keys. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns
     hold zeros.
     """
-    store = cache.layers[layer]
     if key_rotation is not None:
         q, k = rotate_heads(q, key_rotation), rotate_heads(k, key_rotation)
+    if cache.kernels is not None:
+        return cache.kernels[layer].attend(q, k, v, cache, layer, scale, sinks)
+    store = cache.layers[layer]
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for sequence, own in enumerate(cache.columns):
         if own.start < own.stop:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import CacheFull, InputError
 from .plan import (
+    ALIGNMENT,
     PARAMETER_BYTES,
     CachePlan,
     LayerPlan,
@@ -23,10 +25,14 @@ from .plan import (
     blocks_needed,
     buffer_bytes,
     fitted,
+    flushed_blocks,
     head_bytes,
     longest,
 )
 from .quantize import encode, group_parameters, pack, shift_to, unpack
+
+if TYPE_CHECKING:
+    from .kernels import LayerKernels
 
 BLOCKS_LOWERED_AT_ONCE = 16
 
@@ -66,6 +72,9 @@ class LayerCache:
         self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
         self.values = self.arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
         self.pool = self.arena[..., buffers:]
+        # the whole arena as words of codes, as parameters and as rows, which is how kernels address it
+        self.words, self.halves, self.buffers = (self.arena.view(view) for view in (torch.int16, torch.float16, dtype))
+        self.head_units = self.arena.shape[-1] // ALIGNMENT
         self.stage = 0
         self.rows = [0] * batch_size
         self.flushed = [0] * batch_size
@@ -83,9 +92,12 @@ class LayerCache:
         record = block_bytes(plan, *self.bits) if blocks else 0
         return plan.num_key_value_heads * (sum(self.rows) * row_bytes + blocks * record)
 
-    def capacity(self) -> int:
-        """Blocks of a sequence that the pool holds at the present widths."""
-        return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *self.bits))
+    def capacity(self, stage: int | None = None) -> int:
+        """Blocks of a sequence that the pool holds at a stage (the present one unless told)."""
+        if not self.ring:
+            return 0
+        widths = self.plan.stages[self.stage if stage is None else stage]
+        return min(self.ring, self.pool.shape[-1] // block_bytes(self.plan, *widths))
 
     def live_blocks(self, sequence: int) -> int:
         return min(self.flushed[sequence], self.ring)
@@ -130,6 +142,32 @@ class LayerCache:
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
             value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
         )
+
+    def reached(self, sequence: int) -> int:
+        """The fewest tokens that a sequence must once have had to send away as many blocks as this one did."""
+        flushed, plan = self.flushed[sequence], self.plan
+        return plan.sink + plan.window + (flushed - 1) * plan.block + 1 if flushed else 0
+
+    def stages_until_fit(self, counts: Sequence[int]) -> range:
+        """The stages that the layer must go through before `counts` new tokens of the sequences fit."""
+        blocks = max(self._flushed_after(sequence, count) for sequence, count in enumerate(counts))
+        last = self.stage
+        while min(blocks, self.ring) > self.capacity(last):
+            last += 1
+        return range(self.stage + 1, last + 1)
+
+    def grow(self, counts: Sequence[int]) -> int:
+        """Count new tokens that kernels put into the arena; returns the most blocks that a sequence has flushed."""
+        most = 0
+        for sequence, count in enumerate(counts):
+            length = self.length(sequence) + count
+            flushed = self._flushed_after(sequence, count)
+            most = max(most, flushed - self.flushed[sequence])
+            self.flushed[sequence], self.rows[sequence] = flushed, length - flushed * self.plan.block
+        return most
+
+    def _flushed_after(self, sequence: int, count: int) -> int:
+        return max(self.flushed[sequence], flushed_blocks(self.plan, self.length(sequence) + count))
 
     def append(self, sequence: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (`keys` [H, S, key_head_dim], `values` [H, S, value_head_dim]) to one sequence.
@@ -269,7 +307,13 @@ class Cache:
     """
 
     def __init__(
-        self, plan: CachePlan, batch_size: int, max_len: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        plan: CachePlan,
+        batch_size: int,
+        max_len: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Sequence[LayerKernels] | None = None,
     ) -> None:
         self.plan = plan
         largest = longest(plan, batch_size, dtype.itemsize)
@@ -290,6 +334,11 @@ class Cache:
         self.length = [0] * batch_size
         self.columns: list[slice] = []
         """Columns of each sequence's own tokens in the call under way; the rest is padding."""
+        self.kernels = kernels
+        """What attends, a set of kernels a layer; the reference path where there are none."""
+        self.state = None if kernels is None else torch.zeros(4, batch_size, dtype=torch.int32, device=device)
+        """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
+        length that it has had and that says how many blocks every layer has flushed."""
 
     @property
     def bits(self) -> list[tuple[int, int]]:
@@ -319,6 +368,13 @@ class Cache:
         """Announce a call's tokens. Raises `CacheFull` where they do not fit, before anything is changed."""
         self.check_room([own.stop - own.start for own in columns])
         self.columns = columns
+        if self.state is not None:
+            starts, counts = [own.start for own in columns], [own.stop - own.start for own in columns]
+            reached = [
+                max(length, *(layer.reached(sequence) for layer in self.layers))
+                for sequence, length in enumerate(self.length)
+            ]
+            self.state.copy_(torch.tensor([self.length, starts, counts, reached], dtype=torch.int32))
 
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
@@ -355,7 +411,7 @@ class Cache:
         """
         self._check_sequences(sequences)
         buffer = self.layers[0].keys
-        chosen = Cache(self.plan, len(sequences), self.max_len, buffer.dtype, buffer.device)
+        chosen = Cache(self.plan, len(sequences), self.max_len, buffer.dtype, buffer.device, self.kernels)
         for layer, source in zip(chosen.layers, self.layers, strict=True):
             layer.take(source, sequences)
         chosen.length = [self.length[sequence] for sequence in sequences]

@@ -12,27 +12,37 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError
+from .kernels import LayerKernels, check_kernels, tuning_for
 from .model import CompiledModel
+from .plan import CachePlan
 
 FORMAT_VERSION = 1
+Backend = Literal["reference", "triton"]
 MANIFEST = "pmkvq.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> CompiledModel:
     """The model in the artifact folder `path`, in its own dtype and on the CPU unless told otherwise.
 
-    Raises `ArtifactError` where the folder is no artifact, holds a changed file, or has a newer format.
+    `backend` says what attends: "triton", the artifact's generated kernels (a CUDA device is needed), or "reference",
+    plain PyTorch. Unless told, it is the kernels on a CUDA device and the reference elsewhere.
+
+    Raises `ArtifactError` where the folder is no artifact, holds a changed file, or has a newer format, and
+    `InputError` where the backend cannot run there.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
@@ -43,6 +53,11 @@ def load(
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
+    kernels = None
+    if (backend or ("triton" if place.type == "cuda" else "reference")) == "triton":
+        kernels = _load_kernels(folder / manifest["package"] / "kernels", plan, place)
+    elif backend not in (None, "reference"):
+        raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
     checkpoint = [folder / name for name in manifest["weights"]]
     weights = _read_weights(checkpoint, package / "constants.safetensors", stored, target, place)
     hidden_states, logits = code.bind(weights)
@@ -58,6 +73,7 @@ def load(
         pad_token_id=generation.get("pad_token_id"),
         dtype=target,
         device=place,
+        kernels=kernels,
     )
 
 
@@ -132,6 +148,28 @@ def _import(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _load_kernels(folder: Path, plan: CachePlan, device: torch.device) -> list[LayerKernels]:
+    """The kernels of every layer, from the files that `layers.py` names."""
+    try:
+        import triton
+    except ImportError as error:
+        raise InputError(
+            f'backend "triton" needs the package triton, which cannot be imported ({error}); '
+            f'install it or load with backend="reference"'
+        ) from error
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise InputError(
+            f'backend "triton" needs a CUDA device and the model is on {device}; load with device="cuda" or '
+            f'backend="reference"'
+        )
+    for layer in plan.layers:
+        check_kernels(layer)
+    names = _import(folder / "layers.py").KERNELS
+    modules = {name: _import(folder / f"{name}.py") for name in dict.fromkeys(names)}
+    tuning = tuning_for(device)
+    return [LayerKernels(modules[name], tuning) for name in names]
 
 
 def _read_weights(

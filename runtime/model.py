@@ -12,6 +12,7 @@ from torch import Tensor
 from .cache import Cache
 from .errors import InputError
 from .generate import Streamer, generate
+from .kernels import LayerKernels
 from .plan import CachePlan
 
 
@@ -32,6 +33,8 @@ class CompiledModel:
     pad_token_id: int | None
     dtype: torch.dtype
     device: torch.device
+    kernels: Sequence[LayerKernels] | None = None
+    """The generated kernels of every layer; None where the reference path attends."""
 
     @torch.inference_mode()
     def __call__(
@@ -91,7 +94,7 @@ class CompiledModel:
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
         """An empty cache for sequences of up to `max_len` tokens (as many as the budget allows unless given)."""
-        return Cache(self.plan, batch_size, max_len, self.dtype, self.device)
+        return Cache(self.plan, batch_size, max_len, self.dtype, self.device, self.kernels)
 
     def generate(
         self,

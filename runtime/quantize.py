@@ -93,9 +93,14 @@ def shift_to(codes: Tensor, bits: int, target: int, clip: float = 1.0) -> Tensor
     return codes
 
 
+def narrowing_margin(clip: float) -> int:
+    """4-bit codes between the middle and the outer thresholds of 2-bit codes."""
+    return round(5 * clip)
+
+
 def narrow(codes: Tensor, clip: float = 1.0) -> Tensor:
     """4-bit codes to 2 bits: the number of the three thresholds that a code reaches. Uncut, that is `shift`."""
-    margin = round(5 * clip)
+    margin = narrowing_margin(clip)
     reached = [(codes >= threshold).to(codes.dtype) for threshold in (8 - margin, 8, 8 + margin)]
     return reached[0] + reached[1] + reached[2]
 

@@ -18,4 +18,4 @@ def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:
     """`x` [B, H, S, d] times the rotation [Hkv, d, d] of the key head that each head belongs to, in the rotation's
     precision; shape and dtype of `x`."""
     groups = x.unflatten(1, (rotation.shape[0], -1)).to(rotation.dtype)
-    return (groups @ rotation.unsqueeze(1)).flatten(1, 2).to(x.dtype)
+    return torch.einsum("bhgsc,hcd->bhgsd", groups, rotation).flatten(1, 2).to(x.dtype)

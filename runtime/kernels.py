@@ -1,0 +1,267 @@
+"""Attention over the progressive cache through an artifact's generated Triton kernels.
+
+The host decides what is lowered and when, from lengths that it knows; the kernels read the same lengths from device
+memory, so that a captured graph can be replayed as sequences grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .plan import LayerPlan, block_bytes
+from .quantize import narrowing_margin, step_fraction
+
+if TYPE_CHECKING:
+    from .cache import Cache, LayerCache
+
+SMALLEST_BLOCK = 64
+"""Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are launched; none of it changes what they compute.
+
+    `cells[bits]` is how many groups of 8 words of V a step of the decode kernel takes, for V of that width. The decode
+    kernel runs in single warps, `decode_programs` of them for each multiprocessor.
+    """
+
+    cells: dict[int, int]
+    decode_programs: int
+    decode_registers: int | None
+    decode_stages: int
+    decode_prefetch: bool
+    prefill_tile: int
+    prefill_step: int
+    prefill_warps: int
+    prefill_stages: int
+
+
+CONSERVATIVE = Tuning({16: 1, 8: 2, 4: 2, 2: 1}, 12, 168, 2, False, 64, 64, 4, 2)
+
+
+MEASURED: dict[str, Tuning] = {}
+"""Tunings by a part of the device's name."""
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """The kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`."""
+
+    module: ModuleType
+    tuning: Tuning
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """`cached_attention` of one layer; the soft cap is a constant of the kernels."""
+        store = cache.layers[layer]
+        assert cache.state is not None
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        if q.shape[2] == 1:
+            self._append(k, v, cache, store)
+            return self._decode(q, v.shape[-1], cache, store, scale, sinks)
+        out = self._prefill(q, k, v, cache, store, scale, sinks)
+        self._append(k, v, cache, store)
+        return out
+
+    def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
+        """Add the call's tokens to the cache, lowering the layer until they fit."""
+        counts = [own.stop - own.start for own in cache.columns]
+        for stage in store.stages_until_fit(counts):
+            self._shrink(cache, store, stage)
+            store.stage = stage
+        heads = k.shape[0] * k.shape[1]
+        blocks = store.grow(counts)
+        if k.shape[2] == 1:
+            modes = [("token", 1)]
+        else:
+            modes = [("blocks", blocks)] * bool(blocks and store.ring) + [("rows", 1)]
+        for mode, grid in modes:
+            self.module.append[(heads, 2, grid)](
+                store.words,
+                store.halves,
+                store.buffers,
+                store.head_units,
+                k,
+                v,
+                k.stride()[:3],
+                v.stride()[:3],
+                cache.state,
+                k.shape[0],
+                store.plan.window,
+                store.ring,
+                *_steps(store),
+                **_widths(store),
+                MODE=mode,
+                num_warps=4,
+                enable_fp_fusion=False,  # codes are those of the reference, to the last bit
+            )
+
+    def _shrink(self, cache: Cache, store: LayerCache, stage: int) -> None:
+        """Rewrite the records that are held at the present stage for `stage`."""
+        plan = store.plan
+        before, after = plan.stages[store.stage], plan.stages[stage]
+        live = max(store.live_blocks(sequence) for sequence in range(cache.batch_size))
+        heads = cache.batch_size * plan.num_key_value_heads
+        for first, last in lowering_order(live, block_bytes(plan, *before), block_bytes(plan, *after)):
+            self.module.shrink[(heads, last - first)](
+                store.words,
+                store.buffers,
+                store.head_units,
+                first,
+                cache.state,
+                cache.batch_size,
+                plan.window,
+                store.ring,
+                narrowing_margin(plan.key_clip),
+                narrowing_margin(plan.value_clip),
+                KEY_BITS=before[0],
+                VALUE_BITS=before[1],
+                KEY_TARGET=after[0],
+                VALUE_TARGET=after[1],
+                num_warps=8,
+            )
+
+    def _decode(
+        self, q: Tensor, value_dim: int, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        batch, query_heads = q.shape[:2]
+        q = q.contiguous()
+        heads = batch * store.plan.num_key_value_heads
+        parts = (heads, self._splits(heads, store), query_heads * batch // heads)
+        partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
+        log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
+        widths = _widths(store)
+        registers = {} if self.tuning.decode_registers is None else {"maxnreg": self.tuning.decode_registers}
+        self.module.decode[parts[:2]](
+            q,
+            store.words,
+            store.halves,
+            store.buffers,
+            partial,
+            log_weights,
+            cache.state,
+            store.head_units,
+            batch,
+            store.plan.window,
+            store.ring,
+            parts[1],
+            scale,
+            *_steps(store),
+            **widths,
+            CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
+            PREFETCH=self.tuning.decode_prefetch,
+            num_warps=1,
+            num_stages=self.tuning.decode_stages,
+            **registers,
+        )
+        out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
+        self.module.merge[(batch, query_heads)](
+            partial,
+            log_weights,
+            q if sinks is None else sinks,
+            out,
+            cache.state,
+            batch,
+            parts[1],
+            SPLITS_PADDED=1 << (parts[1] - 1).bit_length(),
+            num_warps=2,
+        )
+        return out
+
+    def largest_cells(self, bits: int) -> int:
+        """Groups of 8 words that a line of V codes has."""
+        return self.module.BLOCK.value * bits // 16 // 8
+
+    def _splits(self, heads: int, store: LayerCache) -> int:
+        """In how many parts a head's cache is read: as many programs as run at once, each with something to do."""
+        rows = -(-(store.plan.sink + store.plan.window) // 16)
+        blocks = store.capacity() if store.ring else 0
+        programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
+        return min(max(1, programs // heads), max(rows, blocks))
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        batch, query_heads, columns = q.shape[:3]
+        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)
+        widths = _widths(store)
+        tile = self.tuning.prefill_tile
+        self.module.prefill[(-(-columns // tile), query_heads, batch)](
+            q,
+            k,
+            v,
+            store.words,
+            store.halves,
+            store.buffers,
+            q if sinks is None else sinks,
+            out,
+            cache.state,
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            columns,
+            store.head_units,
+            batch,
+            store.plan.window,
+            store.ring,
+            scale,
+            *_steps(store),
+            **widths,
+            TILE=tile,
+            STEP=self.tuning.prefill_step,
+            num_warps=self.tuning.prefill_warps,
+            num_stages=self.tuning.prefill_stages,
+        )
+        return out
+
+
+def tuning_for(device: torch.device) -> Tuning:
+    """How to launch kernels on a device: as was measured on it, or cautiously."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tuning for known, tuning in MEASURED.items() if known in name), CONSERVATIVE)
+
+
+def check_kernels(plan: LayerPlan) -> None:
+    """Raises `InputError` where the kernels cannot read a layer's blocks."""
+    if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
+        raise InputError(
+            f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "
+            f'need; compile with --block {SMALLEST_BLOCK} or load with backend="reference"'
+        )
+
+
+def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int]]:
+    """Runs of slots to be lowered one after another, the slots of a run all at once.
+
+    The records of `narrow` bytes that a run writes end where the run's records of `wide` bytes begin, so none is
+    written over a record that is still to be read. The first slot's record is written over itself.
+    """
+    first, last = 0, 1
+    while first < live:
+        yield first, min(last, live)
+        first, last = last, max(last + 1, last * wide // narrow)
+
+
+def _widths(store: LayerCache) -> dict[str, Any]:
+    """Present widths; any that the kernels know where nothing is quantized."""
+    key_bits, value_bits = store.bits if store.plan.quantized else (8, 8)
+    return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
+
+
+def _steps(store: LayerCache) -> tuple[float, float]:
+    """A step of a code of K and of V, in units of its group's range."""
+    plan, widths = store.plan, _widths(store)
+    return step_fraction(widths["KEY_BITS"], plan.key_clip), step_fraction(widths["VALUE_BITS"], plan.value_clip)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

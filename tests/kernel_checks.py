@@ -1,0 +1,223 @@
+"""Checks of the generated kernels against attention in float64 over the numbers that the cache's codes stand for.
+
+They run on a GPU, and anywhere in Triton's interpreter, for which Triton must be imported with TRITON_INTERPRET=1:
+
+    TRITON_INTERPRET=1 python -m tests.kernel_checks
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from triton.runtime import interpreter
+
+from pmkvq_compiler.kernel_source import kernel_source
+from pmkvq_compiler.runtime.attention import cached_attention
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels
+from pmkvq_compiler.runtime.plan import LayerPlan
+
+from .runtime.plans import cache_plan, layer_plan
+from .runtime.test_attention import reference, stored_numbers
+
+TOLERANCE = 2e-3
+"""Relative norm of the error, for inputs in fp16 or bf16."""
+
+INTERPRETED_BFLOAT16 = 6e-3
+"""The interpreter cuts numbers to bf16 where the device rounds them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and the lengths of the calls that feed it: (columns, own tokens of every sequence)."""
+
+    head_dim: int = 64
+    group: int = 2
+    key_bits: int = 4
+    value_bits: int = 2
+    key_axis: str = "channel"
+    block: int = 64
+    sink: int = 4
+    window: int = 64
+    heads: int = 1
+    sliding_window: int | None = None
+    softcap: float | None = None
+    key_clip: float = 1.0
+    value_clip: float = 1.0
+    has_sinks: bool = False
+    dtype: torch.dtype = torch.float16
+    max_len: int = 420
+    steps: tuple[tuple[slice, ...], ...] = ()
+    direct: bool = False
+    taken_back: int = 0
+    """Tokens that every sequence loses again before the last call."""
+
+    def plan(self) -> LayerPlan:
+        values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
+        values |= {"window": self.window, "sliding_window": self.sliding_window, "num_key_value_heads": self.heads}
+        values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
+        values |= {"key_clip": self.key_clip, "value_clip": self.value_clip}
+        if self.direct:
+            values["stages"] = ((self.key_bits, self.value_bits),)
+        return layer_plan(self.max_len, len(self.steps[0]), self.dtype.itemsize, **values)
+
+
+def render_module(case: Case) -> ModuleType:
+    text = kernel_source(case.plan(), case.group, case.softcap, case.has_sinks, "a layer")
+    name = f"kernels_{abs(hash(text)):x}"
+    if name not in sys.modules:
+        path = Path(tempfile.mkdtemp()) / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
+    """Feed the case's calls; the relative error of every call's output. What is stored equals the reference's cache."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = case.plan()
+    batch = len(case.steps[0])
+    whole = cache_plan(plan, max_len=case.max_len, batch_size=batch)
+    kernels = [LayerKernels(render_module(case), CONSERVATIVE)]
+    cache = Cache(whole, batch, None, case.dtype, device, kernels)
+    twin = Cache(whole, batch, None, case.dtype, torch.device("cpu"))
+    cache.layers[0].arena.fill_(0xFF)  # NaN in every format: a number that is read without having been written shows
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    offset = 2 * draw(case.head_dim)
+    sinks = draw(case.heads * case.group).to(case.dtype) if case.has_sinks else None
+    errors = []
+    for number, own in enumerate(case.steps, 1):
+        if number == len(case.steps):
+            for one in (cache, twin):
+                take_back(one, case.taken_back)
+        columns = max(part.stop for part in own)
+        q = draw(batch, case.heads * case.group, columns, case.head_dim).to(case.dtype)
+        k = (draw(batch, case.heads, columns, case.head_dim) + offset).to(case.dtype)
+        v = draw(batch, case.heads, columns, case.head_dim).to(case.dtype)
+        before = [stored_numbers(copy_to_cpu(cache).layers[0], b) for b in range(batch)]
+        for one in (cache, twin):
+            one.begin(list(own))
+        args: list[Any] = [tensor.to(device) for tensor in (q, k, v)]
+        scale = case.head_dim**-0.5
+        out = cached_attention(*args, cache, 0, scale, case.softcap, sinks if sinks is None else sinks.to(device)).cpu()
+        for b, part in enumerate(own):
+            twin.layers[0].append(b, k[b, :, part], v[b, :, part])
+        compare_stores(copy_to_cpu(cache), twin)
+        after = copy_to_cpu(cache)
+        error = total = 0.0
+        for b, part in enumerate(own):
+            count = part.stop - part.start
+            if not count:
+                continue
+            positions = torch.arange(cache.length[b], cache.length[b] + count)
+            if columns == 1:
+                keys, values, at = stored_numbers(after.layers[0], b)
+            else:
+                keys, values = (
+                    torch.cat([old, new[b, :, part].double()], 1)
+                    for old, new in zip(before[b][:2], (k, v), strict=True)
+                )
+                at = torch.cat([before[b][2], positions])
+            visible = at <= positions.unsqueeze(-1)
+            if case.sliding_window is not None:
+                visible &= at > positions.unsqueeze(-1) - case.sliding_window
+            expected = reference(q[b, :, part], keys, values, visible, scale, case.softcap, sinks)
+            error += (out[b, :, part].double() - expected).square().sum().item()
+            total += expected.square().sum().item()
+        for one in (cache, twin):
+            one.end()
+        errors.append((error / total) ** 0.5)
+    assert cache.layers[0].bits == twin.layers[0].bits
+    return errors
+
+
+def take_back(cache: Cache, count: int) -> None:
+    """Take the last tokens of every sequence out of its window again."""
+    cache.length = [length - count for length in cache.length]
+    for layer in cache.layers:
+        layer.rows = [rows - count for rows in layer.rows]
+
+
+def copy_to_cpu(cache: Cache) -> Cache:
+    """The same cache for the reference path."""
+    store = cache.layers[0]
+    plan = cache_plan(store.plan, max_len=cache.max_len, batch_size=cache.batch_size)
+    copy = Cache(plan, cache.batch_size, cache.max_len, store.keys.dtype, torch.device("cpu"))
+    twin = copy.layers[0]
+    twin.arena.copy_(store.arena)
+    twin.stage, twin.rows, twin.flushed = store.stage, list(store.rows), list(store.flushed)
+    return copy
+
+
+def compare_stores(cache: Cache, twin: Cache) -> None:
+    """Rows and parameters are the same to the last bit, and so are codes, but for a rare tie."""
+    one, other = cache.layers[0], twin.layers[0]
+    assert (one.rows, one.flushed, one.stage) == (other.rows, other.flushed, other.stage)
+    for b, rows in enumerate(one.rows):
+        assert torch.equal(one.keys[b, :, :rows], other.keys[b, :, :rows])
+        assert torch.equal(one.values[b, :, :rows], other.values[b, :, :rows])
+        ours, theirs = (store.records(b, 0, store.live_blocks(b)) for store in (one, other))
+        assert torch.equal(ours.key_parameters, theirs.key_parameters)
+        assert torch.equal(ours.value_parameters, theirs.value_parameters)
+        for codes in ("key_codes", "value_codes"):
+            differ = getattr(ours, codes) != getattr(theirs, codes)
+            assert not differ.numel() or differ.float().mean() < 1e-3, f"{codes} differ"
+
+
+def steps(*counts: int, batch: int = 1) -> tuple[tuple[slice, ...], ...]:
+    return tuple((slice(0, count),) * batch for count in counts)
+
+
+RAGGED = (
+    (slice(0, 200), slice(150, 200), slice(0, 1)),
+    (slice(0, 1), slice(0, 0), slice(0, 1)),
+    (slice(0, 3), slice(0, 100), slice(0, 0)),
+    *(((slice(0, 1),) * 3,) * 2),
+)
+
+SMALL = [
+    Case(steps=steps(1, 67, 1, 150, 1, 1)),
+    Case(key_axis="token", key_bits=2, value_bits=4, key_clip=0.6, group=7, steps=steps(300, 1, 60, 1)),
+    Case(head_dim=80, group=3, key_bits=2, value_bits=2, value_clip=0.8, block=128, window=128, steps=steps(280, 1)),
+    Case(head_dim=96, key_axis="token", key_bits=8, value_bits=16, dtype=torch.bfloat16, steps=steps(200, 1)),
+    Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
+    Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
+    Case(steps=RAGGED),
+    Case(steps=steps(196, 1), taken_back=64),
+    Case(steps=steps(196, 90), taken_back=64),
+]
+
+
+def repair_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if __name__ == "__main__":
+    repair_interpreter()
+    torch.set_num_threads(1)
+    for number, case in enumerate(SMALL):
+        found = run_case(case, torch.device("cpu"))
+        tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
+        assert max(found) < tolerance, f"case {number}: errors {found}"
+        print(f"case {number}: {max(found):.1e}", flush=True)

@@ -1,0 +1,60 @@
+"""Compile a case's kernels for a device that need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .kernel_checks import Case, render_module
+
+POINTERS = {
+    "words": "*i16",
+    "parameters": "*fp16",
+    "partial": "*fp32",
+    "log_weights": "*fp32",
+    "state": "*i32",
+}
+ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
+FLOATS = {"scale", "key_step", "value_step"}
+STRIDES = {"query_strides", "key_strides", "value_strides"}
+
+
+def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel's arguments are: pointers, floats, strides, and integers for the rest."""
+    types: dict[str, Any] = dict.fromkeys(names, "i32")
+    types |= {name: kind for name, kind in POINTERS.items() if name in types}
+    types |= dict.fromkeys(ROWS & set(names), "*bf16" if dtype == torch.bfloat16 else "*fp16")
+    types |= dict.fromkeys(FLOATS & set(names), "fp32")
+    types |= dict.fromkeys(STRIDES & set(names), ("i32", "i32", "i32"))
+    return types | dict.fromkeys(constants, "constexpr")
+
+
+def compile_kernel(kernel: Any, case: Case, capability: int, warps: int, **constants: Any) -> Any:
+    names = list(kernel.arg_names)
+    types = signature(names, case.dtype, constants)
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if str(types[name]).startswith("*")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def compile_case(case: Case, capability: int) -> dict[str, Any]:
+    """Every kernel of a case at its final widths, by name; `append` in each of its modes."""
+    module = render_module(case)
+    widths = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits}
+    lowered = {"KEY_BITS": 16, "VALUE_BITS": 8, "KEY_TARGET": 8, "VALUE_TARGET": 8}
+    work = {f"append {mode}": (module.append, 4, {**widths, "MODE": mode}) for mode in ("token", "blocks", "rows")}
+    work |= {
+        "shrink": (module.shrink, 8, lowered),
+        "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": True}),
+        "merge": (module.merge, 2, {"SPLITS_PADDED": 32}),
+        "prefill": (module.prefill, 4, {**widths, "TILE": 64, "STEP": 64}),
+    }
+    return {
+        name: compile_kernel(kernel, case, capability, warps, **constants)
+        for name, (kernel, warps, constants) in work.items()
+    }

@@ -1,0 +1,116 @@
+"""The generated kernels: in Triton's interpreter, compiled for devices that are not here, and on a device that is."""
+
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmkvq_compiler.runtime.errors import InputError
+from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order
+
+from .plans import layer_plan
+
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+
+from ..kernel_checks import RAGGED, TOLERANCE, Case, run_case, steps
+from ..kernel_compile import compile_case
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_kernels_in_the_interpreter_equal_float64() -> None:
+    """A process of its own: an interpreted kernel cannot be compiled, nor the other way round."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernel_checks"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes"),
+    [
+        (80, {"head_dim": 64, "group": 3, "key_bits": 2, "value_bits": 2}),
+        (90, {"head_dim": 128, "group": 7, "key_bits": 2, "value_bits": 4}),
+        (100, {"head_dim": 80, "group": 4, "key_bits": 8, "value_bits": 8, "key_axis": "token"}),
+    ],
+)
+def test_kernels_compile_without_a_device(capability: int, changes: dict[str, object]) -> None:
+    compiled = compile_case(Case(steps=steps(1), **changes), capability)
+    assert {"append", "shrink", "decode", "merge", "prefill"} <= {name.split()[0] for name in compiled}
+    assert all(kernel.asm["cubin"] for kernel in compiled.values())
+    decode = compiled["decode"].asm["ptx"]
+    assert "mma.sync" in decode, "the matrix unit does the products"
+    assert not re.search(r"cvt\.rn\.f\d+\.[su](8|16)", decode), "codes become operands without a conversion"
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(33280, 17152), (17152, 12800), (9216, 9088)])
+@pytest.mark.parametrize("live", [0, 1, 2, 37, 1000])
+def test_lowering_never_writes_over_what_is_still_to_be_read(live: int, wide: int, narrow: int) -> None:
+    runs = list(lowering_order(live, wide, narrow))
+    assert [slot for run in runs for slot in range(*run)] == list(range(live))
+    for first, last in runs:
+        for slot in range(first, last):
+            unread = [other for other in range(first, live) if other != slot]
+            written = (slot * narrow, (slot + 1) * narrow)
+            assert all(written[1] <= other * wide or written[0] >= (other + 1) * wide for other in unread)
+
+
+def test_blocks_that_kernels_cannot_read_are_refused() -> None:
+    check_kernels(layer_plan(block=64))
+    check_kernels(layer_plan(stages=(), block=16))
+    for block in (16, 32, 96):
+        with pytest.raises(InputError, match=f"a block of {block} tokens"):
+            check_kernels(layer_plan(block=block, window=128))
+
+
+WIDTHS = list(itertools.product((16, 8, 4, 2), repeat=2))
+LENGTHS = [steps(190, 1, 130, 1), RAGGED, steps(400, 1, 1), steps(1, 1, 250, 1, 64, 1)]
+
+
+def covering() -> list[Case]:
+    """Every head_dim with either axis and several groups, every pair of widths thrice."""
+    cases = []
+    shapes = itertools.product((64, 80, 96, 128, 256), ("token", "channel"))
+    for number, (head_dim, axis) in enumerate(shapes):
+        for turn in range(5):
+            at = 5 * number + turn
+            key_bits, value_bits = WIDTHS[at % 16]
+            case = Case(
+                head_dim=head_dim,
+                key_axis=axis,
+                group=(1, 3, 4, 7, 8)[turn],
+                key_bits=key_bits,
+                value_bits=value_bits,
+                block=(64, 128)[at % 2],
+                window=(64, 128, 200)[at % 3] if at % 2 == 0 else 128,
+                sink=(0, 4)[turn % 2],
+                heads=1 + turn % 2,
+                dtype=(torch.float16, torch.bfloat16)[number % 2],
+                steps=LENGTHS[at % 4],
+                key_clip=(1.0, 0.8, 0.6)[at % 3],
+                value_clip=(0.6, 1.0, 0.8)[at % 3],
+                direct=turn % 2 == 0,
+            )
+            if turn == 3:
+                case = dataclasses.replace(case, sliding_window=150 + 40 * (number % 3), sink=0)
+            if turn >= 3:
+                case = dataclasses.replace(case, softcap=(None, 5.0)[number % 2], has_sinks=number % 3 == 0)
+            cases.append(case)
+    long = {"head_dim": 128, "group": 7, "key_bits": 2, "value_bits": 2, "window": 128, "max_len": 33000}
+    cases += [Case(**long, key_axis=axis, steps=steps(32700, 1, 1), direct=True) for axis in ("token", "channel")]
+    ragged = ((slice(0, 32700), slice(32699, 32700), slice(0, 9000)), *(((slice(0, 1),) * 3,) * 2))
+    cases.append(Case(**{**long, "key_bits": 4, "value_bits": 4}, steps=ragged))
+    cases.append(Case(**{**long, "key_bits": 8, "value_bits": 8}, sliding_window=4096, sink=0, steps=steps(20000, 1)))
+    return cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_kernels_on_the_device_equal_float64(case: Case) -> None:
+    assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
