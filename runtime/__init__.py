@@ -3,7 +3,7 @@
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
 from .generate import PREFILL_CHUNK
-from .load import FORMAT_VERSION, Backend, load
+from .load import FORMAT_VERSION, Backend, choose_kernels, load
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
 
@@ -18,5 +18,6 @@ __all__ = [
     "CompiledModel",
     "InputError",
     "LayerPlan",
+    "choose_kernels",
     "load",
 ]

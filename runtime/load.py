@@ -53,11 +53,7 @@ def load(
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    kernels = None
-    if (backend or ("triton" if place.type == "cuda" else "reference")) == "triton":
-        kernels = _load_kernels(folder / manifest["package"] / "kernels", plan, place)
-    elif backend not in (None, "reference"):
-        raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
+    kernels = choose_kernels(package, plan, place, backend)
     checkpoint = [folder / name for name in manifest["weights"]]
     weights = _read_weights(checkpoint, package / "constants.safetensors", stored, target, place)
     hidden_states, logits = code.bind(weights)
@@ -150,8 +146,18 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _load_kernels(folder: Path, plan: CachePlan, device: torch.device) -> list[LayerKernels]:
-    """The kernels of every layer, from the files that `layers.py` names."""
+def choose_kernels(
+    package: Path, plan: CachePlan, device: torch.device, backend: Backend | None = None
+) -> list[LayerKernels] | None:
+    """The kernels of every layer of the artifact whose package lies in `package`; None where the reference attends.
+
+    Raises `InputError` where the backend is not known or cannot run on the device.
+    """
+    chosen = backend or ("triton" if device.type == "cuda" else "reference")
+    if chosen == "reference":
+        return None
+    if chosen != "triton":
+        raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
     try:
         import triton
     except ImportError as error:
@@ -166,8 +172,8 @@ def _load_kernels(folder: Path, plan: CachePlan, device: torch.device) -> list[L
         )
     for layer in plan.layers:
         check_kernels(layer)
-    names = _import(folder / "layers.py").KERNELS
-    modules = {name: _import(folder / f"{name}.py") for name in dict.fromkeys(names)}
+    names = _import(package / "kernels" / "layers.py").KERNELS
+    modules = {name: _import(package / "kernels" / f"{name}.py") for name in dict.fromkeys(names)}
     tuning = tuning_for(device)
     return [LayerKernels(modules[name], tuning) for name in names]
 

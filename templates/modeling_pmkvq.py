@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,13 +135,20 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # attention is the artifact's; this keeps transformers from refusing its own default
 
     def __init__(
-        self, config: PretrainedConfig, folder: Path, device: torch.device, dtype: str | torch.dtype | None
+        self,
+        config: PretrainedConfig,
+        folder: Path,
+        device: torch.device,
+        dtype: str | torch.dtype | None,
+        backend: str | None,
     ) -> None:
         super().__init__(config)
         package = _import_package(folder)
-        self.compiled = package.load(device, dtype)
+        package_folder = Path(package.__file__).parent
+        self.compiled = package.load(device, dtype, backend)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
-        with safe_open(Path(package.__file__).with_name("constants.safetensors"), framework="pt") as constants:
+        self.kernels_on = partial(package.runtime.choose_kernels, package_folder, self.compiled.plan, backend=backend)
+        with safe_open(package_folder / "constants.safetensors", framework="pt") as constants:
             self.constants = set(constants.keys())
         for name in self.compiled.weights.keys() - self.constants:
             _attach(self, name, self.compiled.weights[name])
@@ -150,15 +158,15 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> PmkvqForCausalLM:
         """The model in an artifact's folder or hub repository, in its own dtype and on the CPU unless told otherwise.
 
-        `dtype` is a torch dtype, its name or "auto"; `device_map` one device, {"": device} or "auto". Raises
-        `ValueError` for what an artifact cannot do.
+        `dtype` is a torch dtype, its name or "auto"; `device_map` one device, {"": device} or "auto"; `backend` is
+        "triton" or "reference", as in the runtime's `load`. Raises `ValueError` for what an artifact cannot do.
         """
         for name in ("quantization_config", "gguf_file", "subfolder", "state_dict"):
             if kwargs.get(name):
                 raise ValueError(f"{name}={kwargs[name]!r} is not supported by a compiled artifact; leave it out")
         folder = _folder(pretrained_model_name_or_path, kwargs)
         config = copy.deepcopy(kwargs.get("config")) or AutoConfig.from_pretrained(folder)
-        model = cls(config, folder, _device(kwargs.get("device_map")), _dtype(kwargs))
+        model = cls(config, folder, _device(kwargs.get("device_map")), _dtype(kwargs), kwargs.get("backend"))
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         if getattr(config, "max_position_embeddings", None):
@@ -169,13 +177,15 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError(f"an artifact is saved by copying its folder, {self.name_or_path}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
-        """Move or convert the weights; constants move only."""
+        """Move or convert the weights; constants move only. What attends is chosen for the device."""
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.compiled.dtype, device=self.compiled.device))
         weights = self.compiled.weights  # read by the generated code: changed in place
         weights.update(self.named_parameters())
         weights.update({name: weights[name].to(probe.device) for name in self.constants})
-        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device)
+        moved = probe.device != self.compiled.device
+        kernels = self.kernels_on(probe.device) if moved else self.compiled.kernels
+        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, kernels=kernels)
         return self
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> PmkvqCache:

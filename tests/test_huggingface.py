@@ -322,6 +322,23 @@ def test_weights_move_and_convert(artifact: Path, model: Any) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_backend_that_cannot_run_is_refused(artifact: Path) -> None:
+    assert load(artifact, backend="reference").compiled.kernels is None
+    with pytest.raises(ValueError, match='"triton" needs'):
+        load(artifact, backend="triton")
+
+
+@pytest.mark.gpu
+def test_a_model_that_moves_attends_with_what_is_there(compile_tiny: CompileTiny) -> None:
+    artifact = compile_tiny("qwen2", budget="50%", max_len=300, block=64)
+    expected = greedy(load(artifact), prompt())
+    for moved in (load(artifact).to("cuda"), load(artifact, device_map="cuda")):
+        assert moved.compiled.kernels is not None
+        assert torch.equal(greedy(moved, prompt().to("cuda")).cpu(), expected)
+    assert moved.to("cpu").compiled.kernels is None
+    assert load(artifact, backend="reference").to("cuda").compiled.kernels is None
+
+
 def test_generation_without_a_cache(model: Any) -> None:
     ids = prompt(30)
     out = model(ids, use_cache=False)
