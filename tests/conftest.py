@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
@@ -30,6 +31,16 @@ def token_lines(path: Path, seed: int = 0, lines: int = 4, count: int = 200) -> 
     rows = torch.randint(3, SHAPE["vocab_size"], (lines, count), generator=generator).tolist()
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies remote code into a folder of its own; let it be one that goes away."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.fixture(scope="session")

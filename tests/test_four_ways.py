@@ -7,12 +7,11 @@ import pytest
 from examples.four_ways import same_code, with_onnxruntime
 
 from .conftest import CompileTiny
-from .test_huggingface import modules_folder, prompt
+from .test_huggingface import prompt
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("hatchling", reason="builds the artifact's wheel")
 
-__all__ = ["modules_folder"]
 NEW_TOKENS = 64
 
 

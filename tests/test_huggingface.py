@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline, set_seed
 
@@ -26,16 +24,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 PLAIN = ["llama", "qwen3", "gemma2", "mixtral", "gpt_oss"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies remote code into a folder of its own; let it be one that goes away."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
 
 
 def load(artifact: Path | str, **options: Any) -> Any:
