@@ -11,9 +11,13 @@ import jinja2
 def render(template: str, **values: Any) -> str:
     """The text of a template of this folder; a value that it lacks is an error."""
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FunctionLoader(read),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return environment.from_string(read(template)).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def read(name: str) -> str:
