@@ -50,7 +50,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     work = {f"append {mode}": (module.append, 4, {**widths, "MODE": mode}) for mode in ("token", "blocks", "rows")}
     work |= {
         "shrink": (module.shrink, 8, lowered),
-        "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": True}),
+        "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32}),
         "prefill": (module.prefill, 4, {**widths, "TILE": 64, "STEP": 64}),
     }
