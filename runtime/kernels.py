@@ -162,6 +162,7 @@ class LayerKernels:
             CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
             PREFETCH=self.tuning.decode_prefetch,
             num_warps=1,
+            num_stages=1,
             **registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
@@ -188,7 +189,7 @@ class LayerKernels:
         row_splits = -(-(store.plan.sink + store.plan.window) // self.tuning.decode_rows)
         programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
         blocks = store.capacity() if store.ring else 0
-        return row_splits, row_splits + min(blocks, max(1, programs // heads - row_splits))
+        return row_splits, row_splits + min(blocks, max(1, programs // heads))
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
