@@ -45,7 +45,7 @@ def compare(
     widths, flushed = [called.bits], sum(called.layers[0].flushed)
     for step in range(steps):
         running[-1] = step < 2 * steps // 3
-        if step == steps // 2:
+        if step % 50 == 1:
             assert replayed.length == called.length, "who looks in between sees what is there"
         tokens = torch.randint(3, 128, (len(PROMPTS),), device=model.device)
         expected = model(tokens.unsqueeze(-1), called, attention_mask=running.unsqueeze(-1))[:, -1]
