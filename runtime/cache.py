@@ -32,6 +32,7 @@ from .plan import (
 from .quantize import encode, group_parameters, pack, shift_to, unpack
 
 if TYPE_CHECKING:
+    from .graph import DecodeGraph
     from .kernels import LayerKernels
 
 BLOCKS_LOWERED_AT_ONCE = 16
@@ -155,6 +156,12 @@ class LayerCache:
         while min(blocks, self.ring) > self.capacity(last):
             last += 1
         return range(self.stage + 1, last + 1)
+
+    @property
+    def longest_at_stage(self) -> int | None:
+        """Tokens that a sequence may have before the layer must be lowered; None where it never must."""
+        capacity, plan = self.capacity(), self.plan
+        return None if capacity == self.ring else plan.sink + plan.window + capacity * plan.block
 
     def grow(self, counts: Sequence[int]) -> int:
         """Count new tokens that kernels put into the arena; returns the most blocks that a sequence has flushed."""
@@ -331,7 +338,7 @@ class Cache:
             )
         self.layers = [LayerCache(layer, batch_size, self.max_len, dtype, device) for layer in plan.layers]
         self.batch_size = batch_size
-        self.length = [0] * batch_size
+        self._length = [0] * batch_size
         self.columns: list[slice] = []
         """Columns of each sequence's own tokens in the call under way; the rest is padding."""
         self.kernels = kernels
@@ -339,6 +346,36 @@ class Cache:
         self.state = None if kernels is None else torch.zeros(4, batch_size, dtype=torch.int32, device=device)
         """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
         length that it has had and that says how many blocks every layer has flushed."""
+        self.ahead = False
+        """Whether steps ran whose tokens only `state` has counted; `settle` counts them here, too."""
+        self.graph: DecodeGraph | None = None
+        """The captured decode step of the model that decoded last."""
+
+    @property
+    def length(self) -> list[int]:
+        """Tokens that each sequence has had."""
+        self.settle()
+        return self._length
+
+    @length.setter
+    def length(self, tokens: list[int]) -> None:
+        self._length = tokens
+
+    def settle(self) -> None:
+        """Count the tokens of steps that ran on the device alone, as if each had been a call.
+
+        The cache does it by itself before anything that needs it; `rows` and `flushed` of its layers are right after
+        it.
+        """
+        if not self.ahead:
+            return
+        assert self.state is not None
+        self.ahead = False
+        lengths = (self.state[0] + self.state[2]).tolist()
+        counts = [length - before for length, before in zip(lengths, self._length, strict=True)]
+        for layer in self.layers:
+            layer.grow(counts)
+        self._length = lengths
 
     @property
     def bits(self) -> list[tuple[int, int]]:
@@ -353,6 +390,7 @@ class Cache:
     @property
     def bytes_used(self) -> int:
         """Bytes of `bytes_reserved` that hold tokens now."""
+        self.settle()
         return sum(layer.bytes_used for layer in self.layers)
 
     def check_room(self, counts: Sequence[int]) -> None:
@@ -376,12 +414,19 @@ class Cache:
             ]
             self.state.copy_(torch.tensor([self.length, starts, counts, reached], dtype=torch.int32))
 
+    def steps_until_lowering(self, counts: Sequence[int]) -> int:
+        """How often so many tokens (0 or 1 of a sequence) fit before a layer must be lowered or the cache is full."""
+        limits = [limit for layer in self.layers if (limit := layer.longest_at_stage) is not None]
+        longest = max((length for length, count in zip(self.length, counts, strict=True) if count), default=0)
+        return min([self.max_len, *limits]) - longest
+
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
         self.length = [length + own.stop - own.start for length, own in zip(self.length, self.columns, strict=True)]
 
     def reset(self) -> None:
         """Forget all tokens and start again at the widest codes, in the same memory."""
+        self.ahead = False
         self.length = [0] * self.batch_size
         for layer in self.layers:
             layer.reset()
@@ -393,6 +438,7 @@ class Cache:
         Packed codes are copied as they are, one layer at a time. Raises `InputError` for other sequences than the
         cache's; nothing is changed then.
         """
+        self.settle()
         self._check_sequences(sequences)
         if len(sequences) != self.batch_size:
             raise InputError(
@@ -409,6 +455,7 @@ class Cache:
         More sequences have less room each, so that layers may be lowered; this cache stays as it is. Raises
         `InputError` where so many sequences of `max_len` tokens do not fit the budget.
         """
+        self.settle()
         self._check_sequences(sequences)
         buffer = self.layers[0].keys
         chosen = Cache(self.plan, len(sequences), self.max_len, buffer.dtype, buffer.device, self.kernels)
@@ -423,6 +470,7 @@ class Cache:
         Only tokens that were not quantized yet can be taken back; earlier ones that they pushed out of the window stay
         quantized. Raises `InputError` for more than that; nothing is changed then.
         """
+        self.settle()
         limit = min(layer.croppable(sequence) for layer in self.layers for sequence in range(self.batch_size))
         if not 0 <= count <= limit:
             raise InputError(

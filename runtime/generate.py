@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .errors import InputError
+from .graph import GraphDecoder
 
 if TYPE_CHECKING:
     from .model import CompiledModel
@@ -55,6 +56,7 @@ def generate(
     logits = _prefill(model, input_ids.to(model.device), mask, cache)
     running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=model.device)
     columns = [input_ids.to(model.device)]
+    decode = decoder(model, cache)
     for step in range(max_new_tokens):
         chosen = _choose(logits, temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
         chosen = torch.where(running, chosen, pad)
@@ -63,10 +65,18 @@ def generate(
             streamer(chosen)
         for end in ends:
             running &= chosen != end
-        if step + 1 == max_new_tokens or not bool(running.any()):
+        if step + 1 == max_new_tokens or (ends and not bool(running.any())):
             break
-        logits = model(chosen.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
+        logits = decode(chosen, running)
     return torch.cat(columns, dim=-1)
+
+
+def decoder(model: CompiledModel, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes logits [B, V] of the next tokens [B] of the sequences that are running [B]: one CUDA graph where
+    generated kernels attend on a CUDA device, a call of the model elsewhere."""
+    if cache.kernels is not None and model.device.type == "cuda":
+        return GraphDecoder(model, cache)
+    return lambda tokens, running: model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
 
 
 def _as_set(eos_token_id: int | Sequence[int]) -> frozenset[int]:

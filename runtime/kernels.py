@@ -6,7 +6,7 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -73,12 +73,17 @@ class LayerKernels:
         self._append(k, v, cache, store)
         return out
 
-    def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
-        """Add the call's tokens to the cache, lowering the layer until they fit."""
-        counts = [own.stop - own.start for own in cache.columns]
+    def lower_until_fit(self, cache: Cache, store: LayerCache, counts: Sequence[int]) -> None:
+        """Lower the layer until `counts` new tokens of the sequences fit, once `cache.begin` has told the device where
+        it stands."""
         for stage in store.stages_until_fit(counts):
             self._shrink(cache, store, stage)
             store.stage = stage
+
+    def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
+        """Add the call's tokens to the cache, lowering the layer until they fit."""
+        counts = [own.stop - own.start for own in cache.columns]
+        self.lower_until_fit(cache, store, counts)
         heads = k.shape[0] * k.shape[1]
         blocks = store.grow(counts)
         if k.shape[2] == 1:

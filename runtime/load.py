@@ -48,8 +48,8 @@ def load(
     manifest = _read_manifest(folder)
     package = _package_folder(folder, manifest)
     _verify_files(folder, package, manifest)
-    code = _import(package / "model.py")
-    plan = _import(package / "plan.py").PLAN
+    code = import_generated(package / "model.py")
+    plan = import_generated(package / "plan.py").PLAN
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
@@ -130,7 +130,7 @@ def _verify_files(folder: Path, package: Path, manifest: dict[str, Any]) -> None
             )
 
 
-def _import(path: Path) -> ModuleType:
+def import_generated(path: Path) -> ModuleType:
     """Run a generated file as a sibling of this runtime, which its relative imports then find.
 
     That holds inside an artifact and in the compiler's environment alike, and leaves one set of classes in either.
@@ -172,8 +172,8 @@ def choose_kernels(
         )
     for layer in plan.layers:
         check_kernels(layer)
-    names = _import(package / "kernels" / "layers.py").KERNELS
-    modules = {name: _import(package / "kernels" / f"{name}.py") for name in dict.fromkeys(names)}
+    names = import_generated(package / "kernels" / "layers.py").KERNELS
+    modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in dict.fromkeys(names)}
     tuning = tuning_for(device)
     return [LayerKernels(modules[name], tuning) for name in names]
 

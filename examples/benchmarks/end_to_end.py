@@ -1,0 +1,597 @@
+"""A whole model decoding from a long context: compiled, with a packed cache, against transformers with a bf16 cache.
+
+    python examples/benchmarks/end_to_end.py                         # everything, on the CUDA device that is there
+    python examples/benchmarks/end_to_end.py --only packed,eager
+    python examples/benchmarks/end_to_end.py --shape tiny --device cpu --memory 2MiB     # a trial of the script
+
+The model has the shape of Qwen2.5-7B and random weights, the same for all; caches hold random keys and values, which
+are put there directly. `packed`: K and V at 2 bits, K by channel, 2.25 bits a number without the window. `bf16`: the
+same runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache,
+compiled by torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the largest batch that fits the
+device, and `packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose
+layers are all lowered in one step.
+
+A step is everything from tokens to the next tokens, with a wait for them. Medians. Every part has a process of its own.
+Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, StaticCache
+
+from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.capture import capture
+from pmkvq_compiler.kernel_source import kernel_files
+from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.passes.pipeline import pipeline
+from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, choose_kernels
+from pmkvq_compiler.runtime.generate import decoder
+from pmkvq_compiler.runtime.load import import_generated
+from pmkvq_compiler.runtime.plan import original_bytes, sequence_bytes
+
+Bits = tuple[int, int]
+
+SHAPES = {
+    "qwen2.5-7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+    },
+    "tiny": {
+        "vocab_size": 500,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+    },
+}
+DTYPE = torch.bfloat16
+SINK, WINDOW = 4, 128
+FINAL: Bits = (2, 2)
+BEFORE: Bits = (4, 2)
+WARM_UP, STEPS = 4, 16
+PROBES = (2, 4)
+"""Batches whose memory is measured, to tell that of a larger one."""
+FILL_CHUNK = 4096
+ROOM = WARM_UP + STEPS
+"""Tokens that are decoded after a context; `--context` counts them in."""
+SHORTEST = 1024
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every part is told."""
+
+    shape: str
+    device: str
+    context: int
+    memory: int | None
+    """Bytes that weights and cache may take where the device does not tell."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        rope = {"rope_type": "default", "rope_theta": 1e6}
+        return AutoConfig.for_model("qwen2", rope_parameters=rope, tie_word_embeddings=False, **SHAPES[self.shape])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement: the median of a step's milliseconds, and memory in GiB; `true_bits` counts windows and all."""
+
+    part: str
+    what: str
+    batch: int
+    milliseconds: float
+    tokens_a_second: float
+    true_bits: float
+    cache: float
+    peak: float
+
+
+# ---- models ----
+
+
+def random_weights(shapes: dict[str, torch.Size], device: str) -> dict[str, Tensor]:
+    """Weights by name, drawn in the order of their names; those of norms are 1."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(name: str) -> Tensor:
+        weight = torch.empty(shapes[name], dtype=DTYPE, device=device)
+        return weight.fill_(1) if "norm" in name else weight.normal_(std=0.02, generator=generator)
+
+    return {name: draw(name) for name in sorted(shapes)}
+
+
+def random_heads(heads: int, tokens: int, head_dim: int, batch: int, device: str) -> Tensor:
+    """Keys or values [batch, heads, tokens, head_dim]: the same numbers for every sequence."""
+    return torch.randn(1, heads, tokens, head_dim, dtype=DTYPE, device=device).expand(batch, -1, -1, -1)
+
+
+class Contender(ABC):
+    """A model on the device that decodes from caches filled with random numbers."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.device = setting.device
+        self.config = setting.config
+        self.heads = self.config.num_key_value_heads
+        self.head_dim = self.config.hidden_size // self.config.num_attention_heads
+        self.filled = setting.context - ROOM
+        self.cache: Any = None
+
+    @abstractmethod
+    def start(self, batch: int) -> None:
+        """Have caches of the context for so many sequences."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """The tokens [B] that follow `tokens` [B]."""
+
+    def stop(self) -> None:
+        """Give the caches' memory back."""
+        self.cache = None
+
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of the caches."""
+
+    @property
+    def bits(self) -> float:
+        """True bits of a number in the cache."""
+        return 16.0
+
+
+class Artifact(Contender):
+    """The project's runtime, with the code that it generates for a plan: `stages` of widths, none for a bf16 cache.
+
+    Layers have room for `context` tokens of a sequence at the last stage, or as many as `held` at the first.
+    """
+
+    def __init__(self, setting: Setting, stages: tuple[Bits, ...], held: int | None = None) -> None:
+        super().__init__(setting)
+        self.max_len = setting.context if held is None else setting.context + setting.context // 8
+        program = capture(self.config)
+        run_passes(program, [LocateAttention()])
+        # a batch of any size: every sequence gets the bytes that it would get in the plan of its batch
+        self.plan = self._plan(stages, 1 << 12, held)
+        sites = program.sites
+        run_passes(program, pipeline({}, {}, {}, self.plan))
+        self.folder = tempfile.TemporaryDirectory()
+        folder = Path(self.folder.name)
+        (folder / "kernels").mkdir()
+        (folder / "model.py").write_text(model_source(program), encoding="utf-8")
+        for name, text in kernel_files(sites, self.plan.layers).items():
+            (folder / "kernels" / name).write_text(text, encoding="utf-8")
+        nodes = program.graph.find_nodes(op="placeholder")
+        shapes = {program.weights[node.name]: node.meta["val"].shape for node in nodes if node.name in program.weights}
+        weights = random_weights(shapes, self.device)
+        weights |= {constant.name: constant.value.to(self.device) for constant in program.constants.values()}
+        hidden_states, logits = import_generated(folder / "model.py").bind(weights)
+        device = torch.device(self.device)
+        kernels = choose_kernels(folder, self.plan, device)
+        size, no_ends = self.config.vocab_size, frozenset[int]()
+        self.model = CompiledModel(
+            self.plan, weights, hidden_states, logits, size, no_ends, None, DTYPE, device, kernels
+        )  # fmt: skip
+
+    def _plan(self, stages: tuple[Bits, ...], batch_size: int, held: int | None) -> CachePlan:
+        layer = LayerPlan(
+            num_key_value_heads=self.heads,
+            key_head_dim=self.head_dim,
+            value_head_dim=self.head_dim,
+            key_bits=stages[-1][0] if stages else 16,
+            value_bits=stages[-1][1] if stages else 16,
+            key_axis="channel",
+            sink=SINK if stages else 0,
+            window=WINDOW if stages else self.max_len,
+            block=WINDOW,
+            sliding_window=None,
+            stages=stages,
+            arena_bytes=0,
+        )
+        taken = sequence_bytes(layer, self.max_len, DTYPE.itemsize)
+        if held is not None:
+            taken = sequence_bytes(layer, held, DTYPE.itemsize, stage=0)
+        layers = (dataclasses.replace(layer, arena_bytes=batch_size * taken),) * self.config.num_hidden_layers
+        total = sum(layer.arena_bytes for layer in layers)
+        return CachePlan("best", total, self.max_len, batch_size, "bfloat16", layers)
+
+    @property
+    def bits(self) -> float:
+        layer = self.plan.layers[0]
+        return 16 * layer.arena_bytes / self.plan.batch_size / original_bytes(layer, self.setting.context)
+
+    def start(self, batch: int) -> None:
+        layers = [
+            dataclasses.replace(layer, arena_bytes=layer.arena_bytes // self.plan.batch_size * batch)
+            for layer in self.plan.layers
+        ]
+        plan = dataclasses.replace(self.plan, batch_size=batch, layers=tuple(layers))
+        self.cache = Cache(plan, batch, self.max_len, DTYPE, self.model.device, self.model.kernels)
+        self.fill(self.filled)
+        self.running = torch.ones(batch, dtype=torch.bool, device=self.device)
+        self.decode = decoder(self.model, self.cache)
+
+    @torch.inference_mode()
+    def fill(self, tokens: int) -> None:
+        """Append random tokens until every sequence has `tokens`."""
+        cache = self.cache
+        for start in range(cache.length[0], tokens, FILL_CHUNK):
+            count = min(FILL_CHUNK, tokens - start)
+            cache.begin([slice(0, count)] * cache.batch_size)
+            for index, store in enumerate(cache.layers):
+                k, v = (random_heads(self.heads, count, self.head_dim, cache.batch_size, self.device) for _ in range(2))
+                if cache.kernels is not None:
+                    cache.kernels[index]._append(k, v, cache, store)
+                else:
+                    for sequence in range(cache.batch_size):
+                        store.append(sequence, k[sequence], v[sequence])
+            cache.end()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.decode(tokens, self.running).argmax(-1)
+
+    def stop(self) -> None:
+        self.cache = self.decode = None
+
+    def cache_bytes(self) -> int:
+        return self.cache.bytes_reserved
+
+
+class Called(Artifact):
+    """The same model and caches, every step a call of the model."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        vars(self).update(vars(artifact))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens.unsqueeze(-1), self.cache)[:, -1].argmax(-1)
+
+
+class Transformers(Contender):
+    """transformers with its default cache."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=DTYPE, attn_implementation="sdpa").eval()
+        shapes = {name: weight.shape for name, weight in self.model.named_parameters()}
+        self.model.load_state_dict(random_weights(shapes, self.device), assign=True)
+        self.model.requires_grad_(False).to(self.device)
+
+    def start(self, batch: int) -> None:
+        self.cache = DynamicCache()
+        for layer in range(self.config.num_hidden_layers):
+            k, v = (random_heads(self.heads, self.filled, self.head_dim, batch, self.device) for _ in range(2))
+            self.cache.update(k, v, layer)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens.unsqueeze(-1), past_key_values=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+    def cache_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class StaticTransformers(Transformers):
+    """transformers with a static cache, compiled, and on a CUDA device replayed as one CUDA graph."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.compiled = torch.compile(self.model)
+
+    @torch.no_grad()
+    def start(self, batch: int) -> None:
+        self.cache = StaticCache(config=self.config, max_cache_len=self.setting.context)
+        self.cache.early_initialization(batch, self.heads, self.head_dim, DTYPE, torch.device(self.device))
+        for layer in self.cache.layers:
+            # tensors without the mark that asks for another compile with every new cache: the graph is captured here
+            layer.keys, layer.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
+            layer.cumulative_length = torch.full_like(layer.cumulative_length, self.filled)
+            for stored in (layer.keys, layer.values):
+                stored[:, :, : self.filled] = random_heads(self.heads, self.filled, self.head_dim, batch, self.device)
+                stored[:, :, self.filled :] = 0
+        tokens = self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+
+        def run() -> Tensor:
+            return self.compiled(tokens, past_key_values=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+        self.replay = run if self.device == "cpu" else captured(run)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens.unsqueeze(-1))
+        return self.replay()
+
+    def stop(self) -> None:
+        self.cache = self.replay = None
+
+
+def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`work` as a CUDA graph, after a run that compiles it."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+# ---- measuring ----
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a run of steps took."""
+
+    seconds: list[float]
+    cache_bytes: int
+    peak: int
+    """Bytes of all tensors at the worst moment; those of weights and cache where the device does not tell."""
+
+
+def decoded(contender: Contender, batch: int, steps: int = WARM_UP + STEPS) -> Decoded:
+    """Fill caches and time every one of so many steps. Raises `torch.OutOfMemoryError` where they do not fit."""
+    on_cuda = contender.device == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        contender.start(batch)
+        tokens, seconds = torch.randint(contender.config.vocab_size, (batch,), device=contender.device), []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            tokens = contender.step(tokens)
+            if on_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        held = contender.cache_bytes()
+        return Decoded(seconds, held, torch.cuda.max_memory_allocated() if on_cuda else held)
+    finally:
+        contender.stop()
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+
+def measured(contender: Contender, part: str, batch: int, what: str = "decode") -> Row:
+    run = decoded(contender, batch)
+    return row_of(contender, part, what, batch, statistics.median(run.seconds[WARM_UP:]), run)
+
+
+def row_of(contender: Contender, part: str, what: str, batch: int, seconds: float, run: Decoded) -> Row:
+    return Row(
+        part, what, batch, 1e3 * seconds, batch / seconds, contender.bits, run.cache_bytes / 2**30, run.peak / 2**30
+    )  # fmt: skip
+
+
+def largest(contender: Contender, part: str) -> Row:
+    """The measurement at the largest batch that fits: as two smaller ones foretell, fewer where that does not fit."""
+    peaks = [decoded(contender, batch, steps=WARM_UP).peak for batch in PROBES]
+    slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+    batch = int((memory(contender) - (peaks[0] - slope * PROBES[0])) / slope)
+    while True:
+        try:
+            return measured(contender, part, batch, "decode, largest batch")
+        except torch.OutOfMemoryError:
+            print(f"{part}: a batch of {batch} does not fit", flush=True)
+            batch -= max(1, batch // 50)
+
+
+def memory(contender: Contender) -> int:
+    """Bytes that tensors may take: all that is free or PyTorch's already, but for a GiB that is lost between them."""
+    if contender.setting.memory is not None:
+        return contender.setting.memory
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - 2**30
+
+
+# ---- parts ----
+
+
+def packed_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    contender = Artifact(setting, (FINAL,))
+    yield measured(contender, "packed", 1)
+    if others is not None:
+        yield measured(contender, "packed", others)
+    yield largest(contender, "packed")
+
+
+def bf16_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    contender = Artifact(setting, ())
+    yield measured(contender, "bf16", 1)
+    yield largest(contender, "bf16")
+
+
+def eager_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    contender = Transformers(setting)
+    yield measured(contender, "eager", 1)
+    yield largest(contender, "eager")
+
+
+def static_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    contender = StaticTransformers(setting)
+    yield measured(contender, "static", 1)
+    yield largest(contender, "static")
+
+
+def lowering_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    """Every layer is lowered in the middle of the steps, at a batch of 1 and of 16."""
+    blocks = (setting.context - ROOM - SINK - WINDOW) // WINDOW
+    held = SINK + WINDOW + blocks * WINDOW
+    contender = Artifact(setting, (BEFORE, FINAL), held)
+    contender.filled = held - ROOM // 2
+    what = f"step that lowers {contender.config.num_hidden_layers} layers from {BEFORE} to {FINAL} and captures"
+    for batch in (1, 16):
+        decoded(contender, batch)  # compiles the kernels of both widths
+        run = decoded(contender, batch)
+        others = [taken for index, taken in enumerate(run.seconds) if index >= WARM_UP and index != ROOM // 2]
+        yield row_of(contender, "lowering", "first step, captures", batch, run.seconds[0], run)
+        yield row_of(contender, "lowering", what, batch, run.seconds[ROOM // 2], run)
+        yield row_of(contender, "lowering", "other steps", batch, statistics.median(others), run)
+        called = Called(contender)
+        yield measured(called, "lowering", batch, "steps by calls of the model, without a graph")
+
+
+PARTS: dict[str, Callable[[Setting, int | None], Iterator[Row]]] = {
+    "eager": eager_part,
+    "bf16": bf16_part,
+    "packed": packed_part,
+    "lowering": lowering_part,
+    "static": static_part,
+}
+TRANSFORMERS = ("eager", "static")
+FULL_PRECISION = (*TRANSFORMERS, "bf16")
+
+
+def run_part(name: str, setting: Setting, others: int | None) -> list[Row]:
+    """In a process of its own."""
+    torch.manual_seed(0)
+    if setting.device == "cpu":
+        torch.set_num_threads(1)
+    began, rows = time.perf_counter(), []
+    for row in PARTS[name](setting, others):
+        print(
+            f"{time.perf_counter() - began:4.0f} s  {row.part:8} {row.what:24} batch {row.batch:4}: "
+            f"{row.milliseconds:8.2f} ms, {row.tokens_a_second:8.1f} tokens/s, cache {row.cache:.2f} GiB of "
+            f"{row.true_bits:.2f} bits, peak {row.peak:.2f} GiB",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, in this order (%(default)s)")
+    parser.add_argument("--shape", default="qwen2.5-7b", choices=SHAPES, help="(%(default)s)")
+    parser.add_argument("--context", type=int, default=32768, help="tokens of a sequence (%(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(%(default)s)")
+    parser.add_argument("--memory", help="bytes for the cache, as 64MiB, where the device does not tell: on the CPU")
+    parser.add_argument("--output", type=Path, default=Path("out/end_to_end"))
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--only {min(unknown)} is no part; choose from {', '.join(PARTS)}")
+    if arguments.context < SHORTEST:
+        parser.error(f"--context {arguments.context} leaves no token to quantize; give {SHORTEST} or more")
+    if arguments.device == "cpu" and arguments.memory is None:
+        parser.error("--device cpu does not tell how much fits; give --memory, as 8MiB")
+    given = None if arguments.memory is None else parse_budget(arguments.memory, 0)
+    setting = Setting(arguments.shape, arguments.device, arguments.context, given)
+    rows: list[Row] = []
+    failed = []
+    for name in names:
+        # the default cache of transformers grows by copies, for which fixed segments have no room
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{name in TRANSFORMERS}"
+        others = max((row.batch for row in rows if row.part in FULL_PRECISION), default=None)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows += pool.submit(run_part, name, setting, others).result()
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+        write(rows, arguments.output, setting)
+    print((arguments.output / "end_to_end.md").read_text(encoding="utf-8"))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+# ---- results ----
+
+
+def write(rows: Sequence[Row], folder: Path, setting: Setting) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "end_to_end.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+    (folder / "end_to_end.md").write_text(table(rows, setting), encoding="utf-8")
+    plot(rows, folder / "end_to_end.svg")
+
+
+def table(rows: Sequence[Row], setting: Setting) -> str:
+    where = torch.cuda.get_device_name() if setting.device == "cuda" else "CPU"
+    lines = [
+        f"| {setting.shape}, {setting.context:,} tokens, {where} | batch | ms a step | tokens/s | bits | cache, GiB | "
+        f"peak, GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row.part}: {row.what} | {row.batch} | {row.milliseconds:.2f} | {row.tokens_a_second:.1f} | "
+        f"{row.true_bits:.2f} | {row.cache:.2f} | {row.peak:.2f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *comparisons(rows), ""])
+
+
+def comparisons(rows: Sequence[Row]) -> Iterator[str]:
+    """The packed cache against the best of the others, and of transformers alone."""
+    packed = [row for row in rows if row.part == "packed"]
+    for whose, parts in (("transformers", TRANSFORMERS), ("any bf16 cache", FULL_PRECISION)):
+        others = [row for row in rows if row.part in parts]
+        if not packed or not others:
+            continue
+        widest, most = (max(group, key=lambda row: row.batch) for group in (packed, others))
+        fastest = max(others, key=lambda row: row.tokens_a_second)
+        alone = [min(row.milliseconds for row in group if row.batch == 1) for group in (packed, others)]
+        yield (
+            f"- against {whose}: batch {widest.batch} where {most.batch} ({most.part}) fit, "
+            f"{widest.batch / most.batch:.2f} times; {widest.tokens_a_second:.0f} tokens/s where "
+            f"{fastest.tokens_a_second:.0f} ({fastest.part}, batch {fastest.batch}), "
+            f"{widest.tokens_a_second / fastest.tokens_a_second:.2f} times; alone {alone[0]:.2f} ms a token where "
+            f"{alone[1]:.2f}, {alone[1] / alone[0]:.2f} times"
+        )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Tokens a second over the batch, a line a cache."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    decodes = [row for row in rows if row.what.startswith("decode")]
+    for part in dict.fromkeys(row.part for row in decodes):
+        points = sorted((row.batch, row.tokens_a_second) for row in decodes if row.part == part)
+        axes.plot(*zip(*points, strict=True), marker="o", label=part)
+    axes.set(xlabel="sequences decoded at once, up to the most that fit", ylabel="tokens a second")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if decodes:
+        axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Decoding by a captured CUDA graph: the model's whole step for one token of every sequence, replayed.
+
+The device counts tokens by itself, in `Cache.state`, and the kernels decide from it which blocks leave the window. The
+host needs to know only when a layer must be lowered next; until then it neither counts nor looks. Widths are constants
+of the kernels, so a lowering makes a new graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import Cache
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .model import CompiledModel
+
+Step = Callable[[], Tensor]
+Capture = Callable[[Step], Step]
+"""From work on the device to what does it again; the tensor that it returns is the same each time."""
+
+
+def capture_cuda_graph(step: Step) -> Step:
+    """Run `step` once, which compiles its kernels, then capture it. Raises `InputError` where it cannot be captured."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(
+            f"this model's decode step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); load it with "
+            f'backend="reference", which decodes without'
+        ) from error
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+class DecodeGraph:
+    """The captured step of a model on a cache, for the widths that the cache had. It keeps no reference to the cache.
+
+    `replay` reads the buffers `tokens` [B] (int64) and `counts` [B] (int32; 0 for a sequence that has ended) and
+    returns logits [B, vocab_size], which the next replay overwrites.
+    """
+
+    def __init__(self, model: CompiledModel, cache: Cache, capture: Capture) -> None:
+        self.model = model
+        self.bits = cache.bits
+        self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=model.device)
+        self.counts = torch.zeros(cache.batch_size, dtype=torch.int32, device=model.device)
+        tokens, counts = self.tokens, self.counts
+        self.replay = capture(lambda: _step(model, cache, tokens, counts))
+
+    def serves(self, model: CompiledModel, cache: Cache) -> bool:
+        return self.model is model and self.bits == cache.bits
+
+
+def _step(model: CompiledModel, cache: Cache, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Count the tokens of the step before, announce this one's, and run the model: all of it on the device."""
+    assert cache.state is not None
+    length, _, new, reached = cache.state
+    length += new
+    torch.maximum(reached, length, out=reached)
+    new.copy_(counts)
+    hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache)
+    return model.logits(hidden[:, -1])
+
+
+class GraphDecoder:
+    """Feeds a model one token of every sequence at a time, by a graph that is captured again when a layer is
+    lowered."""
+
+    def __init__(self, model: CompiledModel, cache: Cache, capture: Capture = capture_cuda_graph) -> None:
+        self.model = model
+        self.cache = cache
+        self.capture = capture
+        self.steps = 0
+        """Steps until a layer must be lowered."""
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, running: Tensor) -> Tensor:
+        """Logits [B, vocab_size] after `tokens` [B], which join the sequences that are `running` [B] (bool).
+
+        They are overwritten by the next call. A sequence that has stopped does not run again. Raises `CacheFull` where
+        the tokens do not fit, before anything is changed.
+        """
+        cache = self.cache
+        if not cache.ahead or not self.steps:
+            self._prepare(running.int().tolist())
+        assert cache.graph is not None
+        cache.graph.tokens.copy_(tokens)
+        cache.graph.counts.copy_(running)
+        cache.ahead = True
+        self.steps -= 1
+        return cache.graph.replay()
+
+    def _prepare(self, counts: list[int]) -> None:
+        """Tell the device where the cache stands, lower layers that the next tokens need lowered, have a graph."""
+        cache = self.cache
+        cache.check_room(counts)
+        cache.begin([slice(0, 0)] * cache.batch_size)  # no tokens: the device counts them
+        assert cache.kernels is not None
+        for kernels, store in zip(cache.kernels, cache.layers, strict=True):
+            kernels.lower_until_fit(cache, store, counts)
+        if cache.graph is None or not cache.graph.serves(self.model, cache):
+            cache.graph = None  # gives its memory back to the next one
+            cache.graph = DecodeGraph(self.model, cache, self.capture)
+        self.steps = cache.steps_until_lowering(counts)

@@ -1,0 +1,203 @@
+"""Decoding by a captured step: it says what calls of the model say, and leaves the cache as they do."""
+
+import dataclasses
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmkvq_compiler import runtime
+from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.graph import GraphDecoder
+from pmkvq_compiler.source import open_source
+
+from ..conftest import CompileTiny, silent
+from .plans import cache_plan, layer_plan
+
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+
+ROOT = Path(__file__).parent.parent.parent
+SHAPE = {
+    "head_dim": 16,
+    "sliding_window": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+OPTIONS = {"budget": "76KiB", "max_len": 420, "batch_size": 2, "block": 64, "window": 64, "calib_len": 160}
+
+
+@pytest.fixture
+def artifact(compile_tiny: CompileTiny) -> Path:
+    """A layer that sees a window and one that sees everything; both are lowered on the way to 420 tokens."""
+    return compile_tiny("gemma2", SHAPE, **OPTIONS)
+
+
+def test_replayed_steps_leave_what_calls_leave(artifact: Path) -> None:
+    """Ragged, with flushes, a lowering, a sequence that ends, and other uses of the cache in between and after."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.graph_checks", str(artifact)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_steps_until_lowering_are_those_that_every_layer_takes_as_it_is() -> None:
+    layers = [
+        layer_plan(900, 3, key_bits=2, value_bits=2),
+        layer_plan(900, 3, key_bits=8, value_bits=2, window=100),
+        layer_plan(900, 3, sliding_window=200, sink=0),
+        layer_plan(900, 3, stages=(), key_bits=32, value_bits=32, sink=0, window=900),
+    ]
+    cache = Cache(cache_plan(*layers, max_len=900, batch_size=3), 3, None, torch.float32, torch.device("cpu"))
+    for lengths in ((1, 5, 3), (260, 17, 130), (517, 518, 519), (640, 900, 2), (899, 900, 899)):
+        for index, length in enumerate(lengths):
+            cache.length[index] = length
+            for layer in cache.layers:
+                new = length - layer.length(index)
+                for _ in layer.stages_until_fit([new * (other == index) for other in range(3)]):
+                    layer.lower()
+                layer.grow([new * (other == index) for other in range(3)])
+        for running in ((1, 1, 1), (1, 0, 1), (0, 0, 1)):
+            steps = cache.steps_until_lowering(running)
+            fits = [lowered_or_full(cache, [count * one for one in running]) for count in (steps, steps + 1)]
+            assert fits == [False, True], f"{lengths} {running} {steps}"
+        cache.reset()
+
+
+def lowered_or_full(cache: Cache, counts: list[int]) -> bool:
+    """Whether so many new tokens lower a layer or do not fit."""
+    full = any(length + count > cache.max_len for length, count in zip(cache.length, counts, strict=True) if count)
+    return full or any(len(layer.stages_until_fit(counts)) for layer in cache.layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_leave_what_calls_leave(artifact: Path, dtype: torch.dtype) -> None:
+    from ..graph_checks import compare
+
+    compare(artifact, "cuda", dtype, steps=207, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.gpu
+def test_generate_replays_one_graph_until_a_layer_is_lowered(artifact: Path) -> None:
+    """The text is that of calls, for whoever looks on as well, and from turn to turn."""
+    model = runtime.load(artifact, "cuda", torch.float32)
+    torch.manual_seed(0)
+    ids, seen = torch.randint(3, 128, (2, 150)), []
+    cache = model.new_cache(batch_size=2)
+    out = model.generate(
+        ids, 60, cache=cache, eos_token_id=(), streamer=lambda tokens: seen.append((cache.length[0], cache.graph))
+    )
+    assert torch.equal(out, by_calls(model, ids, 60))
+    assert [length for length, _ in seen] == list(range(150, 210))
+    graphs = [graph for _, graph in seen if graph is not None]
+    lowerings = sum(before.bits != after.bits for before, after in itertools.pairwise(graphs))
+    assert lowerings == len({id(graph) for graph in graphs}) - 1 >= 1
+    assert cache.graph is graphs[-1]
+    model.generate(out[:, -1:], 5, cache=cache, eos_token_id=())
+    assert cache.graph is graphs[-1], "another turn at the same widths needs no other graph"
+
+
+@pytest.mark.gpu
+def test_ended_sequences_stay_as_they_are(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+    torch.manual_seed(1)
+    ids = torch.randint(3, 128, (2, 20))
+    free = model.generate(ids, 40, eos_token_id=())
+    end = int(free[0, 30])
+    cache = model.new_cache(batch_size=2)
+    stopped = model.generate(ids, 40, eos_token_id=end, cache=cache)
+    for row, held in zip(range(2), cache.length, strict=True):
+        own = free[row, 20:].tolist()
+        count = own.index(end) + 1 if end in own else 40
+        assert torch.equal(stopped[row, 20 : 20 + count].cpu(), free[row, 20 : 20 + count].cpu())
+        assert held == 20 + count - 1, "neither the end nor what follows it is in the cache"
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_is_an_error(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+
+    def looks_at_numbers(ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        assert int(positions.max()) >= 0
+        return model.hidden_states(ids, positions, cache)
+
+    curious = dataclasses.replace(model, hidden_states=looks_at_numbers)
+    with pytest.raises(runtime.InputError, match=r"cannot be captured in a CUDA graph .* backend=\"reference\""):
+        curious.generate(torch.ones(1, 4, dtype=torch.long), 5, eos_token_id=())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_are_captured(compile_tiny: CompileTiny, model_type: str) -> None:
+    model = runtime.load(compile_tiny(model_type, recipe="none", max_len=60), "cuda", torch.bfloat16)
+    caches = [model.new_cache() for _ in range(2)]
+    decoder, running = GraphDecoder(model, caches[0]), torch.ones(1, dtype=torch.bool, device="cuda")
+    for token in torch.randint(3, 128, (30, 1), device="cuda"):
+        expected = model(token.unsqueeze(-1), caches[1])[:, -1].double()
+        assert (decoder(token, running) - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_both_backends_write_the_same_text(compile_tiny: CompileTiny) -> None:
+    artifact = compile_tiny("llama", {"head_dim": 16}, recipe="pm-kvq", batch_size=2, **LONG)
+    torch.manual_seed(2)
+    assert_same_text(artifact, torch.randint(3, 128, (2, 100)), 250)
+
+
+@pytest.mark.gpu
+def test_both_backends_reason_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's own reasoner, on ledgers that it works out."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "reasoner"))
+    import problems
+
+    folder, rng = ROOT / "examples" / "reasoner" / "model", random.Random(3)
+    options = CompileOptions(str(folder), tmp_path / "artifact", recipe="pm-kvq", batch_size=2, **LONG)
+    compile_model(options, silent)
+    ledgers = [problems.ledger(rng, problems.most_entries(400)) for _ in range(2)]
+    tokenizer = open_source(str(folder)).tokenizer
+    prompts = [problems.token_ids(tokenizer, *ledger)[0] for ledger in ledgers]
+    assert_same_text(tmp_path / "artifact", torch.tensor(prompts), 250)
+
+
+LONG = {"budget": "5.5bits", "max_len": 400, "block": 64, "window": 64, "calib_samples": 3, "calib_len": 128}
+
+
+def by_calls(model: runtime.CompiledModel, ids: Tensor, count: int) -> Tensor:
+    """The greedy continuation of `ids` [B, S] by calls of the model."""
+    cache = model.new_cache(batch_size=ids.shape[0])
+    ids = ids.to(model.device)
+    logits = model(ids, cache)[:, -1]
+    for step in range(count):
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=-1)
+        if step + 1 < count:
+            logits = model(ids[:, -1:], cache)[:, -1]
+    return ids
+
+
+def assert_same_text(artifact: Path, ids: Tensor, count: int) -> None:
+    """The reference, fed what the kernels wrote, would have written it, too, but for ties within 1e-2 of its
+    logits."""
+    kernels, reference = (runtime.load(artifact, "cuda", torch.float16, backend) for backend in ("triton", "reference"))
+    caches = [model.new_cache(batch_size=ids.shape[0]) for model in (kernels, reference)]
+    text = kernels.generate(ids, count, eos_token_id=(), cache=caches[0])
+    logits = reference(text[:, : ids.shape[1]], caches[1])[:, -1]
+    agreed = 0
+    for column in range(ids.shape[1], text.shape[1]):
+        chosen = logits.gather(-1, text[:, column : column + 1])
+        short = logits.amax(-1, keepdim=True) - chosen
+        assert bool((short <= 1e-2 * logits.norm(dim=-1, keepdim=True)).all()), f"column {column}: {short.tolist()}"
+        agreed += int((short == 0).sum())
+        if column + 1 < text.shape[1]:
+            logits = reference(text[:, column : column + 1], caches[1])[:, -1]
+    assert agreed >= 0.98 * ids.shape[0] * count
+    assert caches[0].bits == caches[1].bits
+    assert caches[0].bits[0] == caches[0].layers[0].plan.stages[-1], "the text was to reach the final widths"
