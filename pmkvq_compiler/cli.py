@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
+from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
     from rich.table import Table
@@ -45,6 +45,8 @@ examples
       see what each layer would get, write nothing
   pmkvq-compile demo --max-len 4096 --dry-run --budgets 3bits,3.5bits,4bits,5bits
       what each budget would cost the model
+  pmkvq-compile demo --budget 22MiB --max-len 4096 --aot sm_80,sm_90
+      with kernels that are ready for an A100 and an H100 or H200
   pmkvq-compile ./my-model --budget 3.2bits --calib my-text.jsonl -o my-artifact
       calibrate with your own text
 """
@@ -177,6 +179,14 @@ def _parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("output")
     output.add_argument(
+        "--aot",
+        type=_targets,
+        default=defaults.aot,
+        metavar="LIST",
+        help=f"compile the CUDA kernels now, so that nothing is compiled where the model runs, for devices out of "
+        f"{', '.join(TARGETS)}; no GPU is needed (default: Triton compiles each kernel at its first launch)",
+    )
+    output.add_argument(
         "--onnx", action="store_true", help="write model.onnx too, with the cache at its final bits (needs [onnx])"
     )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
@@ -203,6 +213,13 @@ def _bits(text: str) -> tuple[int, ...]:
     if not set(widths) <= {"8", "4", "2"} or len(set(widths)) < len(widths):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different widths out of 8, 4 and 2, such as 4,2")
     return tuple(sorted(map(int, widths), reverse=True))
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    targets = text.split(",")
+    if not set(targets) <= set(TARGETS) or len(set(targets)) < len(targets):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different targets out of {', '.join(TARGETS)}")
+    return tuple(sorted(targets, key=TARGETS.index))
 
 
 def _budget(text: str) -> str:

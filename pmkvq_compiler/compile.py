@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pmkvq_compiler.aot import check_plan, check_targets, write_cubins
 from pmkvq_compiler.artifact import check_target, staged, write_manifest
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate import Calibration
@@ -58,6 +59,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     """
     stages = Stages(progress)
     onnx_export = _onnx_export() if options.onnx else None
+    check_targets(options.aot)
     if not options.dry_run:
         check_target(options.output, options.force)
     source, program, max_len = captured(options, stages)
@@ -70,6 +72,8 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     with stages("plan"):
         solution = solve(program.sites, calibration, options, budget, max_len, source.dtype)
         plan = solution.plan
+        if options.aot:
+            check_plan(plan)
     report = _report(program, calibration, options, solution)
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
@@ -79,6 +83,11 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
             write_manifest(folder, manifest)
+        if options.aot:
+            with stages("kernels"):
+                checkpoint = [folder / name for name in manifest["weights"]]
+                write_cubins(folder / manifest["package"], checkpoint, options.aot, progress)
+                write_manifest(folder, manifest)
         if onnx_export is not None:
             with stages("onnx"):
                 onnx_export.write_onnx(program, folder, manifest["weights"])
@@ -209,6 +218,7 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
         "max_len": plan.max_len,
         "batch_size": plan.batch_size,
         "dtype": plan.dtype,
+        "aot": list(options.aot),
         "versions": {name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
         "command": reproduction_command(options),
         "rows": rows,

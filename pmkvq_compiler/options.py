@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECIPE_NAMES = ("best", "pm-kvq", "kivi", "rotation", "uniform", "none")
+TARGETS = ("sm_80", "sm_90", "sm_100")
+"""Architectures that kernels can be compiled for ahead of time."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class CompileOptions:
     effective_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    aot: tuple[str, ...] = ()
     onnx: bool = False
     dry_run: bool = False
     force: bool = False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .cubins import CompiledKernels
 from .errors import InputError
 from .plan import LayerPlan, block_bytes
 from .quantize import narrowing_margin, step_fraction
@@ -54,9 +55,10 @@ MEASURED: dict[str, Tuning] = {}
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """The kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`."""
+    """The kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`, which Triton compiles as it
+    is used, or what was compiled of it with the artifact."""
 
-    module: ModuleType
+    module: ModuleType | CompiledKernels
     tuning: Tuning
 
     def attend(
@@ -77,7 +79,7 @@ class LayerKernels:
         """Lower the layer until `counts` new tokens of the sequences fit, once `cache.begin` has told the device where
         it stands."""
         for stage in store.stages_until_fit(counts):
-            self._shrink(cache, store, stage)
+            self.shrink(cache, store, stage)
             store.stage = stage
 
     def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
@@ -111,7 +113,7 @@ class LayerKernels:
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
-    def _shrink(self, cache: Cache, store: LayerCache, stage: int) -> None:
+    def shrink(self, cache: Cache, store: LayerCache, stage: int) -> None:
         """Rewrite the records that are held at the present stage for `stage`."""
         plan = store.plan
         before, after = plan.stages[store.stage], plan.stages[stage]
@@ -236,6 +238,11 @@ def tuning_for(device: torch.device) -> Tuning:
     """How to launch kernels on a device: as was measured on it, or cautiously."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((tuning for known, tuning in MEASURED.items() if known in name), CONSERVATIVE)
+
+
+def tunings() -> list[Tuning]:
+    """All ways in which `tuning_for` may have kernels launched."""
+    return [CONSERVATIVE, *MEASURED.values()]
 
 
 def check_kernels(plan: LayerPlan) -> None:

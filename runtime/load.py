@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
 from .kernels import LayerKernels, check_kernels, tuning_for
 from .model import CompiledModel
@@ -53,7 +55,7 @@ def load(
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    kernels = choose_kernels(package, plan, place, backend)
+    kernels = choose_kernels(package, plan, place, backend, target)
     checkpoint = [folder / name for name in manifest["weights"]]
     weights = _read_weights(checkpoint, package / "constants.safetensors", stored, target, place)
     hidden_states, logits = code.bind(weights)
@@ -147,9 +149,17 @@ def import_generated(path: Path) -> ModuleType:
 
 
 def choose_kernels(
-    package: Path, plan: CachePlan, device: torch.device, backend: Backend | None = None
+    package: Path,
+    plan: CachePlan,
+    device: torch.device,
+    backend: Backend | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[LayerKernels] | None:
     """The kernels of every layer of the artifact whose package lies in `package`; None where the reference attends.
+
+    Those that were compiled with the artifact, where they are for such a device and the model's `dtype` (the plan's
+    unless told), else those that Triton compiles when they are first launched. An artifact that has compiled kernels,
+    but none that fit, warns of that.
 
     Raises `InputError` where the backend is not known or cannot run on the device.
     """
@@ -158,6 +168,43 @@ def choose_kernels(
         return None
     if chosen != "triton":
         raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
+    for layer in plan.layers:
+        check_kernels(layer)
+    names = import_generated(package / "kernels" / "layers.py").KERNELS
+    tuning = tuning_for(device)
+    archive = _fitting_archive(package, DTYPES[plan.dtype], device, dtype) if device.type == "cuda" else None
+    if archive is None:
+        _check_triton(device)
+    modules = {
+        name: import_generated(package / "kernels" / f"{name}.py") if archive is None else archive.kernels(name)
+        for name in dict.fromkeys(names)
+    }
+    return [LayerKernels(modules[name], tuning) for name in names]
+
+
+def _fitting_archive(
+    package: Path, stored: torch.dtype, device: torch.device, dtype: torch.dtype | None
+) -> Archive | None:
+    """The compiled kernels for the device; None, and a warning if there are others, where there are none."""
+    found = archives(package)
+    if not found:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    fitting = [target for target in found if runs_on(target, capability)]
+    if fitting and dtype in (None, stored):
+        return Archive(found[fitting[-1]], device)
+    wanted = f"sm_{capability[0]}{capability[1]}" if not fitting else str(dtype).removeprefix("torch.")
+    present = ", ".join(found) if not fitting else str(stored).removeprefix("torch.")
+    warnings.warn(
+        f"the artifact's compiled kernels are for {present}, not for {wanted}: Triton compiles its kernels when they "
+        f"are first launched; to spare that, compile the model for {wanted} with --aot",
+        stacklevel=3,
+    )
+    return None
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raises `InputError` where Triton is not there or cannot run kernels on the device."""
     try:
         import triton
     except ImportError as error:
@@ -170,12 +217,6 @@ def choose_kernels(
             f'backend "triton" needs a CUDA device and the model is on {device}; load with device="cuda" or '
             f'backend="reference"'
         )
-    for layer in plan.layers:
-        check_kernels(layer)
-    names = import_generated(package / "kernels" / "layers.py").KERNELS
-    modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in dict.fromkeys(names)}
-    tuning = tuning_for(device)
-    return [LayerKernels(modules[name], tuning) for name in names]
 
 
 def _read_weights(

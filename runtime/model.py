@@ -36,6 +36,12 @@ class CompiledModel:
     kernels: Sequence[LayerKernels] | None = None
     """The generated kernels of every layer; None where the reference path attends."""
 
+    @property
+    def kernels_from(self) -> str:
+        """What made the kernels: "triton", when they are first launched, or the compiler, for a target such as "sm_90";
+        "reference" where there are none."""
+        return "reference" if self.kernels is None else getattr(self.kernels[0].module, "target", "triton")
+
     @torch.inference_mode()
     def __call__(
         self,

@@ -183,8 +183,8 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         weights = self.compiled.weights  # read by the generated code: changed in place
         weights.update(self.named_parameters())
         weights.update({name: weights[name].to(probe.device) for name in self.constants})
-        moved = probe.device != self.compiled.device
-        kernels = self.kernels_on(probe.device) if moved else self.compiled.kernels
+        changed = (probe.device, probe.dtype) != (self.compiled.device, self.compiled.dtype)
+        kernels = self.kernels_on(probe.device, dtype=probe.dtype) if changed else self.compiled.kernels
         self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, kernels=kernels)
         return self
 

@@ -47,7 +47,7 @@ def test_output_is_named_after_the_model(model: str, folder: str) -> None:
 def test_every_flag_reaches_the_options() -> None:
     command = """m --budget 3.2bits --max-len 512 --batch-size 3 -o out --force --recipe pm-kvq --bits 2,8 --sink 0
     --window 96 --calib text.txt --calib-samples 5 --calib-len 128 --effective-len 4096 --device cuda:1
-    --dtype bfloat16 --onnx --dry-run --json"""
+    --dtype bfloat16 --aot sm_90,sm_80 --onnx --dry-run --json"""
     expected = CompileOptions(
         model="m",
         output=Path("out"),
@@ -64,6 +64,7 @@ def test_every_flag_reaches_the_options() -> None:
         effective_len=4096,
         device="cuda:1",
         dtype="bfloat16",
+        aot=("sm_80", "sm_90"),
         onnx=True,
         dry_run=True,
         force=True,
@@ -93,6 +94,8 @@ def test_every_flag_reaches_the_options() -> None:
         (["demo", "--budget", "1GiB", "--recipe", "magic"], "'magic'"),
         (["demo", "--budget", "1GiB", "--dtype", "int8"], "'int8'"),
         (["demo", "--budget", "1GiB", "--bit", "4"], "--bit"),
+        (["demo", "--budget", "1GiB", "--aot", "sm_75"], "'sm_75' is not a list of different targets out of sm_80"),
+        (["demo", "--budget", "1GiB", "--aot", "sm_80,sm_80"], "'sm_80,sm_80' is not a list"),
         (["demo", "--budgets", "3bits,4bits"], "add --dry-run"),
         (["demo", "--budgets", "3bits,lots", "--dry-run"], "budget 'lots'"),
         (["demo", "--budgets", "3bits", "--budget", "1GiB", "--dry-run"], "takes the place of --budget"),

@@ -276,7 +276,7 @@ def shrink_rows() -> Iterator[Row]:
         live = store.live_blocks(0)
         moved = live * shape.batch * shape.heads * (block_bytes(layer, *wide) + block_bytes(layer, *narrow))
         launches = len(list(lowering_order(live, block_bytes(layer, *wide), block_bytes(layer, *narrow))))
-        taken = microseconds(lambda: kernels[0]._shrink(cache, store, 1), 10)  # noqa: B023
+        taken = microseconds(lambda: kernels[0].shrink(cache, store, 1), 10)  # noqa: B023
         speed = moved / taken / 1e3
         yield Row(
             "shrink", f"{launches} launches", f"{wide} to {narrow}", taken, speed, "copy", moved / copied / 1e3,

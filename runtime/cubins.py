@@ -1,0 +1,258 @@
+"""Kernels that were compiled with the artifact: launched through the CUDA driver, without Triton.
+
+An archive `kernels/aot/<target>.zip` holds the machine code for one target and `index.json`, which says of every file
+of kernels which code answers which launch. `variant` names a launch by all that code depends on; the compiler names by
+it what it compiles, this module what it looks for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import struct
+import threading
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+INDEX = "index.json"
+WARP = 32
+ALIGNMENT = 16
+"""What addresses, and strides that are marked so, must be multiples of."""
+
+DEFAULT_SHARED_BYTES = 48 << 10
+"""Shared memory that a kernel may take without having asked for it."""
+
+PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+}
+SLOTS = {"*": "Q", "i": "i4x", "f": "f4x"}
+"""How `struct` writes a parameter into eight bytes, by the first letter of its type."""
+
+
+def argument_type(value: Any) -> Any:
+    """Triton's name of an argument's type; a list of names for a tuple of integers."""
+    match value:
+        case Tensor():
+            return POINTERS[value.dtype]
+        case bool():
+            raise TypeError("a kernel's truth values are constants: pass them by keyword")
+        case int():
+            return "i32"
+        case float():
+            return "fp32"
+        case tuple():
+            return [argument_type(one) for one in value]
+    raise TypeError(f"{type(value).__name__} is no argument of a kernel")
+
+
+def variant(kernel: str, types: Sequence[Any], keywords: dict[str, Any]) -> str:
+    """The name of a launch by the kernel, the types of its arguments, its constants and how it is to be compiled."""
+    return json.dumps([kernel, list(types), dict(sorted(keywords.items()))])
+
+
+def flat(values: Sequence[Any]) -> list[Any]:
+    """Arguments, or their types, with those of tuples one by one, as kernels take them."""
+    return [one for value in values for one in (value if isinstance(value, tuple | list) else (value,))]
+
+
+def runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `target` runs on devices of a compute capability.
+
+    From sm_90 up Triton uses instructions of exactly that architecture; before, later minor versions run it, too.
+    """
+    major, minor = divmod(int(target.removeprefix("sm_")), 10)
+    return major == capability[0] and (minor == capability[1] if major >= 9 else minor <= capability[1])
+
+
+def archives(package: Path) -> dict[str, Path]:
+    """The archives of the artifact whose package lies in `package`, by target."""
+    return {path.stem: path for path in sorted((package / "kernels" / "aot").glob("*.zip"))}
+
+
+class Archive:
+    """The code for one target on one device."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.target = path.stem
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self.files = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+        self.index: dict[str, Any] = json.loads(self.files.read(INDEX))
+
+    def kernels(self, name: str) -> CompiledKernels:
+        """What stands for the module of kernels `name`."""
+        entry = self.index["modules"][name]
+        return CompiledKernels(self, entry["constants"], entry["variants"])
+
+    @cache  # noqa: B019 - an archive lives as long as its model
+    def function(self, name: str) -> Function:
+        """The function in the file `name` of the archive, on the device."""
+        about = self.index["cubins"][name]
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # there is a context from here on
+            return load_function(self.files.read(name), about["symbol"], about["shared"], about["num_warps"])
+
+
+class CompiledKernels:
+    """Has the kernels and the constants of a module of kernels as its attributes."""
+
+    def __init__(self, archive: Archive, constants: dict[str, Any], variants: dict[str, Any]) -> None:
+        self.archive = archive
+        self.constants = constants
+        self.variants = variants
+        self.kernels: dict[str, CompiledKernel] = {}
+
+    @property
+    def target(self) -> str:
+        return self.archive.target
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self.constants:
+            return SimpleNamespace(value=self.constants[name])
+        return self.kernels.setdefault(name, CompiledKernel(name, self))
+
+
+class CompiledKernel:
+    """A kernel to be launched as Triton's are: `kernel[grid](*arguments, **constants)`."""
+
+    def __init__(self, name: str, module: CompiledKernels) -> None:
+        self.name = name
+        self.module = module
+        self.launches: dict[tuple[Any, ...], Launch] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **keywords: self.launch(grid, arguments, keywords)
+
+    def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Raises `InputError` where nothing was compiled for such arguments or the driver refuses."""
+        kinds = tuple(value.dtype if isinstance(value, Tensor) else type(value) for value in arguments)
+        key = kinds, tuple(keywords.items())
+        found = self.launches.get(key)
+        if found is None:
+            found = self.launches[key] = self._find(arguments, keywords)
+        found(grid, arguments)
+
+    def _find(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
+        types = [argument_type(value) for value in arguments]
+        entry = self.module.variants.get(variant(self.name, types, keywords))
+        if entry is None:
+            raise InputError(
+                f"the kernel {self.name} was not compiled for {self.module.target} with {keywords} and arguments "
+                f"{types}; compile the model again with --aot and the dtype that it is loaded with"
+            )
+        archive = self.module.archive
+        hidden = archive.index["cubins"][entry["cubin"]]["hidden"]
+        return Launch(self.name, archive.function(entry["cubin"]), flat(types), entry["divisible"], hidden)
+
+
+class Launch:
+    """A function with the parameters that it takes: those of `types`, then `hidden` null pointers."""
+
+    def __init__(self, name: str, function: Function, types: list[str], divisible: list[int], hidden: int) -> None:
+        self.name = name
+        self.function = function
+        self.divisible = divisible
+        self.hidden = (0,) * hidden
+        self.format = struct.Struct("<" + "".join(SLOTS[kind[0]] for kind in types) + "Q" * hidden)
+        self.slots = ctypes.create_string_buffer(self.format.size)
+        first, count = ctypes.addressof(self.slots), self.format.size // 8
+        self.addresses = (ctypes.c_void_p * count)(*(first + 8 * number for number in range(count)))
+        self.lock = threading.Lock()  # of the slots, which the driver copies
+
+    def __call__(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in flat(arguments)]
+        for at in self.divisible:
+            if values[at] % ALIGNMENT:
+                raise InputError(
+                    f"argument {at} of the kernel {self.name} is {values[at]}, which is no multiple of {ALIGNMENT} as "
+                    f'the compiled kernel needs; load with backend="reference" and report this model'
+                )
+        with self.lock:
+            try:
+                self.format.pack_into(self.slots, 0, *values, *self.hidden)
+            except struct.error as error:
+                raise InputError(
+                    f"an argument of the kernel {self.name} does not fit 32 bits ({error}); feed fewer tokens at once"
+                ) from error
+            self.function.launch(grid, self.addresses)
+
+
+# ---- the CUDA driver ----
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function on a device; it keeps nothing else alive, for code stays on the device to the end of the process."""
+
+    device: int
+    handle: ctypes.c_void_p
+    shared: int
+    num_warps: int
+
+    def launch(self, grid: tuple[int, ...], parameters: Any) -> None:
+        """On the current stream of the device. `parameters` are addresses of what is passed."""
+        x, y, z = (*grid, 1, 1)[:3]
+        if not x * y * z:
+            return
+        with torch.cuda.device(self.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            block = self.num_warps * WARP
+            call("cuLaunchKernel", self.handle, x, y, z, block, 1, 1, self.shared, stream, parameters, None)
+
+
+def load_function(code: bytes, symbol: str, shared: int, num_warps: int) -> Function:
+    """Bring machine code to the current device."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    call("cuModuleLoadData", ctypes.byref(module), code)
+    call("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())
+    if shared > DEFAULT_SHARED_BYTES:
+        call("cuFuncSetCacheConfig", function, PREFER_SHARED)
+        call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+    return Function(torch.cuda.current_device(), function, shared, num_warps)
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver's library. Raises `InputError` where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise InputError(
+            f"the compiled kernels need the CUDA driver, which cannot be loaded ({error}); install NVIDIA's driver or "
+            f'load with backend="reference"'
+        ) from error
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the driver. Raises `InputError` where it does not succeed."""
+    library = driver()
+    code = getattr(library, name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        library.cuGetErrorName(code, ctypes.byref(text))
+        raise InputError(
+            f"{name} failed with {(text.value or b'an unknown error').decode()} ({code}); update NVIDIA's driver, or "
+            f'load with backend="reference"'
+        )
