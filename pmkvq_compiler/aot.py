@@ -292,7 +292,7 @@ def write_cubins(package: Path, checkpoint: Sequence[Path], targets: Sequence[st
         for name, recorder in recorders.items()
         for key, launched in recorder.launches.items()
     }
-    cubins = dict(_compiled(jobs, progress))
+    cubins = compile_all(jobs, progress)
     (package / "kernels" / "aot").mkdir()
     for target in targets:
         of_target = {(name, key): cubin for (other, name, key), cubin in cubins.items() if other == target}
@@ -322,8 +322,12 @@ def _write_archive(path: Path, recorders: dict[str, Recorder], cubins: dict[tupl
             archive.writestr(entry, content)
 
 
-def _compiled(jobs: dict[Any, Work], progress: Progress) -> Iterator[tuple[Any, Cubin]]:
-    """What the jobs make, as it is made, in processes of their own: none of them has the interpreter turned on."""
+def compile_all(jobs: dict[Any, Work], progress: Progress) -> dict[Any, Cubin]:
+    """What the jobs make, in processes of their own: none of them has the interpreter turned on.
+
+    Raises `CompileError` where a kernel cannot be compiled; the jobs that have not begun are dropped then.
+    """
+    cubins = {}
     workers = min(len(jobs), os.cpu_count() or 1)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker)
     try:
@@ -333,14 +337,15 @@ def _compiled(jobs: dict[Any, Work], progress: Progress) -> Iterator[tuple[Any, 
         for done, future in enumerate(as_completed(waiting), 1):
             work = jobs[waiting[future]]
             try:
-                yield waiting[future], future.result()
+                cubins[waiting[future]] = future.result()
             except BrokenProcessPool:
                 raise CompileError(
                     "a process that compiles kernels ended early, perhaps for want of memory; compile again with fewer "
                     "targets after --aot"
                 ) from None
             except Exception as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                lines = (str(error).strip() or repr(error)).splitlines()
+                reason = lines[-1 if lines[0].startswith("at ") else 0].strip()  # Triton shows the place first
                 raise CompileError(
                     f"the kernel {work.launched.kernel} cannot be compiled for {work.target} ({reason}); leave "
                     f"{work.target} out of --aot, and please report this model"
@@ -348,6 +353,7 @@ def _compiled(jobs: dict[Any, Work], progress: Progress) -> Iterator[tuple[Any, 
             progress("kernels", done, len(jobs))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    return cubins
 
 
 def _prepare_worker() -> None:

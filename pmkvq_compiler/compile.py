@@ -84,7 +84,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
             manifest = _write_model(source, program, calibration, options, folder, progress)
             write_manifest(folder, manifest)
         if options.aot:
-            with stages("kernels"):
+            with stages("aot"):
                 checkpoint = [folder / name for name in manifest["weights"]]
                 write_cubins(folder / manifest["package"], checkpoint, options.aot, progress)
                 write_manifest(folder, manifest)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pmkvq_compiler import aot, runtime
-from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels
 from pmkvq_compiler.runtime.load import choose_kernels, import_generated
@@ -213,6 +213,15 @@ def test_hidden_parameters_are_counted(widths: list[int]) -> None:
     assert aot.hidden_parameters(entry, ["*fp32", "i32"]) == len(widths) - 2
     with pytest.raises(ValueError, match="parameters have"):
         aot.hidden_parameters(entry, ["*fp32", "*i32"])
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named(compiled: Path) -> None:
+    file = package_of(compiled) / "kernels" / "attention_0.py"
+    wrong = aot.Launched("merge", ["*fp32"] * 4 + ["i32"] * 3, {"SPLITS_PADDED": 4, "num_warps": 2}, set())
+    with pytest.raises(
+        CompileError, match=r"the kernel merge cannot be compiled for sm_90 \(.*int32.*\); leave sm_90 out"
+    ):
+        aot.compile_all({0: aot.Work(file, wrong, "sm_90")}, lambda stage, done, total: None)
 
 
 @pytest.mark.gpu
