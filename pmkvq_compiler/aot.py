@@ -41,8 +41,6 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
 NOWHERE = torch.device("meta")
-LARGEST_DEVICE = 256
-"""More multiprocessors than any device has: into how many parts a decode step is split follows from their number."""
 
 
 # ---- what can be asked for ----
@@ -225,10 +223,8 @@ def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) ->
             if stage + 1 < len(stages) and store.live_blocks(0):
                 kernels.shrink(cache, store, stage + 1)
         if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts
-            programs = LARGEST_DEVICE * kernels.tuning.decode_programs
-            split = LayerKernels(kernels.module, dataclasses.replace(kernels.tuning, decode_programs=programs))
             for max_len in _lengths(plan.max_len):
-                _attend(split, plan, max_len, stages[-1], call)
+                _attend(kernels, plan, max_len, stages[-1], call)
 
 
 def _lengths(max_len: int) -> Iterator[int]:

@@ -279,4 +279,7 @@ def _steps(store: LayerCache) -> tuple[float, float]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors of a device; "meta" stands for one that is larger than any there is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 256 if device.type == "meta" else 1
