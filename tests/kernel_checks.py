@@ -7,6 +7,7 @@ They run on a GPU, and anywhere in Triton's interpreter, for which Triton must b
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import tempfile
@@ -21,8 +22,8 @@ from triton.runtime import interpreter
 from pmkvq_compiler.kernel_source import kernel_source
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels
-from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels, Tuning
+from pmkvq_compiler.runtime.plan import LayerPlan, block_bytes, sequence_bytes
 
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
@@ -58,6 +59,7 @@ class Case:
     direct: bool = False
     taken_back: int = 0
     """Tokens that every sequence loses again before the last call."""
+    tuning: Tuning = CONSERVATIVE
 
     def plan(self) -> LayerPlan:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
@@ -89,7 +91,7 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
     plan = case.plan()
     batch = len(case.steps[0])
     whole = cache_plan(plan, max_len=case.max_len, batch_size=batch)
-    kernels = [LayerKernels(render_module(case), CONSERVATIVE)]
+    kernels = [LayerKernels(render_module(case), case.tuning)]
     cache = Cache(whole, batch, None, case.dtype, device, kernels)
     twin = Cache(whole, batch, None, case.dtype, torch.device("cpu"))
     cache.layers[0].arena.fill_(0xFF)  # NaN in every format: a number that is read without having been written shows
@@ -145,6 +147,33 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
     return errors
 
 
+def check_lowering(wide: int, clip: float, device: torch.device) -> None:
+    """Blocks of every code of `wide` bits, lowered in place, are those of the reference to the last bit."""
+    case = Case(key_bits=wide // 2, value_bits=wide // 2, key_clip=clip, value_clip=clip, steps=steps(1))
+    stages = ((wide, wide), (wide // 2, wide // 2))
+    max_len = case.sink + case.window + 8 * case.block
+    plan = dataclasses.replace(case.plan(), stages=stages)
+    plan = dataclasses.replace(plan, arena_bytes=sequence_bytes(plan, max_len, 2, stage=0))
+    kernels = LayerKernels(render_module(case), CONSERVATIVE)
+    cache, twin = (
+        Cache(cache_plan(plan, max_len=max_len), 1, None, case.dtype, where, chosen)
+        for where, chosen in ((device, [kernels]), (torch.device("cpu"), None))
+    )
+    for one in (cache, twin):
+        one.layers[0].rows, one.layers[0].flushed, one.length = [case.sink + case.window], [8], [max_len]
+    words = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(wide)).to(torch.int16)
+    twin.layers[0].arena.random_(generator=torch.Generator().manual_seed(0))
+    records = twin.layers[0].records(0, 0, 8)
+    for codes, chosen in zip((records.key_codes, records.value_codes), words.chunk(2), strict=True):
+        codes.view(torch.int16).copy_(chosen[: codes.numel() // 2].view((*codes.shape[:-1], -1)))
+    cache.layers[0].arena.copy_(twin.layers[0].arena)
+    cache.begin([slice(0, 0)])
+    kernels._shrink(cache, cache.layers[0], 1)
+    twin.layers[0].lower()
+    used = slice(0, twin.layers[0].arena.shape[-1] - twin.layers[0].pool.shape[-1] + 8 * block_bytes(plan, *stages[1]))
+    assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
+
+
 def take_back(cache: Cache, count: int) -> None:
     """Take the last tokens of every sequence out of its window again."""
     cache.length = [length - count for length in cache.length]
@@ -195,11 +224,17 @@ SMALL = [
     Case(head_dim=80, group=3, key_bits=2, value_bits=2, value_clip=0.8, block=128, window=128, steps=steps(280, 1)),
     Case(head_dim=96, key_axis="token", key_bits=8, value_bits=16, dtype=torch.bfloat16, steps=steps(200, 1)),
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
+    Case(sliding_window=230, window=128, steps=steps(200, 1, 170, 40)),
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
+    Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
+    Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
     Case(steps=steps(196, 1), taken_back=64),
     Case(steps=steps(196, 90), taken_back=64),
 ]
+
+LOWERED = [(16, 1.0), (8, 1.0), (4, 1.0), (4, 0.8), (4, 0.6)]
+"""Widths of which every code is lowered, and clips."""
 
 
 def repair_interpreter() -> None:
@@ -221,3 +256,5 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
+    for wide, clip in LOWERED:
+        check_lowering(wide, clip, torch.device("cpu"))
