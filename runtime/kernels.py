@@ -32,15 +32,16 @@ ROWS_COPIED = 64
 class Tuning:
     """How kernels are launched; none of it changes what they compute.
 
-    `cells[bits]` is how many groups of 8 words of V a step of the decode kernel takes, for V of that width. The decode
-    kernel runs in single warps, `decode_programs` of them for each multiprocessor.
+    `cells[bits]` is how many words of V a lane of the decode kernel takes in a step, for V of that width. The decode
+    kernel runs in single warps, `decode_programs` of them for each multiprocessor; of sink and window each takes about
+    `decode_rows` rows, and it asks for blocks of the pool `decode_prefetch` ahead.
     """
 
     cells: dict[int, int]
     decode_programs: int
     decode_registers: int | None
-    decode_stages: int
-    decode_prefetch: bool
+    decode_rows: int
+    decode_prefetch: int
     prefill_tile: int
     prefill_step: int
     prefill_warps: int
@@ -58,7 +59,7 @@ class Tuning:
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-CONSERVATIVE = Tuning({16: 1, 8: 2, 4: 2, 2: 1}, 12, 168, 2, False, 64, 64, 4, 2)
+CONSERVATIVE = Tuning({16: 2, 8: 2, 4: 1, 2: 1}, 12, 168, 64, 2, 64, 64, 4, 2)
 
 
 MEASURED: dict[str, Tuning] = {}
@@ -150,7 +151,8 @@ class LayerKernels:
         batch, query_heads = q.shape[:2]
         q = q.contiguous()
         heads = batch * store.plan.num_key_value_heads
-        parts = (heads, self._splits(heads, store), query_heads * batch // heads)
+        row_splits, splits = self._splits(heads, store)
+        parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
         widths = _widths(store)
@@ -158,7 +160,6 @@ class LayerKernels:
         self.module.decode[parts[:2]](
             q,
             store.words,
-            store.halves,
             store.buffers,
             partial,
             log_weights,
@@ -167,14 +168,14 @@ class LayerKernels:
             batch,
             store.plan.window,
             store.ring,
-            parts[1],
+            row_splits,
+            splits,
             scale,
             *_steps(store),
             **widths,
             CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
             PREFETCH=self.tuning.decode_prefetch,
             num_warps=1,
-            num_stages=self.tuning.decode_stages,
             **registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
@@ -185,22 +186,23 @@ class LayerKernels:
             out,
             cache.state,
             batch,
-            parts[1],
-            SPLITS_PADDED=1 << (parts[1] - 1).bit_length(),
+            splits,
+            SPLITS_PADDED=1 << (splits - 1).bit_length(),
             num_warps=2,
         )
         return out
 
     def largest_cells(self, bits: int) -> int:
-        """Groups of 8 words that a line of V codes has."""
-        return self.module.BLOCK.value * bits // 16 // 8
+        """32-bit words of a line of V codes that one of four lanes has."""
+        return self.module.BLOCK.value * bits // 128
 
-    def _splits(self, heads: int, store: LayerCache) -> int:
-        """In how many parts a head's cache is read: as many programs as run at once, each with something to do."""
-        rows = -(-(store.plan.sink + store.plan.window) // 16)
-        blocks = store.capacity() if store.ring else 0
+    def _splits(self, heads: int, store: LayerCache) -> tuple[int, int]:
+        """In how many parts a head's rows are read, and how many parts that makes with those of its pool: as many
+        programs as run at once, each with something to do."""
+        row_splits = -(-(store.plan.sink + store.plan.window) // self.tuning.decode_rows)
         programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
-        return min(max(1, programs // heads), max(rows, blocks))
+        blocks = store.capacity() if store.ring else 0
+        return row_splits, row_splits + min(blocks, max(1, programs // heads - row_splits))
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
