@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SMALLEST_BLOCK = 64
 """Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
 
+ROWS_COPIED = 64
+"""Tokens outside the pool that a program of the unpacking kernel takes at once."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -43,6 +46,17 @@ class Tuning:
     prefill_step: int
     prefill_warps: int
     prefill_stages: int
+    append_warps: int = 4
+    shrink_warps: int = 8
+    prefill_scratch: int = 256 << 20
+    """Bytes for what new tokens attend to, unpacked."""
+
+    def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Queries and keys of a step of the prefill kernel. Wide keys are taken fewer at a time, for the sake of shared
+        memory, and fp32 numbers, which are no operands of the matrix unit, in tiles that registers hold."""
+        if dtype == torch.float32:
+            return 32, 16
+        return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
 CONSERVATIVE = Tuning({16: 2, 8: 2, 4: 1, 2: 1}, 12, 168, 64, 2, 64, 64, 4, 2)
@@ -107,7 +121,7 @@ class LayerKernels:
                 *_steps(store),
                 **_widths(store),
                 MODE=mode,
-                num_warps=4,
+                num_warps=self.tuning.append_warps,
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
@@ -133,7 +147,7 @@ class LayerKernels:
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
                 VALUE_TARGET=after[1],
-                num_warps=8,
+                num_warps=self.tuning.shrink_warps,
             )
 
     def _decode(
@@ -199,36 +213,70 @@ class LayerKernels:
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
     ) -> Tensor:
+        """Attention of new tokens: what they attend to is unpacked, for as many heads at once as the scratch
+        holds; one head of one sequence may take more than that."""
         batch, query_heads, columns = q.shape[:3]
-        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)
-        widths = _widths(store)
-        tile = self.tuning.prefill_tile
-        self.module.prefill[(-(-columns // tile), query_heads, batch)](
-            q,
-            k,
-            v,
-            store.words,
-            store.halves,
-            store.buffers,
-            q if sinks is None else sinks,
-            out,
-            cache.state,
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            columns,
-            store.head_units,
-            batch,
-            store.plan.window,
-            store.ring,
-            scale,
-            *_steps(store),
-            **widths,
-            TILE=tile,
-            STEP=self.tuning.prefill_step,
-            num_warps=self.tuning.prefill_warps,
-            num_stages=self.tuning.prefill_stages,
+        plan, module, tuning = store.plan, self.module, self.tuning
+        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)  # of padding too
+        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+        counts = [own.stop - own.start for own in cache.columns]
+        live = [store.live_blocks(sequence) for sequence in range(batch)]
+        copied = [rows + count for rows, count in zip(store.rows, counts, strict=True)]
+        tokens = max(blocks * plan.block + rows for blocks, rows in zip(live, copied, strict=True))
+        pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
+        capacity = -(-tokens // ROWS_COPIED) * ROWS_COPIED
+        heads = batch * plan.num_key_value_heads
+        channels = module.KEY_PADDED.value + module.VALUE_PADDED.value
+        at_once = min(heads, max(1, tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
+        keys, values = (
+            torch.empty(at_once, capacity, padded.value, dtype=dtype, device=q.device)
+            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
         )
+        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), dtype)
+        for first in range(0, heads, at_once):
+            some = min(at_once, heads - first)
+            module.unpack[(pieces, 2, some)](
+                store.words,
+                store.halves,
+                store.buffers,
+                k,
+                v,
+                keys,
+                values,
+                cache.state,
+                k.stride()[:3],
+                v.stride()[:3],
+                store.head_units,
+                first,
+                batch,
+                plan.window,
+                store.ring,
+                capacity,
+                *_steps(store),
+                **_widths(store),
+                ROWS=ROWS_COPIED,
+                num_warps=4,
+            )
+            module.prefill[(-(-columns // tile), query_heads // plan.num_key_value_heads, some)](
+                q,
+                keys,
+                values,
+                q if sinks is None else sinks,
+                out,
+                cache.state,
+                q.stride()[:3],
+                columns,
+                first,
+                batch,
+                plan.window,
+                store.ring,
+                capacity,
+                scale,
+                TILE=tile,
+                STEP=step,
+                num_warps=tuning.prefill_warps,
+                num_stages=tuning.prefill_stages,
+            )
         return out
 
 

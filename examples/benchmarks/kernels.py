@@ -95,7 +95,9 @@ def main() -> None:
 # ---- a packed cache with random contents ----
 
 
-def layer_plan(shape: Shape, bits: tuple[int, int], axis: KeyAxis, block: int, stages: tuple[tuple[int, int], ...] = ()):
+def layer_plan(
+    shape: Shape, bits: tuple[int, int], axis: KeyAxis, block: int, stages: tuple[tuple[int, int], ...] = ()
+):
     layer = LayerPlan(
         num_key_value_heads=shape.heads,
         key_head_dim=shape.head_dim,
