@@ -28,20 +28,41 @@ ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
 
+ROWS_DECODED = 64
+"""Rows of sink and window that a program of the decode kernel reads."""
+
+FEWEST_BLOCKS = 4
+"""Blocks of the pool that are worth a program of the decode kernel, whose part must be merged with the others."""
+
+REGISTERS = 65536
+"""Registers of a multiprocessor."""
+
+MERGED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """The decode kernel runs in single warps of so many `registers` a lane; a lane takes `cells` words of V in a step,
+    and blocks of the pool are asked for `prefetch` ahead."""
+
+    cells: int
+    registers: int
+    prefetch: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor runs at once."""
+        return REGISTERS // (32 * self.registers)
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How kernels are launched; none of it changes what they compute.
 
-    `cells[bits]` is how many words of V a lane of the decode kernel takes in a step, for V of that width. The decode
-    kernel runs in single warps, `decode_programs` of them for each multiprocessor; of sink and window each takes about
-    `decode_rows` rows, and it asks for blocks of the pool `decode_prefetch` ahead.
+    `decode[bits]` is for V of that width.
     """
 
-    cells: dict[int, int]
-    decode_programs: int
-    decode_registers: int | None
-    decode_rows: int
-    decode_prefetch: int
+    decode: dict[int, DecodeTuning]
     prefill_tile: int
     prefill_step: int
     prefill_warps: int
@@ -59,7 +80,18 @@ class Tuning:
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-CONSERVATIVE = Tuning({16: 2, 8: 2, 4: 1, 2: 1}, 12, 168, 64, 2, 64, 64, 4, 2)
+CONSERVATIVE = Tuning(
+    decode={
+        16: DecodeTuning(cells=2, registers=248, prefetch=0),
+        8: DecodeTuning(cells=2, registers=248, prefetch=0),
+        4: DecodeTuning(cells=2, registers=248, prefetch=1),
+        2: DecodeTuning(cells=1, registers=168, prefetch=2),
+    },
+    prefill_tile=64,
+    prefill_step=64,
+    prefill_warps=4,
+    prefill_stages=2,
+)
 
 
 MEASURED: dict[str, Tuning] = {}
@@ -156,12 +188,12 @@ class LayerKernels:
         batch, query_heads = q.shape[:2]
         q = q.contiguous()
         heads = batch * store.plan.num_key_value_heads
-        row_splits, splits = self._splits(heads, store)
+        widths = _widths(store)
+        tuning = self.tuning.decode[widths["VALUE_BITS"]]
+        pool_splits, splits = _splits(heads, store, tuning.programs)
         parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
-        widths = _widths(store)
-        registers = {} if self.tuning.decode_registers is None else {"maxnreg": self.tuning.decode_registers}
         self.module.decode[parts[:2]](
             q,
             store.words,
@@ -173,19 +205,19 @@ class LayerKernels:
             batch,
             store.plan.window,
             store.ring,
-            row_splits,
+            pool_splits,
             splits,
             scale,
             *_steps(store),
             **widths,
-            CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
-            PREFETCH=self.tuning.decode_prefetch,
+            CELLS=min(tuning.cells, self.largest_cells(widths["VALUE_BITS"])),
+            PREFETCH=tuning.prefetch,
             num_warps=1,
             num_stages=1,
-            **registers,
+            maxnreg=tuning.registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
-        self.module.merge[(batch, query_heads)](
+        self.module.merge[(batch, query_heads, -(-value_dim // 32))](
             partial,
             log_weights,
             q if sinks is None else sinks,
@@ -194,21 +226,14 @@ class LayerKernels:
             batch,
             splits,
             SPLITS_PADDED=1 << (splits - 1).bit_length(),
-            num_warps=2,
+            CHUNK=min(MERGED_AT_ONCE, 1 << (splits - 1).bit_length()),
+            num_warps=4,
         )
         return out
 
     def largest_cells(self, bits: int) -> int:
         """32-bit words of a line of V codes that one of four lanes has."""
         return self.module.BLOCK.value * bits // 128
-
-    def _splits(self, heads: int, store: LayerCache) -> tuple[int, int]:
-        """In how many parts a head's rows are read, and how many parts that makes with those of its pool: as many
-        programs as run at once, each with something to do."""
-        row_splits = -(-(store.plan.sink + store.plan.window) // self.tuning.decode_rows)
-        programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
-        blocks = store.capacity() if store.ring else 0
-        return row_splits, row_splits + min(blocks, max(1, programs // heads))
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
@@ -278,6 +303,19 @@ class LayerKernels:
                 num_stages=tuning.prefill_stages,
             )
         return out
+
+
+def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
+    """In how many parts a head's pool is read, and how many parts that makes with those of its rows.
+
+    As few as keep nine in ten of the places busy that the device has for programs, `resident` a multiprocessor, and no
+    smaller than is worth a program.
+    """
+    row_splits = -(-(store.plan.sink + store.plan.window) // ROWS_DECODED)
+    places = multiprocessors(store.arena.device) * resident
+    most = max(1, store.capacity() // FEWEST_BLOCKS)
+    splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
+    return splits, splits + row_splits
 
 
 def tuning_for(device: torch.device) -> Tuning:

@@ -53,7 +53,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     work |= {
         "shrink": (module.shrink, 8, lowered),
         "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
-        "merge": (module.merge, 2, {"SPLITS_PADDED": 32}),
+        "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
         "prefill": (module.prefill, 4, {"TILE": 64, "STEP": 64}),
     }
