@@ -6,6 +6,7 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 SMALLEST_BLOCK = 64
 """Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
 
+CHANNELS_AT_ONCE = 16
+"""Rows of a matrix operand, which are channels of V."""
+
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
@@ -37,22 +41,24 @@ FEWEST_BLOCKS = 4
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
+LARGEST_REGISTERS = 248
+"""Registers of a lane, of which eight single warps have the most that can be had."""
+
 MERGED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """The decode kernel runs in single warps of so many `registers` a lane; a lane takes `cells` words of V in a step,
-    and blocks of the pool are asked for `prefetch` ahead."""
+    """The decode kernel runs in single warps of so many `registers` a lane, for heads of 128 channels; a lane takes
+    `cells` words of V in a step, and blocks of the pool are asked for `prefetch` ahead."""
 
     cells: int
     registers: int
     prefetch: int
 
-    @property
-    def programs(self) -> int:
-        """Programs that a multiprocessor runs at once."""
-        return REGISTERS // (32 * self.registers)
+    def registers_for(self, channels: int) -> int:
+        """Sums of values and queries take registers in proportion to a head's channels."""
+        return LARGEST_REGISTERS if channels > 128 else min(self.registers, 128) if channels <= 64 else self.registers
 
 
 @dataclass(frozen=True)
@@ -80,22 +86,23 @@ class Tuning:
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-CONSERVATIVE = Tuning(
-    decode={
-        16: DecodeTuning(cells=2, registers=248, prefetch=0),
-        8: DecodeTuning(cells=2, registers=248, prefetch=0),
-        4: DecodeTuning(cells=2, registers=248, prefetch=1),
-        2: DecodeTuning(cells=1, registers=168, prefetch=2),
-    },
-    prefill_tile=64,
-    prefill_step=64,
-    prefill_warps=4,
-    prefill_stages=2,
-)
+DEFAULT_TUNING = "default"
 
 
-MEASURED: dict[str, Tuning] = {}
-"""Tunings by a part of the device's name."""
+def read_tunings(text: str) -> dict[str, Tuning]:
+    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices."""
+
+    def tuning(entry: dict[str, Any]) -> Tuning:
+        decode = {int(bits): DecodeTuning(**values) for bits, values in entry["decode"].items()}
+        return Tuning(**{**entry, "decode": decode})
+
+    return {name: tuning(entry) for name, entry in json.loads(text).items()}
+
+
+def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:
+    """How to launch kernels on a device: as was measured on it, or cautiously."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tuning for known, tuning in tunings.items() if known in name), tunings[DEFAULT_TUNING])
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,8 @@ class LayerKernels:
         heads = batch * store.plan.num_key_value_heads
         widths = _widths(store)
         tuning = self.tuning.decode[widths["VALUE_BITS"]]
-        pool_splits, splits = _splits(heads, store, tuning.programs)
+        registers = tuning.registers_for(max(store.plan.key_head_dim, store.plan.value_head_dim))
+        pool_splits, splits = _splits(heads, store, REGISTERS // (32 * registers))
         parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
@@ -214,7 +222,7 @@ class LayerKernels:
             PREFETCH=tuning.prefetch,
             num_warps=1,
             num_stages=1,
-            maxnreg=tuning.registers,
+            maxnreg=registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
         self.module.merge[(batch, query_heads, -(-value_dim // 32))](
@@ -318,14 +326,14 @@ def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
     return splits, splits + row_splits
 
 
-def tuning_for(device: torch.device) -> Tuning:
-    """How to launch kernels on a device: as was measured on it, or cautiously."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tuning for known, tuning in MEASURED.items() if known in name), CONSERVATIVE)
-
-
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
+    for channels in (plan.key_head_dim, plan.value_head_dim):
+        if channels % CHANNELS_AT_ONCE:
+            raise InputError(
+                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; load with "
+                f'backend="reference"'
+            )
     if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
         raise InputError(
             f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "

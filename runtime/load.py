@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ArtifactError, InputError
-from .kernels import LayerKernels, check_kernels, tuning_for
+from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
 from .model import CompiledModel
 from .plan import CachePlan
 
@@ -174,7 +174,8 @@ def choose_kernels(
         check_kernels(layer)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in dict.fromkeys(names)}
-    tuning = tuning_for(device)
+    table = (package / "kernels" / "tuning.json").read_text(encoding="utf-8")
+    tuning = tuning_for(device, read_tunings(table))
     return [LayerKernels(modules[name], tuning) for name in names]
 
 

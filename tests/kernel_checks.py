@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from pmkvq_compiler.kernel_source import kernel_source
+from pmkvq_compiler.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels, Tuning
+from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, LayerKernels, Tuning, read_tunings
 from pmkvq_compiler.runtime.plan import LayerPlan, block_bytes, sequence_bytes
 
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
+
+CONSERVATIVE = read_tunings(tuning_table())[DEFAULT_TUNING]
 
 TOLERANCE = 2e-3
 """Relative norm of the error, for inputs in fp16 or bf16."""

@@ -33,10 +33,10 @@ from bf16_decode import bf16_decode
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmkvq_compiler.kernel_source import kernel_source
+from pmkvq_compiler.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
-from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, tuning_for
+from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, read_tunings, tuning_for
 from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, block_bytes, sequence_bytes
 
 DEVICE = torch.device("cuda")
@@ -143,7 +143,7 @@ def packed_cache(shape: Shape, layer: LayerPlan) -> tuple[Cache, LayerKernels, L
     """An empty cache of one layer, the layer's kernels and its store."""
     plan = CachePlan("best", layer.arena_bytes, shape.tokens, shape.batch, "bfloat16", (layer,))
     module = import_source(kernel_source(layer, shape.group, None, False, str(shape)))
-    kernels = LayerKernels(module, tuning_for(DEVICE))
+    kernels = LayerKernels(module, tuning_for(DEVICE, read_tunings(tuning_table())))
     cache = Cache(plan, shape.batch, shape.tokens, torch.bfloat16, DEVICE, [kernels])
     return cache, kernels, cache.layers[0]
 
