@@ -124,6 +124,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calib", help="calibration text as for pmkvq-compile")
     parser.add_argument("--calib-len", type=int, default=2048)
     parser.add_argument("--calib-samples", type=int, default=8)
+    parser.add_argument(
+        "--effective-len", type=int, help="tokens that calibration texts are stretched to (default: --max-len)"
+    )
     parser.add_argument("--max-len", type=int, help="tokens that plans are made for (default: the longest item)")
     parser.add_argument("--recipes", default="best,pm-kvq,kivi,kivi-128,rotation,uniform")
     parser.add_argument("--budgets", default="2.6bits,2.8bits,3bits,3.3bits,3.7bits,4.3bits")
@@ -150,6 +153,7 @@ class Bench:
         self.calib = arguments.calib or self._own_calibration()
         self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
         self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
+        self.effective_len = arguments.effective_len or self.max_len
         self.model = self._model()
         self.calibrations: dict[tuple[Recipe, int], Calibration] = {}
         self.references: dict[int, Tensor] = {}
@@ -159,7 +163,7 @@ class Bench:
 
     def _model(self) -> PreTrainedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self.source.load_model(ATTENTION, device).float().requires_grad_(False)
+        return self.source.load_model(ATTENTION, device, torch.float32).requires_grad_(False)
 
     def _own_calibration(self) -> str:
         if self.arguments.text or self.arguments.problems:
@@ -202,7 +206,7 @@ class Bench:
         rows = [self._full_row()]
         for recipe in self.arguments.recipes.split(","):
             for budget in self.arguments.budgets.split(","):
-                rows += self._row(recipe, recipe, budget, self.max_len)
+                rows += self._row(recipe, recipe, budget, self.effective_len)
         return rows
 
     def ablations(self) -> list[Row]:
@@ -210,7 +214,7 @@ class Bench:
         for budget in self.arguments.budgets.split(","):
             for name, recipe in ABLATIONS.items():
                 RECIPES[name] = recipe
-                effective = self.arguments.calib_len if "interpolation" in name else self.max_len
+                effective = self.arguments.calib_len if "interpolation" in name else self.effective_len
                 rows += self._row(name, name, budget, effective)
         return rows
 
@@ -275,9 +279,7 @@ class Bench:
         right = [index for index, score in enumerate(scores) if score.first_error is None]
         count = self.arguments.decode
         chosen = (wrong[: max(count // 2, count - len(right))] + right)[:count]
-        options = replace(
-            options, budget=budget, max_len=self.max_len, effective_len=max(self.max_len, options.calib_len)
-        )
+        options = replace(options, budget=budget, max_len=self.max_len)
         items = [(self.items[index].prompt, self.items[index].chain) for index in chosen]
         for index, found in zip(
             chosen, first_errors(options, solution.plan, items, str(self.model.device)), strict=True
