@@ -70,7 +70,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     with stages("plan"):
         solution = solve(program.sites, calibration, options, budget, max_len, source.dtype)
         plan = solution.plan
-    report = _report(program, calibration, options, solution)
+    report = _report(source, program, calibration, options, solution)
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
@@ -190,7 +190,9 @@ def _write_model(
     }
 
 
-def _report(program: Program, calibration: Calibration, options: CompileOptions, solution: Solution) -> dict[str, Any]:
+def _report(
+    source: Source, program: Program, calibration: Calibration, options: CompileOptions, solution: Solution
+) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
@@ -204,6 +206,7 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
     return {
         "model": options.model,
+        "name": source.base_model or source.name,
         "recipe": plan.recipe,
         "budget": plan.budget,
         "max_len": plan.max_len,
