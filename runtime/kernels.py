@@ -331,8 +331,8 @@ def check_kernels(plan: LayerPlan) -> None:
     for channels in (plan.key_head_dim, plan.value_head_dim):
         if channels % CHANNELS_AT_ONCE:
             raise InputError(
-                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; load with "
-                f'backend="reference"'
+                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; "
+                f'load with backend="reference"'
             )
     if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
         raise InputError(
