@@ -99,8 +99,8 @@ def with_wheel(artifact: Path, ids: Tensor, new_tokens: int) -> list[int]:
 def with_onnxruntime(artifact: Path, ids: Tensor, new_tokens: int) -> tuple[list[int], list[int], float]:
     """The tokens of onnxruntime, those of the runtime at final bits, and by how much the logits differ in relative
     norm, up to and with the first that another token was chosen from."""
-    decoder, model = OnnxDecoder(artifact / "model.onnx", threads=torch.get_num_threads()), at_final_bits(artifact)
-    cache = model.new_cache()
+    decoder = OnnxDecoder(artifact / "model.onnx", threads=torch.get_num_threads())
+    model, cache = as_in_onnx(artifact)
     found = _greedy(lambda piece: torch.from_numpy(decoder(piece.numpy())), ids, new_tokens)
     expected = _greedy(lambda piece: model(piece, cache), ids, new_tokens)
     chosen, reference = found.argmax(-1), expected.argmax(-1)
@@ -109,11 +109,17 @@ def with_onnxruntime(artifact: Path, ids: Tensor, new_tokens: int) -> tuple[list
     return chosen.tolist(), reference.tolist(), float(error[seen].norm() / expected[seen].norm())
 
 
-def at_final_bits(artifact: Path) -> runtime.CompiledModel:
-    """The artifact whose layers begin at the bits that they would end at, computing in float32 as the ONNX model."""
+def as_in_onnx(artifact: Path, batch_size: int = 1) -> tuple[runtime.CompiledModel, runtime.Cache]:
+    """The artifact and a cache that compute as `model.onnx` does: in float32, rows of a 16-bit model in float16, at the
+    bits that layers would end at, each sequence with the bytes of the plan."""
     model = runtime.load(artifact, dtype="float32")
-    layers = tuple(dataclasses.replace(layer, stages=layer.stages[-1:]) for layer in model.plan.layers)
-    return dataclasses.replace(model, plan=dataclasses.replace(model.plan, layers=layers))
+    layers = tuple(
+        dataclasses.replace(layer, stages=layer.stages[-1:], arena_bytes=batch_size * layer.arena_bytes)
+        for layer in model.plan.layers
+    )
+    plan = dataclasses.replace(model.plan, layers=layers)
+    rows = torch.float32 if plan.dtype == "float32" else torch.float16
+    return model, runtime.Cache(plan, batch_size, None, rows, model.device)
 
 
 def _greedy(step: Callable[[Tensor], Tensor], ids: Tensor, new_tokens: int) -> Tensor:

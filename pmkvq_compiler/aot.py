@@ -28,12 +28,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.kernel_source import TUNING
 from pmkvq_compiler.options import TARGETS
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.cubins import ALIGNMENT, INDEX, argument_type, flat, variant
 from pmkvq_compiler.runtime.errors import InputError
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
-from pmkvq_compiler.runtime.kernels import LayerKernels, check_kernels, tunings
+from pmkvq_compiler.runtime.kernels import LayerKernels, check_kernels, read_tunings
 from pmkvq_compiler.runtime.load import DTYPES, import_generated
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
 
@@ -156,6 +157,7 @@ def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder
     plan: CachePlan = import_generated(package / "plan.py").PLAN
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     recorders = {name: Recorder(import_generated(package / "kernels" / f"{name}.py")) for name in dict.fromkeys(names)}
+    tunings = read_tunings((package / "kernels" / TUNING).read_text(encoding="utf-8"))
     seen = set()
     calls = _observed_calls(package, checkpoint, plan)
     for name, layer, of_layer in zip(names, plan.layers, calls, strict=True):
@@ -163,7 +165,7 @@ def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder
         if alike in seen:
             continue
         seen.add(alike)
-        for tuning in tunings():
+        for tuning in tunings.values():
             _run_layer(LayerKernels(recorders[name], tuning), _roomy(plan, layer), of_layer)  # type: ignore[arg-type]
     return recorders
 

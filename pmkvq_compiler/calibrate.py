@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -85,7 +86,7 @@ def calibrate(
     are too short or the model's loss is not finite.
     """
     samples, recipe = read_samples(source, options), resolved(options)
-    effective_len = effective_length(source, options, max_len)
+    stretch = Fraction(effective_length(source, options, max_len), options.calib_len)
     model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
     check_ids = samples[0][None, :CHECK_TOKENS]
     calibration = Calibration(
@@ -108,20 +109,20 @@ def calibrate(
     walk = partial(_walk, model, samples, progress)
     if "scale" in recipe.key_transforms:
         maxima: dict[int, Tensor] = {}
-        walk("Measuring keys", partial(_record_maxima, maxima), effective_len)
+        walk("Measuring keys", partial(_record_maxima, maxima), stretch)
         search = ScaleSearch(
             {site.layer: maxima[site.layer] for site in sites if site.reason is None},
             min(options.bits),
             recipe.sink,
             recipe.block,
         )
-        walk("Searching scales", search, effective_len)
+        walk("Searching scales", search, stretch)
         alphas, scales = search.best()
         key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
         calibration = replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
     moments = Moments()
     if "match" in (*recipe.key_transforms, *recipe.value_transforms):
-        walk("Measuring moments", moments, None, _sampled_loss)
+        walk("Measuring moments", moments, objective=_sampled_loss)
     calibration = replace(
         calibration,
         key_matrices=_key_matrices(sites, recipe, calibration.scales, moments),
@@ -135,7 +136,7 @@ def calibrate(
         calibration.value_matrices,
     )
     measured = OutputLoss(*formats, recipe.sink, recipe.block)
-    walk("Measuring losses", measured, None, _sampled_loss)
+    walk("Measuring losses", measured, objective=_sampled_loss)
     calibration = replace(
         calibration,
         key_loss=_averaged(measured.key, len(samples)),
@@ -143,7 +144,7 @@ def calibrate(
     )
     if recipe.measure == "gradient":
         product = GradientProduct(*formats, recipe.sink, recipe.block)
-        walk("Measuring gradients", product, effective_len, _text_loss)
+        walk("Measuring gradients", product, stretch, _text_loss)
         calibration = replace(
             calibration,
             key_gradient=_averaged(product.key, len(samples)),
@@ -338,11 +339,11 @@ def _walk(
     progress: Progress,
     stage: str,
     observe: Callable[[AttentionCall], Tensor | None],
-    effective_len: int | None,
+    stretch: Fraction = Fraction(1),
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
-    """Run the model on each sample under `observe`, its positions stretched if told, and an `objective` of logits
-    [S, V] and tokens [S] backwards if given."""
+    """Run the model on each sample under `observe`, its positions `stretch` times as far apart, and an `objective` of
+    logits [S, V] and tokens [S] backwards if given."""
     inputs = model.get_input_embeddings().register_forward_hook(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
@@ -350,7 +351,7 @@ def _walk(
         with observed(observe), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(stage, index, len(samples))
-                positions = stretched_positions(len(sample), max(len(sample), effective_len or 0))
+                positions = stretched_positions(len(sample), int(len(sample) * stretch))
                 input_ids = sample.unsqueeze(0).to(model.device)
                 logits = run(model, input_ids, positions.to(model.device))[0].float()
                 _check_loss(model, F.cross_entropy(logits[:-1], input_ids[0, 1:]))

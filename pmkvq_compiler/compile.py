@@ -74,7 +74,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         plan = solution.plan
         if options.aot:
             check_plan(plan)
-    report = _report(program, calibration, options, solution)
+    report = _report(source, program, calibration, options, solution)
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
@@ -199,7 +199,9 @@ def _write_model(
     }
 
 
-def _report(program: Program, calibration: Calibration, options: CompileOptions, solution: Solution) -> dict[str, Any]:
+def _report(
+    source: Source, program: Program, calibration: Calibration, options: CompileOptions, solution: Solution
+) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
     plan = solution.plan
     rows = [
@@ -213,6 +215,7 @@ def _report(program: Program, calibration: Calibration, options: CompileOptions,
     original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
     return {
         "model": options.model,
+        "name": source.base_model or source.name,
         "recipe": plan.recipe,
         "budget": plan.budget,
         "max_len": plan.max_len,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pmkvq_compiler.model_source import span
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan
-from pmkvq_compiler.templates import render
+from pmkvq_compiler.templates import read, render
+
+TUNING = "tuning.json"
 
 
 def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks: bool, layers: str) -> str:
@@ -29,7 +31,8 @@ def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks:
 
 
 def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> dict[str, str]:
-    """Names and texts of the files in `kernels/`; `layers.py` says which file is whose."""
+    """Names and texts of the files in `kernels/`; `layers.py` says which file is whose, `tuning.json` how they are
+    launched on which device."""
     kinds: dict[str, list[int]] = {}
     for site, plan in zip(sites, plans, strict=True):
         group = site.num_attention_heads // site.num_key_value_heads
@@ -41,4 +44,10 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
         files[f"attention_{number}.py"] = text.replace("LAYERS", span(layers), 1)
         names |= dict.fromkeys(layers, f"attention_{number}")
     files["layers.py"] = render("kernels/layers.py.j2", names=[names[layer] for layer in sorted(names)])
+    files[TUNING] = tuning_table()
     return files
+
+
+def tuning_table() -> str:
+    """The launch parameters that were measured, as JSON; see `runtime.kernels.read_tunings`."""
+    return read(f"kernels/{TUNING}")

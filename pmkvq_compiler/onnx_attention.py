@@ -3,6 +3,9 @@
 The function is pure: it takes the layer's state and returns the state with the new tokens in it. The pool of quantized
 blocks grows along `blocks`, the unquantized rows (`[sink | window]`) along `rows`; both may be empty. Numbers are those
 of `runtime/quantize.py`, in float32; codes are packed into bytes, of which field f holds element `f * bytes + byte`.
+
+Rows take the bytes that the plan counts: float32 for a model stored so, and float16 for one of 16 bits, bfloat16 as
+well, which rounds less than bfloat16 would and is a dtype that every binding of onnxruntime has.
 """
 
 from __future__ import annotations
@@ -49,11 +52,14 @@ class Attention:
     scale: float
     softcap: float | None
     has_sinks: bool
+    row_dtype: ir.DataType
 
     @classmethod
-    def of(cls, site: AttentionSite, plan: LayerPlan, max_len: int) -> Attention:
-        """The attention of a site with a cache of `max_len` tokens. Raises `CompileError` where the function cannot
-        keep it."""
+    def of(cls, site: AttentionSite, plan: LayerPlan, max_len: int, dtype: str) -> Attention:
+        """The attention of a site with a cache of `max_len` tokens, in a model that is stored in `dtype`.
+
+        Raises `CompileError` where the function cannot keep the cache.
+        """
         plan = fitted(plan, max_len)
         if plan.quantized and max(plan.key_bits, plan.value_bits) > BYTE_BITS:
             raise CompileError(
@@ -67,6 +73,7 @@ class Attention:
             scale=site.scale,
             softcap=site.softcap,
             has_sinks=site.has_sinks,
+            row_dtype=ir.DataType.FLOAT if dtype == "float32" else ir.DataType.FLOAT16,
         )
 
 
@@ -74,8 +81,8 @@ def state_tensors(attention: Attention) -> list[StateTensor]:
     """The state of one layer, in the order in which its function takes and returns it."""
     plan, batch = attention.plan, ("batch", attention.plan.num_key_value_heads)
     rows = [
-        StateTensor("key_rows", ir.DataType.FLOAT, (*batch, "rows", plan.key_head_dim)),
-        StateTensor("value_rows", ir.DataType.FLOAT, (*batch, "rows", plan.value_head_dim)),
+        StateTensor("key_rows", attention.row_dtype, (*batch, "rows", plan.key_head_dim)),
+        StateTensor("value_rows", attention.row_dtype, (*batch, "rows", plan.value_head_dim)),
     ]
     if not attention.blocks:
         return rows
@@ -147,25 +154,40 @@ def _attend_and_append(
     sinks: ir.Value | None,
     past: Mapping[str, ir.Value],
 ) -> list[ir.Value]:
-    """The attended values, then the present state."""
+    """The attended values, then the present state.
+
+    The call's own keys and values are met as they are; rows, and the blocks that are made of them, hold them rounded.
+    """
     plan = attention.plan
-    keys = op.Concat(past["key_rows"], key, axis=2)
-    values = op.Concat(past["value_rows"], value, axis=2)
+    seen_keys, keys = _with_new(op, attention, past["key_rows"], key)
+    seen_values, values = _with_new(op, attention, past["value_rows"], value)
     if not attention.blocks and plan.sliding_window is None:
-        return [_attend(op, attention, query, {}, keys, values, sinks), keys, values]
+        return [_attend(op, attention, query, {}, seen_keys, seen_values, sinks), keys, values]
     leaving = _blocks_leaving(op, plan, keys)
     rows = [_without(op, plan, one, leaving) for one in (keys, values)]
     if not attention.blocks:
-        return [_attend(op, attention, query, {}, keys, values, sinks), *rows]
+        return [_attend(op, attention, query, {}, seen_keys, seen_values, sinks), *rows]
     new = _quantized_blocks(op, plan, keys, values, leaving)
     before = {name: op.Shape(past[name], start=2, end=3) for name in new}
     pool = {name: op.Concat(past[name], blocks, axis=2) for name, blocks in new.items()}
     single = op.Cast(op.Equal(op.Shape(key, start=2, end=3), [1]), to=ir.DataType.INT64)
     early = op.Mul(leaving, single)
     attended = {name: op.Slice(blocks, [0], op.Add(before[name], early), [2]) for name, blocks in pool.items()}
-    seen_keys, seen_values = (_without(op, plan, one, early) for one in (keys, values))
-    out = _attend(op, attention, query, attended, seen_keys, seen_values, sinks)
+    unpooled_keys, unpooled_values = (_without(op, plan, one, early) for one in (seen_keys, seen_values))
+    out = _attend(op, attention, query, attended, unpooled_keys, unpooled_values, sinks)
     return [out, *(_newest(op, attention, blocks) for blocks in pool.values()), *rows]
+
+
+def _with_new(op: OpBuilder, attention: Attention, rows: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Rows and new ones after them: in float32 as attention meets them, and in the dtype that they are kept in.
+
+    What is beyond float16 becomes its largest number, not infinity.
+    """
+    if attention.row_dtype == ir.DataType.FLOAT:
+        both = op.Concat(rows, new, axis=2)
+        return both, both
+    kept = _half(op, op.Clip(new, -LARGEST_FP16, LARGEST_FP16))
+    return op.Concat(_float(op, rows), new, axis=2), op.Concat(rows, kept, axis=2)
 
 
 def _blocks_leaving(op: OpBuilder, plan: LayerPlan, keys: ir.Value) -> ir.Value:
@@ -200,7 +222,7 @@ def _quantized_blocks(
 
     def blocks(rows: ir.Value, head_dim: int) -> ir.Value:
         shape = op.Concat([0, 0], count, [plan.block, head_dim], axis=0)
-        return op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape)
+        return _float(op, op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape))
 
     key_blocks = op.Transpose(blocks(keys, plan.key_head_dim), perm=[0, 1, 2, 4, 3])
     key_codes, key_parameters = _quantize(

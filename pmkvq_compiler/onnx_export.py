@@ -50,7 +50,8 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> N
     plan = program.plan
     assert plan is not None
     attentions = [
-        Attention.of(site, layer, plan.max_len) for site, layer in zip(program.sites, layer_plans(program), strict=True)
+        Attention.of(site, layer, plan.max_len, plan.dtype)
+        for site, layer in zip(program.sites, layer_plans(program), strict=True)
     ]
     weights = {name: tensor for file in weight_files for name, tensor in external_tensors(folder, file).items()}
     model = _translated(_Traced(program, weights))

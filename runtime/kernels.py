@@ -6,6 +6,7 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,32 +26,84 @@ if TYPE_CHECKING:
 SMALLEST_BLOCK = 64
 """Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
 
+CHANNELS_AT_ONCE = 16
+"""Rows of a matrix operand, which are channels of V."""
+
+ROWS_COPIED = 64
+"""Tokens outside the pool that a program of the unpacking kernel takes at once."""
+
+
+ROWS_DECODED = 64
+"""Rows of sink and window that a program of the decode kernel reads."""
+
+FEWEST_BLOCKS = 4
+"""Blocks of the pool that are worth a program of the decode kernel, whose part must be merged with the others."""
+
+REGISTERS = 65536
+"""Registers of a multiprocessor."""
+
+LARGEST_REGISTERS = 248
+"""Registers of a lane, of which eight single warps have the most that can be had."""
+
+MERGED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """The decode kernel runs in single warps of so many `registers` a lane, for heads of 128 channels; a lane takes
+    `cells` words of V in a step, and blocks of the pool are asked for `prefetch` ahead."""
+
+    cells: int
+    registers: int
+    prefetch: int
+
+    def registers_for(self, channels: int) -> int:
+        """Sums of values and queries take registers in proportion to a head's channels."""
+        return LARGEST_REGISTERS if channels > 128 else min(self.registers, 128) if channels <= 64 else self.registers
+
 
 @dataclass(frozen=True)
 class Tuning:
     """How kernels are launched; none of it changes what they compute.
 
-    `cells[bits]` is how many words of V a lane of the decode kernel takes in a step, for V of that width. The decode
-    kernel runs in single warps, `decode_programs` of them for each multiprocessor; of sink and window each takes about
-    `decode_rows` rows, and it asks for blocks of the pool `decode_prefetch` ahead.
+    `decode[bits]` is for V of that width.
     """
 
-    cells: dict[int, int]
-    decode_programs: int
-    decode_registers: int | None
-    decode_rows: int
-    decode_prefetch: int
+    decode: dict[int, DecodeTuning]
     prefill_tile: int
     prefill_step: int
     prefill_warps: int
     prefill_stages: int
+    append_warps: int = 4
+    shrink_warps: int = 8
+    prefill_scratch: int = 256 << 20
+    """Bytes for what new tokens attend to, unpacked."""
+
+    def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Queries and keys of a step of the prefill kernel. Wide keys are taken fewer at a time, for the sake of shared
+        memory, and fp32 numbers, which are no operands of the matrix unit, in tiles that registers hold."""
+        if dtype == torch.float32:
+            return 32, 16
+        return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-CONSERVATIVE = Tuning({16: 2, 8: 2, 4: 1, 2: 1}, 12, 168, 64, 2, 64, 64, 4, 2)
+DEFAULT_TUNING = "default"
 
 
-MEASURED: dict[str, Tuning] = {}
-"""Tunings by a part of the device's name."""
+def read_tunings(text: str) -> dict[str, Tuning]:
+    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices."""
+
+    def tuning(entry: dict[str, Any]) -> Tuning:
+        decode = {int(bits): DecodeTuning(**values) for bits, values in entry["decode"].items()}
+        return Tuning(**{**entry, "decode": decode})
+
+    return {name: tuning(entry) for name, entry in json.loads(text).items()}
+
+
+def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:
+    """How to launch kernels on a device: as was measured on it, or cautiously."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tuning for known, tuning in tunings.items() if known in name), tunings[DEFAULT_TUNING])
 
 
 @dataclass(frozen=True)
@@ -109,7 +162,7 @@ class LayerKernels:
                 *_steps(store),
                 **_widths(store),
                 MODE=mode,
-                num_warps=4,
+                num_warps=self.tuning.append_warps,
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
@@ -135,7 +188,7 @@ class LayerKernels:
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
                 VALUE_TARGET=after[1],
-                num_warps=8,
+                num_warps=self.tuning.shrink_warps,
             )
 
     def _decode(
@@ -144,12 +197,13 @@ class LayerKernels:
         batch, query_heads = q.shape[:2]
         q = q.contiguous()
         heads = batch * store.plan.num_key_value_heads
-        row_splits, splits = self._splits(heads, store)
+        widths = _widths(store)
+        tuning = self.tuning.decode[widths["VALUE_BITS"]]
+        registers = tuning.registers_for(max(store.plan.key_head_dim, store.plan.value_head_dim))
+        pool_splits, splits = _splits(heads, store, REGISTERS // (32 * registers))
         parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
-        widths = _widths(store)
-        registers = {} if self.tuning.decode_registers is None else {"maxnreg": self.tuning.decode_registers}
         self.module.decode[parts[:2]](
             q,
             store.words,
@@ -161,19 +215,19 @@ class LayerKernels:
             batch,
             store.plan.window,
             store.ring,
-            row_splits,
+            pool_splits,
             splits,
             scale,
             *_steps(store),
             **widths,
-            CELLS=min(self.tuning.cells[widths["VALUE_BITS"]], self.largest_cells(widths["VALUE_BITS"])),
-            PREFETCH=self.tuning.decode_prefetch,
+            CELLS=min(tuning.cells, self.largest_cells(widths["VALUE_BITS"])),
+            PREFETCH=tuning.prefetch,
             num_warps=1,
             num_stages=1,
-            **registers,
+            maxnreg=registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
-        self.module.merge[(batch, query_heads)](
+        self.module.merge[(batch, query_heads, -(-value_dim // 32))](
             partial,
             log_weights,
             q if sinks is None else sinks,
@@ -182,7 +236,8 @@ class LayerKernels:
             batch,
             splits,
             SPLITS_PADDED=1 << (splits - 1).bit_length(),
-            num_warps=2,
+            CHUNK=min(MERGED_AT_ONCE, 1 << (splits - 1).bit_length()),
+            num_warps=4,
         )
         return out
 
@@ -190,63 +245,97 @@ class LayerKernels:
         """32-bit words of a line of V codes that one of four lanes has."""
         return self.module.BLOCK.value * bits // 128
 
-    def _splits(self, heads: int, store: LayerCache) -> tuple[int, int]:
-        """In how many parts a head's rows are read, and how many parts that makes with those of its pool: as many
-        programs as run at once, each with something to do."""
-        row_splits = -(-(store.plan.sink + store.plan.window) // self.tuning.decode_rows)
-        programs = multiprocessors(store.arena.device) * self.tuning.decode_programs
-        blocks = store.capacity() if store.ring else 0
-        return row_splits, row_splits + min(blocks, max(1, programs // heads))
-
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
     ) -> Tensor:
+        """Attention of new tokens: what they attend to is unpacked, for as many heads at once as the scratch
+        holds; one head of one sequence may take more than that."""
         batch, query_heads, columns = q.shape[:3]
-        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)
-        widths = _widths(store)
-        tile = self.tuning.prefill_tile
-        self.module.prefill[(-(-columns // tile), query_heads, batch)](
-            q,
-            k,
-            v,
-            store.words,
-            store.halves,
-            store.buffers,
-            q if sinks is None else sinks,
-            out,
-            cache.state,
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            columns,
-            store.head_units,
-            batch,
-            store.plan.window,
-            store.ring,
-            scale,
-            *_steps(store),
-            **widths,
-            TILE=tile,
-            STEP=self.tuning.prefill_step,
-            num_warps=self.tuning.prefill_warps,
-            num_stages=self.tuning.prefill_stages,
+        plan, module, tuning = store.plan, self.module, self.tuning
+        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)  # of padding too
+        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+        counts = [own.stop - own.start for own in cache.columns]
+        live = [store.live_blocks(sequence) for sequence in range(batch)]
+        copied = [rows + count for rows, count in zip(store.rows, counts, strict=True)]
+        tokens = max(blocks * plan.block + rows for blocks, rows in zip(live, copied, strict=True))
+        pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
+        capacity = -(-tokens // ROWS_COPIED) * ROWS_COPIED
+        heads = batch * plan.num_key_value_heads
+        channels = module.KEY_PADDED.value + module.VALUE_PADDED.value
+        at_once = min(heads, max(1, tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
+        keys, values = (
+            torch.empty(at_once, capacity, padded.value, dtype=dtype, device=q.device)
+            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
         )
+        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), dtype)
+        for first in range(0, heads, at_once):
+            some = min(at_once, heads - first)
+            module.unpack[(pieces, 2, some)](
+                store.words,
+                store.halves,
+                store.buffers,
+                k,
+                v,
+                keys,
+                values,
+                cache.state,
+                k.stride()[:3],
+                v.stride()[:3],
+                store.head_units,
+                first,
+                batch,
+                plan.window,
+                store.ring,
+                capacity,
+                *_steps(store),
+                **_widths(store),
+                ROWS=ROWS_COPIED,
+                num_warps=4,
+            )
+            module.prefill[(-(-columns // tile), query_heads // plan.num_key_value_heads, some)](
+                q,
+                keys,
+                values,
+                q if sinks is None else sinks,
+                out,
+                cache.state,
+                q.stride()[:3],
+                columns,
+                first,
+                batch,
+                plan.window,
+                store.ring,
+                capacity,
+                scale,
+                TILE=tile,
+                STEP=step,
+                num_warps=tuning.prefill_warps,
+                num_stages=tuning.prefill_stages,
+            )
         return out
 
 
-def tuning_for(device: torch.device) -> Tuning:
-    """How to launch kernels on a device: as was measured on it, or cautiously."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tuning for known, tuning in MEASURED.items() if known in name), CONSERVATIVE)
+def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
+    """In how many parts a head's pool is read, and how many parts that makes with those of its rows.
 
-
-def tunings() -> list[Tuning]:
-    """All ways in which `tuning_for` may have kernels launched."""
-    return [CONSERVATIVE, *MEASURED.values()]
+    As few as keep nine in ten of the places busy that the device has for programs, `resident` a multiprocessor, and no
+    smaller than is worth a program.
+    """
+    row_splits = -(-(store.plan.sink + store.plan.window) // ROWS_DECODED)
+    places = multiprocessors(store.arena.device) * resident
+    most = max(1, store.capacity() // FEWEST_BLOCKS)
+    splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
+    return splits, splits + row_splits
 
 
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
+    for channels in (plan.key_head_dim, plan.value_head_dim):
+        if channels % CHANNELS_AT_ONCE:
+            raise InputError(
+                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; "
+                f'load with backend="reference"'
+            )
     if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
         raise InputError(
             f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
-from .kernels import LayerKernels, check_kernels, tuning_for
+from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
 from .model import CompiledModel
 from .plan import CachePlan
 
@@ -44,7 +44,7 @@ def load(
     plain PyTorch. Unless told, it is the kernels on a CUDA device and the reference elsewhere.
 
     Raises `ArtifactError` where the folder is no artifact, holds a changed file, or has a newer format, and
-    `InputError` where the backend cannot run there.
+    `InputError` where the device is not there or the backend cannot run on it.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
@@ -54,7 +54,7 @@ def load(
     plan = import_generated(package / "plan.py").PLAN
     stored = DTYPES[plan.dtype]
     target = stored if dtype is None else _dtype(dtype)
-    place = torch.device("cpu" if device is None else device)
+    place = _device(device)
     kernels = choose_kernels(package, plan, place, backend, target)
     checkpoint = [folder / name for name in manifest["weights"]]
     weights = _read_weights(checkpoint, package / "constants.safetensors", stored, target, place)
@@ -87,6 +87,18 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ArtifactError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}; pass one of these")
     return DTYPES[dtype]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError) as error:  # what torch raises for a device that it was not built for
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f'device "{device}" cannot be used ({reason}); name one that PyTorch has, such as "cpu"'
+        ) from error
+    return place
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +183,8 @@ def choose_kernels(
     for layer in plan.layers:
         check_kernels(layer)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
-    tuning = tuning_for(device)
+    table = (package / "kernels" / "tuning.json").read_text(encoding="utf-8")
+    tuning = tuning_for(device, read_tunings(table))
     archive = _fitting_archive(package, DTYPES[plan.dtype], device, dtype) if device.type == "cuda" else None
     if archive is None:
         _check_triton(device)

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 MANIFEST = "pmkvq.json"
-FOREIGN_CACHE = "past_key_values is a {}; a compiled artifact has its own cache: make one with the model's new_cache()"
+CACHE = next(
+    name for name in ("cache", "past_key_values") if name in {one.name for one in fields(CausalLMOutputWithPast)}
+)
+"""What transformers calls the cache in its calls and outputs: `past_key_values` before 5.24."""
+FOREIGN_CACHE = "the cache is a {}; a compiled artifact has its own cache: make one with the model's new_cache()"
 UNSUPPORTED = {
     "inputs_embeds": "give input_ids",
     "labels": "compute the loss from the logits",
@@ -71,12 +75,17 @@ class PmkvqCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """A crop takes tokens back but not a lowering of bits that they brought about."""
-        return False
+        """Whether a crop leaves no trace: it takes back neither a lowering of bits nor what a sliding window passed."""
+        plans = [layer.plan for layer in self.cache.layers]
+        return not any(plan.quantized or plan.sliding_window is not None for plan in plans)
 
     @property
     def is_sliding(self) -> list[bool]:
         return [layer.plan.sliding_window is not None for layer in self.cache.layers]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -201,20 +210,27 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: PmkvqCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: PmkvqCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of `input_ids` [B, S], of the last `logits_to_keep` columns or of those that it lists (0: of all).
 
         `attention_mask` [B, cached columns + S] marks padding (0), at either end of a row. `position_ids` follow the
-        mask unless given. Long input is taken in chunks, so that all but the first read a quantized cache.
+        mask unless given. `cache` and `past_key_values` are one, the newer and the older name. Long input is taken in
+        chunks, so that all but the first read a quantized cache.
         """
         for name in UNSUPPORTED.keys() & kwargs.keys():
             if kwargs[name] is not None and kwargs[name] is not False:
                 raise ValueError(f"{name} is not supported by a compiled artifact; {UNSUPPORTED[name]}")
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):  # not to be ignored: without its past a text goes on with something else
+                raise ValueError(f"{name} holds a cache; give it as cache or past_key_values")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         if input_ids is None:
             raise ValueError("input_ids are missing; a compiled artifact reads token ids only")
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        past = past_key_values
+        past = past_key_values if cache is None else cache
         if past is None:
             past = self.new_cache(input_ids.shape[0], None if use_cache else input_ids.shape[1])
         elif not isinstance(past, PmkvqCache):
@@ -237,7 +253,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
                 ).unflatten(0, (input_ids.shape[0], len(wanted)))
             )
         past.count(mask)
-        return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), past_key_values=past if use_cache else None)
+        return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), **{CACHE: past if use_cache else None})
 
     def _prepare_cache_for_generation(
         self,
@@ -253,12 +269,12 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported: "
                 f"a compiled artifact has its own cache; leave it out"
             )
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE)
         if past is None and generation_config.use_cache is False:
             return
         if past is None:
             sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            past = model_kwargs["past_key_values"] = self.new_cache(sequences)
+            past = model_kwargs[CACHE] = self.new_cache(sequences)
         elif isinstance(past, PmkvqCache):
             past._is_user_defined = True  # as transformers marks them
         else:

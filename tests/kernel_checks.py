@@ -7,6 +7,7 @@ They run on a GPU, and anywhere in Triton's interpreter, for which Triton must b
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import tempfile
@@ -18,20 +19,28 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from pmkvq_compiler.kernel_source import kernel_source
+from pmkvq_compiler.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels
-from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, LayerKernels, Tuning, read_tunings
+from pmkvq_compiler.runtime.plan import LayerPlan, block_bytes, sequence_bytes
 
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
+
+CONSERVATIVE = read_tunings(tuning_table())[DEFAULT_TUNING]
 
 TOLERANCE = 2e-3
 """Relative norm of the error, for inputs in fp16 or bf16."""
 
 INTERPRETED_BFLOAT16 = 6e-3
 """The interpreter cuts numbers to bf16 where the device rounds them."""
+
+LONG = 512
+"""Tokens of a call up to which each is compared; scores in float64 of a longer one would fill the host's memory."""
+
+SAMPLE = 64
+"""Tokens of a longer call that are compared."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Case:
     direct: bool = False
     taken_back: int = 0
     """Tokens that every sequence loses again before the last call."""
+    tuning: Tuning = CONSERVATIVE
 
     def plan(self) -> LayerPlan:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
@@ -89,7 +99,7 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
     plan = case.plan()
     batch = len(case.steps[0])
     whole = cache_plan(plan, max_len=case.max_len, batch_size=batch)
-    kernels = [LayerKernels(render_module(case), CONSERVATIVE)]
+    kernels = [LayerKernels(render_module(case), case.tuning)]
     cache = Cache(whole, batch, None, case.dtype, device, kernels)
     twin = Cache(whole, batch, None, case.dtype, torch.device("cpu"))
     cache.layers[0].arena.fill_(0xFF)  # NaN in every format: a number that is read without having been written shows
@@ -123,7 +133,9 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
             count = part.stop - part.start
             if not count:
                 continue
-            positions = torch.arange(cache.length[b], cache.length[b] + count)
+            assert out[b, :, part].isfinite().all()
+            chosen = compared(count, generator)
+            positions = cache.length[b] + torch.arange(count)
             if columns == 1:
                 keys, values, at = stored_numbers(after.layers[0], b)
             else:
@@ -132,17 +144,53 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
                     for old, new in zip(before[b][:2], (k, v), strict=True)
                 )
                 at = torch.cat([before[b][2], positions])
-            visible = at <= positions.unsqueeze(-1)
+            own_positions = positions[chosen].unsqueeze(-1)
+            visible = at <= own_positions
             if case.sliding_window is not None:
-                visible &= at > positions.unsqueeze(-1) - case.sliding_window
-            expected = reference(q[b, :, part], keys, values, visible, scale, case.softcap, sinks)
-            error += (out[b, :, part].double() - expected).square().sum().item()
+                visible &= at > own_positions - case.sliding_window
+            expected = reference(q[b, :, part][:, chosen], keys, values, visible, scale, case.softcap, sinks)
+            error += (out[b, :, part][:, chosen].double() - expected).square().sum().item()
             total += expected.square().sum().item()
         for one in (cache, twin):
             one.end()
         errors.append((error / total) ** 0.5)
     assert cache.layers[0].bits == twin.layers[0].bits
     return errors
+
+
+def compared(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Which tokens of a call are compared: all of a short one, some and the last of a long one."""
+    if count <= LONG:
+        return torch.arange(count)
+    some = torch.randperm(count - 1, generator=generator)[: SAMPLE - 1]
+    return torch.cat([some, torch.tensor([count - 1])])
+
+
+def check_lowering(wide: int, clip: float, device: torch.device) -> None:
+    """Blocks of every code of `wide` bits, lowered in place, are those of the reference to the last bit."""
+    case = Case(key_bits=wide // 2, value_bits=wide // 2, key_clip=clip, value_clip=clip, steps=steps(1))
+    stages = ((wide, wide), (wide // 2, wide // 2))
+    max_len = case.sink + case.window + 8 * case.block
+    plan = dataclasses.replace(case.plan(), stages=stages)
+    plan = dataclasses.replace(plan, arena_bytes=sequence_bytes(plan, max_len, 2, stage=0))
+    kernels = LayerKernels(render_module(case), CONSERVATIVE)
+    cache, twin = (
+        Cache(cache_plan(plan, max_len=max_len), 1, None, case.dtype, where, chosen)
+        for where, chosen in ((device, [kernels]), (torch.device("cpu"), None))
+    )
+    for one in (cache, twin):
+        one.layers[0].rows, one.layers[0].flushed, one.length = [case.sink + case.window], [8], [max_len]
+    words = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(wide)).to(torch.int16)
+    twin.layers[0].arena.random_(generator=torch.Generator().manual_seed(0))
+    records = twin.layers[0].records(0, 0, 8)
+    for codes, chosen in zip((records.key_codes, records.value_codes), words.chunk(2), strict=True):
+        codes.view(torch.int16).copy_(chosen[: codes.numel() // 2].view((*codes.shape[:-1], -1)))
+    cache.layers[0].arena.copy_(twin.layers[0].arena)
+    cache.begin([slice(0, 0)])
+    kernels.shrink(cache, cache.layers[0], 1)
+    twin.layers[0].lower()
+    used = slice(0, twin.layers[0].arena.shape[-1] - twin.layers[0].pool.shape[-1] + 8 * block_bytes(plan, *stages[1]))
+    assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
 
 
 def take_back(cache: Cache, count: int) -> None:
@@ -195,11 +243,17 @@ SMALL = [
     Case(head_dim=80, group=3, key_bits=2, value_bits=2, value_clip=0.8, block=128, window=128, steps=steps(280, 1)),
     Case(head_dim=96, key_axis="token", key_bits=8, value_bits=16, dtype=torch.bfloat16, steps=steps(200, 1)),
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
+    Case(sliding_window=230, window=128, steps=steps(200, 1, 170, 40)),
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
+    Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
+    Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
     Case(steps=steps(196, 1), taken_back=64),
     Case(steps=steps(196, 90), taken_back=64),
 ]
+
+LOWERED = [(16, 1.0), (8, 1.0), (4, 1.0), (4, 0.8), (4, 0.6)]
+"""Widths of which every code is lowered, and clips."""
 
 
 def repair_interpreter() -> None:
@@ -221,3 +275,5 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
+    for wide, clip in LOWERED:
+        check_lowering(wide, clip, torch.device("cpu"))

@@ -17,6 +17,8 @@ POINTERS = {
     "partial": "*fp32",
     "log_weights": "*fp32",
     "state": "*i32",
+    "keys": "*fp16",
+    "values": "*fp16",
 }
 ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
 FLOATS = {"scale", "key_step", "value_step"}
@@ -51,8 +53,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     work |= {
         "shrink": (module.shrink, 8, lowered),
         "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
-        "merge": (module.merge, 2, {"SPLITS_PADDED": 32}),
-        "prefill": (module.prefill, 4, {**widths, "TILE": 64, "STEP": 64}),
+        "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
+        "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
+        "prefill": (module.prefill, 4, {"TILE": 64, "STEP": 64}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)

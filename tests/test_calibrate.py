@@ -108,6 +108,28 @@ def test_the_measured_keys_are_the_ones_that_a_cache_would_hold(source: Source, 
         torch.testing.assert_close(measured, cache.layers[layer].keys.abs().amax(dim=(0, 2)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_short_document_is_stretched_as_much_as_a_whole_sample(source: Source, tmp_path: Path, factor: int) -> None:
+    documents = [torch.randint(3, 128, (length,)) for length in (70, 80)]
+    calib = tmp_path / "documents.jsonl"
+    calib.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in documents))
+    chosen = options(tmp_path, calib=str(calib), effective_len=80 * factor)
+    calibration = calibrate(source, sites(), chosen, MAX_LEN, silent)
+    model, samples = source.load_model("eager"), read_samples(source, chosen)
+    assert sorted(map(len, samples)) == [len(samples[0]), 80]
+    maxima: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for sample in samples:
+            ids = sample.unsqueeze(0)
+            positions = torch.arange(len(sample)).unsqueeze(0) * factor
+            cache = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).past_key_values
+            for layer in range(3):
+                found = cache.layers[layer].keys.abs().amax(dim=(0, 2))
+                maxima[layer] = torch.maximum(maxima.get(layer, found), found)
+    for layer, measured in calibration.key_maxima.items():
+        torch.testing.assert_close(measured, maxima[layer], rtol=1e-4, atol=1e-5)
+
+
 def total(calibration: Calibration, window: int) -> float:
     """The losses of all layers in all formats of one window."""
     by_layer = [*calibration.key_loss.values(), *calibration.value_loss.values()]

@@ -55,8 +55,15 @@ def bare(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *arguments: str, stdin: str = "", **variables: str) -> str:
-    """What a command prints, run with no way to import anything from here."""
-    done = subprocess.run(
+    """What a command prints that succeeds."""
+    done = ask(python, *arguments, stdin=stdin, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ask(python: Path, *arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command, run with no way to import anything from here."""
+    return subprocess.run(
         [python, "-W", "ignore", *arguments],
         input=stdin,
         capture_output=True,
@@ -65,8 +72,6 @@ def run(python: Path, *arguments: str, stdin: str = "", **variables: str) -> str
         env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def encode(artifact: Path, text: str) -> torch.Tensor:
@@ -126,6 +131,20 @@ def test_the_terminal_answers_and_chats(artifact: Path, bare: Path) -> None:
     turns = run(bare, "-m", PACKAGE, "--max-new-tokens", "8", stdin="Ahoy\n/reset\nAhoy\nAgain\n/quit\n")
     assert turns.startswith(f"> {said}\n> > {said}\n> "), "what was reset is forgotten"
     assert turns.endswith("\n> ")
+
+
+def test_the_terminal_complains_in_one_sentence(bare: Path) -> None:
+    for option, value, complaint in (
+        ("--device", "cuda:99", 'device "cuda:99" cannot be used'),
+        ("--dtype", "int3", "dtype 'int3' is not one of"),
+        ("--max-new-tokens", "-3", "max_new_tokens -3 generates nothing"),
+        ("--temperature", "-1", "temperature -1.0 is not above 0"),
+    ):
+        done = ask(bare, "-m", PACKAGE, "--prompt", "Ahoy", option, value)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr.startswith(f"{PACKAGE}: {complaint}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_transformers_runs_the_artifact_without_the_compiler(artifact: Path, tmp_path: Path) -> None:

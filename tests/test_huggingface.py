@@ -109,10 +109,11 @@ def test_beam_search_reorders_packed_codes(artifact: Path, model: Any) -> None:
             for piece in self.history.split([150, *[1] * (self.history.shape[1] - 150)], dim=1):
                 model.compiled(piece, self.cache)
 
-    def forward(input_ids: Tensor, past_key_values: Any, **kwargs: Any) -> Any:
-        if isinstance(past_key_values, Replayed):
-            past_key_values.history = torch.cat([past_key_values.history, input_ids], dim=1)
-        return type(model).forward(model, input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(input_ids: Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        past = past_key_values if cache is None else cache  # its name depends on the version of transformers
+        if isinstance(past, Replayed):
+            past.history = torch.cat([past.history, input_ids], dim=1)
+        return type(model).forward(model, input_ids, past_key_values=past, **kwargs)
 
     ids = prompt(150)
     replayed = Replayed(model.compiled.new_cache(4))
@@ -200,6 +201,13 @@ def test_drafted_tokens_that_are_wrong_are_taken_back(unquantized: Path) -> None
     ids = prompt(20).repeat(1, 4)
     out = greedy(compiled, ids, prompt_lookup_num_tokens=4, max_new_tokens=40)
     assert torch.equal(out, greedy(compiled, ids, max_new_tokens=40))
+
+
+def test_drafts_are_refused_where_they_would_leave_a_trace(model: Any) -> None:
+    """By transformers since 5.24, before that by the cache when the first wrong token is in a block."""
+    assert not model.new_cache().is_croppable
+    with pytest.raises(ValueError, match=r"requires a cache that can be cropped|cannot be taken back"):
+        greedy(model, prompt(100).repeat(1, 2), prompt_lookup_num_tokens=40)
 
 
 def test_crop_goes_back_or_refuses(model: Any) -> None:
@@ -325,6 +333,21 @@ def test_a_model_that_moves_attends_with_what_is_there(compile_tiny: CompileTiny
         assert torch.equal(greedy(moved, prompt().to("cuda")).cpu(), expected)
     assert moved.to("cpu").compiled.kernels is None
     assert load(artifact, backend="reference").to("cuda").compiled.kernels is None
+
+
+def test_a_cache_has_two_names_and_no_others(model: Any) -> None:
+    ids, tail = prompt(120), prompt(5, seed=1)
+    logits = []
+    for name in ("cache", "past_key_values"):
+        past = model.new_cache()
+        model(ids, **{name: past})
+        logits.append(model(tail, **{name: past}).logits)
+        assert past.get_seq_length() == 125
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(tail, cache=past, past_key_values=past)
+    with pytest.raises(ValueError, match="state holds a cache; give it as cache or past_key_values"):
+        model(tail, state=past)
 
 
 def test_generation_without_a_cache(model: Any) -> None:

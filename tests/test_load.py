@@ -53,6 +53,12 @@ def test_missing_file_newer_format_and_other_folders_are_refused(copy: Path, tmp
         runtime.load(copy)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "banana"])
+def test_a_device_that_is_not_there_is_named(copy: Path, device: str) -> None:
+    with pytest.raises(runtime.InputError, match=f'device "{device}" cannot be used .*; name one that PyTorch has'):
+        runtime.load(copy, device=device)
+
+
 def test_other_dtypes(copy: Path) -> None:
     ids = torch.randint(3, 128, (1, 40))
     exact = runtime.load(copy, dtype=torch.float64)(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples.four_ways import as_in_onnx
 from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
@@ -85,13 +85,6 @@ class Decoder:
         return torch.from_numpy(logits)
 
 
-def at_final_bits(folder: Path) -> runtime.CompiledModel:
-    """The artifact whose layers begin at the bits that they would end at, computing in float32 as the ONNX model."""
-    model = runtime.load(folder, dtype="float32")
-    layers = tuple(dataclasses.replace(layer, stages=layer.stages[-1:]) for layer in model.plan.layers)
-    return dataclasses.replace(model, plan=dataclasses.replace(model.plan, layers=layers))
-
-
 def prompt(batch_size: int = 1, count: int = PROMPT) -> Tensor:
     return torch.randint(3, 128, (batch_size, count), generator=torch.Generator().manual_seed(7))
 
@@ -106,8 +99,7 @@ def greedy(step: Any, input_ids: Tensor) -> tuple[list[int], Tensor]:
 
 def test_greedy_text_is_the_runtimes(artifact: Path) -> None:
     """Where rounding made another code of a number that lies between two, logits may differ by 1e-3."""
-    model = at_final_bits(artifact)
-    cache = model.new_cache()
+    model, cache = as_in_onnx(artifact)
     expected, logits = greedy(lambda ids: model(ids, cache), prompt())
     found, own_logits = greedy(Decoder(artifact), prompt())
     same = next((n for n in range(STEPS) if expected[n] != found[n]), STEPS)
@@ -116,10 +108,8 @@ def test_greedy_text_is_the_runtimes(artifact: Path) -> None:
 
 
 def test_pieces_and_batches_are_the_runtimes(channel_axis: Path) -> None:
-    model, decoder, ids = at_final_bits(channel_axis), Decoder(channel_axis, batch_size=2), prompt(2, 180)
-    layers = tuple(dataclasses.replace(one, arena_bytes=2 * one.arena_bytes) for one in model.plan.layers)
-    model = dataclasses.replace(model, plan=dataclasses.replace(model.plan, layers=layers))
-    cache = model.new_cache(batch_size=2)
+    model, cache = as_in_onnx(channel_axis, batch_size=2)
+    decoder, ids = Decoder(channel_axis, batch_size=2), prompt(2, 180)
     for piece in ids.split([90, 1, 1, 70, 1, 17], dim=1):
         assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
     assert any("key_codes" in name and value.shape[2] > 1 for name, value in decoder.state.items())
@@ -128,8 +118,8 @@ def test_pieces_and_batches_are_the_runtimes(channel_axis: Path) -> None:
 @pytest.mark.parametrize("recipe", ["kivi", "rotation", "best"])
 def test_every_recipe_is_the_runtimes(compile_tiny: CompileTiny, recipe: str) -> None:
     folder = compile_tiny("qwen2", recipe=recipe, budget="70%", onnx=True)
-    model, decoder, ids = at_final_bits(folder), Decoder(folder), prompt(1, 250)
-    cache = model.new_cache()
+    model, cache = as_in_onnx(folder)
+    decoder, ids = Decoder(folder), prompt(1, 250)
     for piece in ids.split([200, 1, 49], dim=1):
         assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
 
@@ -168,11 +158,19 @@ def test_session_opens_from_another_folder(channel_axis: Path, tmp_path: Path, m
 
 def test_unquantized_cache_of_a_bfloat16_model(compile_tiny: CompileTiny) -> None:
     folder = compile_tiny("llama", recipe="none", dtype="bfloat16", onnx=True)
-    model, decoder = runtime.load(folder, dtype="float32"), Decoder(folder)
-    cache = model.new_cache()
-    assert all(name.endswith("_rows") for name in decoder.state)
+    (model, cache), decoder = as_in_onnx(folder), Decoder(folder)
+    assert all(name.endswith("_rows") and value.dtype == np.float16 for name, value in decoder.state.items())
     for piece in prompt().split([100, 1, 49], dim=1):
-        assert relative_error(decoder(piece), model(piece, cache)) <= 1e-5
+        assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cache_stays_in_the_budget(compile_tiny: CompileTiny, dtype: str) -> None:
+    folder = compile_tiny("qwen2", budget="60%", bits=(4, 2), dtype=dtype, onnx=True)
+    (model, cache), decoder = as_in_onnx(folder), Decoder(folder)
+    for piece in prompt(1, cache.max_len).split(50, dim=1):
+        assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
+        assert sum(value.nbytes for value in decoder.state.values()) == cache.bytes_used <= model.plan.budget
 
 
 def test_shards_are_read_where_they_are(

@@ -29,8 +29,15 @@ CALLS = [10, *[1] * 130, 200, *[1] * 70, 3]
 LATER = {"blocks": "present_blocks", "rows": "present_rows"}
 
 
-def attention_of(group: int = 2, softcap: float | None = None, sinks: bool = False, **plan: Any) -> Attention:
-    layer = layer_plan(max_len=MAX_LEN, batch_size=BATCH, **plan)
+def attention_of(
+    group: int = 2,
+    softcap: float | None = None,
+    sinks: bool = False,
+    dtype: str = "float32",
+    max_len: int = MAX_LEN,
+    **plan: Any,
+) -> Attention:
+    layer = layer_plan(max_len=max_len, batch_size=BATCH, **plan)
     site = AttentionSite(
         layer=0,
         node="attention",
@@ -47,7 +54,7 @@ def attention_of(group: int = 2, softcap: float | None = None, sinks: bool = Fal
         value=None,
         reason=None,
     )
-    return Attention.of(site, dataclasses.replace(layer, stages=layer.stages[-1:]), MAX_LEN)
+    return Attention.of(site, dataclasses.replace(layer, stages=layer.stages[-1:]), max_len, dtype)
 
 
 class Layer:
@@ -95,23 +102,31 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"key_axis": "token", "key_bits": 4, "value_bits": 4, "sliding_window": 200, "sink": 0, "sinks": True},
     {"sliding_window": 100, "sink": 0, "window": 164, "stages": ()},
     {"sink": 0, "window": MAX_LEN, "stages": ()},
+    {"key_axis": "channel", "key_bits": 4, "value_bits": 2, "dtype": "bfloat16"},
+    {"key_axis": "token", "key_bits": 4, "value_bits": 4, "sliding_window": 200, "sink": 0, "dtype": "float16"},
+    {"sink": 0, "window": MAX_LEN, "stages": (), "dtype": "bfloat16"},
 ]
+ROWS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+
+
+def runtime_cache(attention: Attention) -> Cache:
+    """The runtime's cache of the same layer, whose rows have the dtype of the function's."""
+    plan = cache_plan(attention.plan, max_len=MAX_LEN, batch_size=BATCH)
+    return Cache(plan, BATCH, MAX_LEN, ROWS[attention.row_dtype], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda one: "-".join(map(str, one.values())))
 def test_function_computes_what_the_runtime_does(configuration: dict[str, Any]) -> None:
     attention = attention_of(**configuration)
     plan, heads = attention.plan, attention.num_attention_heads
-    layer = Layer(attention)
-    cache = Cache(
-        cache_plan(plan, max_len=MAX_LEN, batch_size=BATCH), BATCH, MAX_LEN, torch.float32, torch.device("cpu")
-    )
+    layer, cache = Layer(attention), runtime_cache(attention)
     sinks = torch.randn(heads) if attention.has_sinks else None
     spread = torch.linspace(0.2, 3, plan.key_head_dim)
     for count in CALLS:
         q = 2 * torch.randn(BATCH, heads, count, plan.key_head_dim)
         k = 1 + spread * torch.randn(BATCH, plan.num_key_value_heads, count, plan.key_head_dim)
         v = torch.randn(BATCH, plan.num_key_value_heads, count, plan.value_head_dim)
+        k, v = (x.to(ROWS[attention.row_dtype]).float() for x in (k, v))  # a single token is rounded before it is met
         cache.begin([slice(0, count)] * BATCH)
         expected = cached_attention(q, k, v, cache, 0, SCALE, attention.softcap, sinks)
         cache.end()
@@ -135,10 +150,7 @@ def test_function_is_valid_and_of_standard_operators(configuration: dict[str, An
 def test_numbers_of_any_size_and_constant_groups() -> None:
     """Groups of equal numbers, of denormal ranges and of numbers beyond float16."""
     attention = attention_of(sink=0, window=64, key_axis="token", key_bits=4, value_bits=4)
-    plan, layer = attention.plan, Layer(attention)
-    cache = Cache(
-        cache_plan(plan, max_len=MAX_LEN, batch_size=BATCH), BATCH, MAX_LEN, torch.float32, torch.device("cpu")
-    )
+    plan, layer, cache = attention.plan, Layer(attention), runtime_cache(attention)
     shape = (BATCH, plan.num_key_value_heads, 256, plan.key_head_dim)
     k = torch.randn(shape) * 10 ** torch.linspace(-9, 5, 256).unsqueeze(-1)
     k[:, :, ::16] = 0.25
@@ -152,16 +164,29 @@ def test_numbers_of_any_size_and_constant_groups() -> None:
     assert np.array_equal(layer.state["value_parameters"][0], records.value_parameters.numpy())
 
 
-def test_packed_inputs_at_4_bits_take_at_most_29_percent_of_bfloat16() -> None:
-    attention = attention_of(key_bits=4, value_bits=4, key_axis="channel")
-    layer, heads = Layer(attention), attention.plan.num_key_value_heads
-    k, v = torch.randn(2, BATCH, heads, 500, 64)
-    layer(torch.randn(BATCH, attention.num_attention_heads, 500, 64), k, v, None)
-    packed = {name: value for name, value in layer.state.items() if not name.endswith("rows")}
-    tokens = packed["value_codes"].shape[2] * attention.plan.block
-    assert tokens + layer.state["key_rows"].shape[2] == 500
-    bfloat16 = 2 * BATCH * heads * tokens * (64 + 64)
-    assert sum(value.nbytes for value in packed.values()) <= 0.29 * bfloat16
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 12_288), (128, 6_144)])
+def test_inputs_at_4_bits_take_at_most_29_percent_of_bfloat16(head_dim: int, tokens: int) -> None:
+    """All inputs of a bfloat16 model's layer, first and last rows included, at the length of a long chat and beyond."""
+    shape = {"key_head_dim": head_dim, "value_head_dim": head_dim, "block": head_dim, "num_key_value_heads": 1}
+    attention = attention_of(
+        group=1, dtype="bfloat16", max_len=tokens, key_bits=4, value_bits=4, key_axis="channel", **shape
+    )
+    layer = Layer(attention)
+    for _ in range(tokens // 512):
+        q, k, v = torch.randn(3, BATCH, 1, 512, head_dim)
+        layer(q, k, v, None)
+    pooled = layer.state["value_codes"].shape[2] * attention.plan.block
+    assert pooled + layer.state["key_rows"].shape[2] == tokens
+    assert sum(value.nbytes for value in layer.state.values()) <= 0.29 * 2 * BATCH * tokens * 2 * head_dim
+
+
+def test_numbers_beyond_float16_stay_finite_in_its_rows() -> None:
+    layer = Layer(attention_of(dtype="bfloat16"))
+    q, k, v = (torch.full((BATCH, heads, 2, 64), 1e6) for heads in (6, 3, 3))
+    layer(q, k, v, None)
+    assert layer.state["key_rows"].dtype == np.float16
+    assert (layer.state["key_rows"] == 65_504).all()
+    assert np.isfinite(layer.state["value_rows"]).all()
 
 
 def test_codes_wider_than_a_byte_are_refused() -> None:

@@ -53,7 +53,8 @@ def sample_report(plan: CachePlan) -> dict[str, Any]:
         for index, layer in enumerate(plan.layers)
     ]
     return {
-        "model": "some/<model>",
+        "model": "some.gguf",
+        "name": "some/<model>",
         "recipe": plan.recipe,
         "budget": plan.budget,
         "max_len": plan.max_len,
@@ -117,7 +118,7 @@ def test_html_shows_layers_reasons_figures_and_command(tmp_path: Path) -> None:
     text = _Text()
     text.feed((tmp_path / "report.html").read_text())
     shown = " ".join(" ".join(text.content).split())
-    assert "some/<model>" in shown
+    assert shown.count("some/<model>") == 2, "in the title and above the page"
     assert f"multiplied by it in the query's. folded layers 0 not folded layers 1-2: {REASON}" in shown
     assert "its inverse in the output projection. folded layers 0-2" in shown
     assert "1.23e-07" in shown

@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,10 +33,10 @@ from bf16_decode import bf16_decode
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmkvq_compiler.kernel_source import kernel_source
+from pmkvq_compiler.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
-from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, tuning_for
+from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, read_tunings, tuning_for
 from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, block_bytes, sequence_bytes
 
 DEVICE = torch.device("cuda")
@@ -69,8 +70,25 @@ class Row:
     ideal: float
 
 
-DECODE_SHAPES = (Shape(32, 32768), Shape(8, 32768), Shape(1, 32768), Shape(32, 32768, head_dim=64))
-AXES: tuple[tuple[KeyAxis, int], ...] = (("channel", 64), ("channel", 128), ("token", 64))
+LARGE, MEDIUM, SINGLE = Shape(32, 32768), Shape(8, 32768), Shape(1, 32768)
+NARROW = Shape(32, 32768, head_dim=64)
+Packing = tuple[KeyAxis, int, tuple[int, int]]
+"""Axis of K's groups, tokens of a block, and bits of K and V."""
+
+CHANNEL_64: tuple[Packing, ...] = tuple(("channel", 64, bits) for bits in ((8, 8), (4, 4), (2, 2)))
+DECODED: dict[Shape, tuple[Packing, ...]] = {
+    LARGE: (
+        *CHANNEL_64,
+        ("channel", 64, (4, 2)),
+        *(("channel", 128, bits) for bits in ((8, 8), (4, 4), (2, 2))),
+        *(("token", 64, bits) for bits in ((8, 8), (4, 4), (2, 2))),
+    ),
+    MEDIUM: CHANNEL_64,
+    SINGLE: CHANNEL_64,
+    NARROW: CHANNEL_64,
+}
+PREFILLED = ((16, 16), (8, 8), (4, 4), (2, 2))
+CHUNKS = (8192, 2048, 512)
 
 
 def main() -> None:
@@ -83,19 +101,26 @@ def main() -> None:
     rows = []
     for name in arguments.only.split(","):
         for row in parts[name]():
-            print(
-                f"{row.kernel:8} {row.shape}  {row.what:24} {row.microseconds:9.1f} us {row.gigabytes_a_second:6.0f} "
-                f"GB/s  {row.baseline} {row.baseline_microseconds:.1f} us  {row.ratio:.2f} of {row.ideal:.2f}",
-                flush=True,
-            )
+            print(line(row), flush=True)
             rows.append(row)
     write(rows, arguments.output)
+
+
+def line(row: Row) -> str:
+    """A row of the Markdown table."""
+    speed = f"{row.gigabytes_a_second:,.0f}" if row.gigabytes_a_second else ""
+    return (
+        f"| {row.kernel} | {row.shape} | {row.what} | {row.microseconds:,.1f} | {speed} | "
+        f"{row.baseline} {row.baseline_microseconds:,.1f} | {row.ratio:.2f} | {row.ideal:.2f} |"
+    )
 
 
 # ---- a packed cache with random contents ----
 
 
-def layer_plan(shape: Shape, bits: tuple[int, int], axis: KeyAxis, block: int, stages: tuple[tuple[int, int], ...] = ()):
+def layer_plan(
+    shape: Shape, bits: tuple[int, int], axis: KeyAxis, block: int, stages: tuple[tuple[int, int], ...] = ()
+):
     layer = LayerPlan(
         num_key_value_heads=shape.heads,
         key_head_dim=shape.head_dim,
@@ -114,11 +139,13 @@ def layer_plan(shape: Shape, bits: tuple[int, int], axis: KeyAxis, block: int, s
     return dataclasses.replace(layer, arena_bytes=shape.batch * widest)
 
 
-def packed_cache(shape: Shape, layer: LayerPlan) -> Cache:
+def packed_cache(shape: Shape, layer: LayerPlan) -> tuple[Cache, LayerKernels, LayerCache]:
+    """An empty cache of one layer, the layer's kernels and its store."""
     plan = CachePlan("best", layer.arena_bytes, shape.tokens, shape.batch, "bfloat16", (layer,))
     module = import_source(kernel_source(layer, shape.group, None, False, str(shape)))
-    kernels = [LayerKernels(module, tuning_for(DEVICE))]
-    return Cache(plan, shape.batch, shape.tokens, torch.bfloat16, DEVICE, kernels)
+    kernels = LayerKernels(module, tuning_for(DEVICE, read_tunings(tuning_table())))
+    cache = Cache(plan, shape.batch, shape.tokens, torch.bfloat16, DEVICE, [kernels])
+    return cache, kernels, cache.layers[0]
 
 
 def import_source(text: str) -> ModuleType:
@@ -175,146 +202,146 @@ def microseconds(work: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(times[3:])
 
 
-def sdpa(backend: SDPBackend) -> AbstractContextManager[None]:
-    return sdpa_kernel(backend)
-
-
 def bf16_best(shape: Shape) -> tuple[str, float]:
     """The fastest decode attention over a bf16 cache, and its time."""
     q = random_heads(shape, shape.heads * shape.group, 1)
     k, v = (random_heads(shape, shape.heads, shape.tokens) for _ in range(2))
     found: dict[str, float] = {}
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        with sdpa(backend):
+        with sdpa_kernel(backend):
             found[name] = microseconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
     programs = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    for waves in (2, 4, 8):
+    for waves, shape_of_tile in itertools.product((2, 4, 8), ((64, 4, 3), (128, 4, 2), (128, 8, 3))):
         splits = max(1, programs * waves // (shape.batch * shape.heads))
-        for tile, warps, stages in ((64, 4, 3), (128, 4, 2), (128, 8, 3)):
-            taken = microseconds(lambda: bf16_decode(q, k, v, splits, tile, warps, stages), 10)  # noqa: B023
-            found["Triton"] = min(taken, found.get("Triton", taken))
+        taken = microseconds(functools.partial(bf16_decode, q, k, v, splits, *shape_of_tile), 10)
+        found["Triton"] = min(taken, found.get("Triton", taken))
     print(f"bf16, {shape}: " + ", ".join(f"{name} {taken:.1f} us" for name, taken in found.items()), flush=True)
     return min(found.items(), key=lambda pair: pair[1])
 
 
 def decode_rows() -> Iterator[Row]:
-    for shape in DECODE_SHAPES:
+    for shape, packings in DECODED.items():
         name, baseline = bf16_best(shape)
-        bf16_bytes = 4 * shape.batch * shape.heads * shape.tokens * shape.head_dim
-        for axis, block in AXES:
-            for bits in ((8, 8), (4, 4), (4, 2), (2, 2)):
-                layer = layer_plan(shape, bits, axis, block)
-                cache = packed_cache(shape, layer)
-                fill(cache, shape, shape.tokens - 1)
-                cache.begin([slice(0, 1)] * shape.batch)
-                q = random_heads(shape, shape.heads * shape.group, 1)
-                store, kernels = cache.layers[0], cache.kernels
-                assert kernels is not None
-                scale = shape.head_dim**-0.5
-                taken = microseconds(lambda: kernels[0]._decode(q, shape.head_dim, cache, store, scale, None))  # noqa: B023
-                packed = shape.batch * shape.heads * store.live_blocks(0) * block_bytes(layer, *bits)
-                yield Row(
-                    "decode", str(shape), f"K {bits[0]} V {bits[1]}, {axis} {block}", taken, packed / taken / 1e3,
-                    f"bf16 {name}", baseline, baseline / taken, bf16_bytes / packed,
-                )  # fmt: skip
+        for packing in packings:
+            yield decode_row(shape, packing, name, baseline)
+
+
+def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Row:
+    axis, block, bits = packing
+    layer = layer_plan(shape, bits, axis, block)
+    cache, kernels, store = packed_cache(shape, layer)
+    fill(cache, shape, shape.tokens - 1)
+    cache.begin([slice(0, 1)] * shape.batch)
+    q = random_heads(shape, shape.heads * shape.group, 1)
+    scale = shape.head_dim**-0.5
+    taken = microseconds(lambda: kernels._decode(q, shape.head_dim, cache, store, scale, None))
+    packed = shape.batch * shape.heads * store.live_blocks(0) * block_bytes(layer, *bits)
+    ideal = 4 * shape.batch * shape.heads * shape.tokens * shape.head_dim / packed
+    what = f"K {bits[0]} V {bits[1]}, {axis} {block}"
+    speed = packed / taken / 1e3
+    return Row("decode", str(shape), what, taken, speed, f"bf16 {name}", baseline, baseline / taken, ideal)
 
 
 def append_rows() -> Iterator[Row]:
-    """A token that finds room in the window, and one that sends a block away, in shares of the step's attention."""
-    shape = DECODE_SHAPES[0]
-    for axis, block in AXES[:1]:
-        for bits in ((4, 4), (2, 2)):
-            layer = layer_plan(shape, bits, axis, block)
-            cache = packed_cache(shape, layer)
-            store, kernels = cache.layers[0], cache.kernels
-            assert kernels is not None
-            fill(cache, shape, shape.tokens - 2 * block)
-            window = layer.sink + layer.window
-            until_full = (window - store.rows[0]) % block
-            fill(cache, shape, cache.length[0] + until_full)
-            q = random_heads(shape, shape.heads * shape.group, 1)
-            k, v = (random_heads(shape, shape.heads, 1) for _ in range(2))
-            scale = shape.head_dim**-0.5
+    """A token that finds room in the window, and one that sends a block away, against the step's attention."""
+    for _, _, bits in CHANNEL_64[1:]:
+        layer = layer_plan(LARGE, bits, "channel", 64)
+        cache, kernels, store = packed_cache(LARGE, layer)
+        rows = layer.sink + layer.window
+        full = rows + (LARGE.tokens - 2 * layer.block - rows) // layer.block * layer.block
+        fill(cache, LARGE, full)
+        flush = append_time(cache, kernels, store)
+        fill(cache, LARGE, full + 1)
+        plain = append_time(cache, kernels, store)
+        q = random_heads(LARGE, LARGE.heads * LARGE.group, 1)
+        attention = microseconds(decode_work(q, cache, kernels, store))
+        for what, taken in (("without flush", plain), ("with flush", flush)):
+            what += f", K {bits[0]} V {bits[1]}"
+            yield Row("append", str(LARGE), what, taken, 0.0, "decode", attention, attention / taken, 20.0)
 
-            def token(counted: bool) -> float:
-                cache.begin([slice(0, 1)] * shape.batch)
-                rows, flushed = list(store.rows), list(store.flushed)
 
-                def work() -> None:
-                    store.rows, store.flushed = list(rows), list(flushed)
-                    kernels[0]._append(k, v, cache, store)
+def decode_work(q: Tensor, cache: Cache, kernels: LayerKernels, store: LayerCache) -> Callable[[], object]:
+    return lambda: kernels._decode(q, LARGE.head_dim, cache, store, LARGE.head_dim**-0.5, None)
 
-                taken = microseconds(work)
-                if counted:
-                    cache.end()
-                return taken
 
-            flush = token(counted=True)
-            plain = token(counted=False)
-            attention = microseconds(lambda: kernels[0]._decode(q, shape.head_dim, cache, store, scale, None))  # noqa: B023
-            for what, taken in (("without flush", plain), ("with flush", flush)):
-                yield Row(
-                    "append", str(shape), f"{what}, K {bits[0]} V {bits[1]}", taken, 0.0, "decode", attention,
-                    attention / taken, 20.0,
-                )  # fmt: skip
+def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float:
+    """Microseconds of one token's append to every sequence; the cache's bookkeeping is as before."""
+    cache.begin([slice(0, 1)] * LARGE.batch)
+    k, v = (random_heads(LARGE, LARGE.heads, 1) for _ in range(2))
+    rows, flushed = list(store.rows), list(store.flushed)
+
+    def work() -> None:
+        store.rows, store.flushed = list(rows), list(flushed)
+        kernels._append(k, v, cache, store)
+
+    taken = microseconds(work)
+    store.rows, store.flushed = rows, flushed
+    return taken
 
 
 def shrink_rows() -> Iterator[Row]:
-    """A gigabyte of codes lowered in place; bytes read and written against those of a copy."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    """A gigabyte of codes lowered in place; bytes read and written a second against those of a copy."""
+    source = torch.randint(-128, 128, (1 << 30,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / microseconds(lambda: target.copy_(source)) / 1e3
+    copy = max(
+        2 * source.nbytes / taken / 1e3 for taken in (microseconds(lambda: target.copy_(source)), eager(target, source))
+    )
     for wide, narrow in (((16, 16), (8, 8)), ((8, 8), (4, 4)), ((4, 4), (2, 2)), ((4, 4), (4, 2))):
-        tokens = 2**30 * 8 // (32 * 4 * 128 * (wide[0] + wide[1]))
-        shape = Shape(32, tokens // 64 * 64 + 132)
-        layer = layer_plan(shape, narrow, "channel", 64, (wide, narrow))
-        cache = packed_cache(shape, layer)
-        fill(cache, shape, shape.tokens)
-        cache.begin([slice(0, 0)] * shape.batch)
-        store, kernels = cache.layers[0], cache.kernels
-        assert kernels is not None
-        live = store.live_blocks(0)
-        moved = live * shape.batch * shape.heads * (block_bytes(layer, *wide) + block_bytes(layer, *narrow))
-        launches = len(list(lowering_order(live, block_bytes(layer, *wide), block_bytes(layer, *narrow))))
-        taken = microseconds(lambda: kernels[0].shrink(cache, store, 1), 10)  # noqa: B023
-        speed = moved / taken / 1e3
-        yield Row(
-            "shrink", f"{launches} launches", f"{wide} to {narrow}", taken, speed, "copy", moved / copied / 1e3,
-            speed / copied, 1.0,
-        )  # fmt: skip
+        yield shrink_row(wide, narrow, copy)
+
+
+def eager(target: Tensor, source: Tensor) -> float:
+    """Microseconds of a copy by a kernel, which a graph would make a memcpy of, slower on some devices."""
+    return seconds_and_peak(lambda: torch.bitwise_not(source, out=target))[0]
+
+
+def shrink_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> Row:
+    tokens = 2**30 * 8 // (32 * 4 * 128 * (wide[0] + wide[1]))
+    shape = Shape(32, tokens // 64 * 64 + 132)
+    layer = layer_plan(shape, narrow, "channel", 64, (wide, narrow))
+    cache, kernels, store = packed_cache(shape, layer)
+    fill(cache, shape, shape.tokens)
+    cache.begin([slice(0, 0)] * shape.batch)
+    live, sizes = store.live_blocks(0), [block_bytes(layer, *bits) for bits in (wide, narrow)]
+    moved = live * shape.batch * shape.heads * sum(sizes)
+    taken = microseconds(lambda: kernels.shrink(cache, store, 1), 10)
+    speed = moved / taken / 1e3
+    launches = f"{len(list(lowering_order(live, *sizes)))} launches"
+    return Row("shrink", launches, f"{wide} to {narrow}", taken, speed, "copy", moved / copy / 1e3, speed / copy, 1.0)
 
 
 def prefill_rows() -> Iterator[Row]:
     """A prompt of 32,768 tokens, quantized as it is read, against flash attention over all of it at once."""
-    shape = Shape(1, 32768)
-    scale = shape.head_dim**-0.5
-    q = random_heads(shape, shape.heads * shape.group, shape.tokens)
-    k, v = (random_heads(shape, shape.heads, shape.tokens) for _ in range(2))
-    baselines = {}
+    q = random_heads(SINGLE, SINGLE.heads * SINGLE.group, SINGLE.tokens)
+    k, v = (random_heads(SINGLE, SINGLE.heads, SINGLE.tokens) for _ in range(2))
+    found = {}
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
-        with sdpa(backend):
-            work = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-            baselines[name] = seconds_and_peak(work)
-            print(f"prefill bf16 {name}: {baselines[name][0]:.0f} us, {baselines[name][1] >> 20} MiB", flush=True)
-    baseline, whole = baselines["flash"]
-    for bits in ((16, 16), (8, 8), (4, 4), (2, 2)):
-        for chunk in (512, 2048, 8192):
-            layer = layer_plan(shape, bits, "channel", 64)
-            cache = packed_cache(shape, layer)
+        with sdpa_kernel(backend):
+            found[name] = seconds_and_peak(
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            )
+        print(f"bf16 prefill, {name}: {found[name][0]:.0f} us, {found[name][1] >> 20} MiB", flush=True)
+    for bits in PREFILLED:
+        for chunk in CHUNKS:
+            yield prefill_row(q, k, v, bits, chunk, *found["flash"])
 
-            def prompt() -> None:
-                cache.reset()
-                for start in range(0, shape.tokens, chunk):  # noqa: B023
-                    part = slice(start, start + chunk)  # noqa: B023
-                    cache.begin([slice(0, chunk)])  # noqa: B023
-                    cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, scale)
-                    cache.end()
 
-            taken, peak = seconds_and_peak(prompt)
-            yield Row(
-                "prefill", f"{shape}, peak {(peak + cache.bytes_reserved) >> 20} MiB ({(whole + k.nbytes + v.nbytes) >> 20})",
-                f"K {bits[0]} V {bits[1]}, chunks of {chunk}", taken, 0.0, "bf16 flash", baseline, baseline / taken, 1.0,
-            )  # fmt: skip
+def prefill_row(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: int, baseline: float, peak: int) -> Row:
+    layer = layer_plan(SINGLE, bits, "channel", 64)
+    cache, _, _ = packed_cache(SINGLE, layer)
+
+    def prompt() -> None:
+        cache.reset()
+        for start in range(0, SINGLE.tokens, chunk):
+            part = slice(start, start + chunk)
+            cache.begin([slice(0, chunk)])
+            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, SINGLE.head_dim**-0.5)
+            cache.end()
+
+    taken, own = seconds_and_peak(prompt)
+    ours, theirs = (own + cache.bytes_reserved) >> 20, (peak + k.nbytes + v.nbytes) >> 20
+    what = f"K {bits[0]} V {bits[1]}, chunks of {chunk:,}; peak {ours} MiB, bf16 {theirs}"
+    return Row("prefill", str(SINGLE), what, taken, 0.0, "bf16 flash", baseline, baseline / taken, 1.0)
 
 
 def seconds_and_peak(work: Callable[[], object], repeats: int = 5) -> tuple[float, int]:
@@ -340,6 +367,28 @@ def write(rows: list[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=[field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
+    head = f"| {torch.cuda.get_device_name()} | shape | what | us | GB/s | baseline, us | ratio | ideal |"
+    table = [head, "| --- | --- | --- | ---: | ---: | --- | ---: | ---: |", *map(line, rows)]
+    (folder / "kernels.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    plot([row for row in rows if row.kernel == "decode"], folder / "kernels.svg")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Decode attention: how many times as fast as over bf16, beside what fewer bytes would allow."""
+    import matplotlib.pyplot as plt
+
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(rows) + 1.2), layout="constrained")
+    labels = [f"{row.shape.split(',')[0]}, {row.what}" for row in rows]
+    axes.barh(labels, [row.ideal for row in rows], color="#d8dee9", label="fewer bytes at the same speed")
+    axes.barh(labels, [row.ratio for row in rows], color="#3b6ea5", height=0.5, label="measured")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"times as fast as the best attention over bf16, {torch.cuda.get_device_name()}")
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,27 @@ what greedy decoding would: a chain is right if and only if every argmax is. Pro
 recipes see the same problems, so differences are paired: the interval is the 95% bootstrap interval of the difference
 in exact chains to the first recipe.
 
-Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number.
+`--decode 4` compiles each plan and lets the artifact decode a few of the chains, half of them scored as wrong as far as
+there are any. What is decoded rounds as what is scored with `--dtype float32`; else in the model's own dtype.
+
+Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number. Last comes Kendall's rank
+correlation of the predicted losses with the measured divergences, over all plans.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +45,8 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, plan_table, solve
-from pmkvq_compiler.recipes import RECIPES
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.recipes import RECIPES, Recipe
 from pmkvq_compiler.recording import ATTENTION, observed, run
 from pmkvq_compiler.source import open_source
 from pmkvq_compiler.teacher_forcing import progressive
@@ -118,11 +124,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calib", help="calibration text as for pmkvq-compile")
     parser.add_argument("--calib-len", type=int, default=2048)
     parser.add_argument("--calib-samples", type=int, default=8)
+    parser.add_argument(
+        "--effective-len", type=int, help="tokens that calibration texts are stretched to (default: --max-len)"
+    )
     parser.add_argument("--max-len", type=int, help="tokens that plans are made for (default: the longest item)")
     parser.add_argument("--recipes", default="best,pm-kvq,kivi,kivi-128,rotation,uniform")
     parser.add_argument("--budgets", default="2.6bits,2.8bits,3bits,3.3bits,3.7bits,4.3bits")
     parser.add_argument("--ablations", action="store_true", help="leave one thing out at a time, at each budget")
     parser.add_argument("--dtype", default="auto", help="what sink and window are counted in (%(default)s)")
+    parser.add_argument(
+        "--decode", type=int, default=0, help="chains of each plan that a compiled artifact decodes step by step, too"
+    )
     parser.add_argument("--batch", type=int, default=12, help="items scored at once (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/quality"))
     parser.add_argument("--plot", action="store_true", help="only draw --output's quality.csv again")
@@ -141,15 +153,17 @@ class Bench:
         self.calib = arguments.calib or self._own_calibration()
         self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
         self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
+        self.effective_len = arguments.effective_len or self.max_len
         self.model = self._model()
-        self.calibrations: dict[str, Calibration] = {}
+        self.calibrations: dict[tuple[Recipe, int], Calibration] = {}
         self.references: dict[int, Tensor] = {}
+        self.scored: dict[tuple[Any, ...], list[Score]] = {}
         self.exact: dict[str, list[bool]] = {}
         self.full = self._score_all(None)
 
     def _model(self) -> PreTrainedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self.source.load_model(ATTENTION, device).float().requires_grad_(False)
+        return self.source.load_model(ATTENTION, device, torch.float32).requires_grad_(False)
 
     def _own_calibration(self) -> str:
         if self.arguments.text or self.arguments.problems:
@@ -192,7 +206,7 @@ class Bench:
         rows = [self._full_row()]
         for recipe in self.arguments.recipes.split(","):
             for budget in self.arguments.budgets.split(","):
-                rows += self._row(recipe, recipe, budget, self.max_len)
+                rows += self._row(recipe, recipe, budget, self.effective_len)
         return rows
 
     def ablations(self) -> list[Row]:
@@ -200,7 +214,7 @@ class Bench:
         for budget in self.arguments.budgets.split(","):
             for name, recipe in ABLATIONS.items():
                 RECIPES[name] = recipe
-                effective = self.arguments.calib_len if "interpolation" in name else self.max_len
+                effective = self.arguments.calib_len if "interpolation" in name else self.effective_len
                 rows += self._row(name, name, budget, effective)
         return rows
 
@@ -215,25 +229,34 @@ class Bench:
             calib_len=arguments.calib_len,
             calib_samples=arguments.calib_samples,
             effective_len=max(effective_len, arguments.calib_len),
+            dtype=arguments.dtype,
         )
 
-    def solution(self, recipe: str, budget: str, effective_len: int) -> Solution:
-        """The plan of a recipe; its calibration is made once. Raises `CompileError` where none fits the budget."""
+    def solution(self, recipe: str, budget: str, effective_len: int) -> tuple[Solution, Calibration]:
+        """The plan of a recipe and the calibration that it was found from, which serves all recipes that measure the
+        same. Raises `CompileError` where none fits the budget."""
         options = self._options(recipe, effective_len)
-        if recipe not in self.calibrations:
-            self.calibrations[recipe] = calibrate(self.source, self.sites, options, self.max_len, lambda *_: None)
         size = parse_budget(budget, cache_bytes_at_16_bits(self.sites, self.max_len, 1))
-        return solve(self.sites, self.calibrations[recipe], options, size, self.max_len, self.source.dtype)
+        check_feasible(self.sites, options, size, self.max_len, self.source.dtype)
+        measured = replace(RECIPES[recipe], summary="", progressive=True, per_layer=True, exact_layers=True)
+        if (measured, effective_len) not in self.calibrations:
+            self.calibrations[measured, effective_len] = calibrate(
+                self.source, self.sites, options, self.max_len, lambda *_: None
+            )
+        calibration = self.calibrations[measured, effective_len]
+        return solve(self.sites, calibration, options, size, self.max_len, self.source.dtype), calibration
 
     def _row(self, name: str, recipe: str, budget: str, effective_len: int) -> list[Row]:
         start = time.perf_counter()
         try:
-            solution = self.solution(recipe, budget, effective_len)
+            solution, calibration = self.solution(recipe, budget, effective_len)
         except CompileError as error:
             print(f"{name:30} {budget:8} {error}", flush=True)
             return []
-        calibration = self.calibrations[recipe]
-        scores = self._score_all(solution, calibration)
+        plan = (calibration.fingerprint, solution.plan.layers, solution.formats)
+        if plan not in self.scored:
+            self.scored[plan] = self._score_all(solution, calibration)
+        scores = self.scored[plan]
         table = plan_table(solution, self.sites, calibration)
         bits = 16 * solution.plan.arena_bytes / cache_bytes_at_16_bits(self.sites, self.max_len, 1)
         row = self._summary(name, budget, bits, sum(entry.sensitivity for entry in table), scores)
@@ -244,7 +267,29 @@ class Bench:
             f"KL {row.divergence:.2e}  predicted {row.predicted_loss:.2e}  {seconds:.0f} s  {layout}",
             flush=True,
         )
+        if self.arguments.decode:
+            self._decode(self._options(recipe, effective_len), budget, solution, scores)
         return [row]
+
+    def _decode(self, options: CompileOptions, budget: str, solution: Solution, scores: list[Score]) -> None:
+        """Print whether the compiled plan, step by step, decodes chains as they were scored."""
+        from stepwise import first_errors
+
+        wrong = [index for index, score in enumerate(scores) if score.first_error is not None]
+        right = [index for index, score in enumerate(scores) if score.first_error is None]
+        count = self.arguments.decode
+        chosen = (wrong[: max(count // 2, count - len(right))] + right)[:count]
+        options = replace(options, budget=budget, max_len=self.max_len)
+        items = [(self.items[index].prompt, self.items[index].chain) for index in chosen]
+        for index, found in zip(
+            chosen, first_errors(options, solution.plan, items, str(self.model.device)), strict=True
+        ):
+            expected = scores[index].first_error
+            print(
+                f"  chain {index}: first error {expected} scored, {found} decoded, "
+                f"{'agree' if expected == found else 'differ'}",
+                flush=True,
+            )
 
     def _full_row(self) -> Row:
         return self._summary("full precision", "", 16.0, 0.0, self.full)
@@ -295,8 +340,8 @@ class Bench:
             ids[row, : len(item.prompt) + len(item.chain)] = torch.tensor(item.prompt + item.chain)
         positions = torch.arange(width, device=self.model.device).unsqueeze(0)
         if solution is None or calibration is None:
-            with observed(lambda call: None):
-                return run(self.model, ids.to(self.model.device), positions)
+            with observed(lambda call: None):  # one at a time: exact attention has all its scores in memory at once
+                return torch.cat([run(self.model, row.to(self.model.device), positions) for row in ids.split(1)])
         folds = Folds.of(solution, calibration)
         attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
         with observed(attention):
@@ -337,6 +382,26 @@ def paired_interval(differences: list[int], draws: int = 2000) -> tuple[float, f
     return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
+def kendall_tau(pairs: Collection[tuple[float, float]]) -> float:
+    """Kendall's rank correlation (tau-a) of pairs: 1 where both rank the same; nan of fewer than two."""
+    orders = [
+        math.copysign(1, (a - c) * (b - d)) if (a - c) * (b - d) else 0
+        for (a, b), (c, d) in itertools.combinations(pairs, 2)
+    ]
+    return sum(orders) / len(orders) if orders else math.nan
+
+
+def rank_agreement(rows: Sequence[Row]) -> dict[str, float]:
+    """tau of predicted loss and measured divergence over all plans, and over those of each recipe that has several."""
+    plans = {(row.predicted_loss, row.divergence): row.recipe for row in rows if row.budget}
+    agreement = {"all": kendall_tau(plans)}
+    for recipe in dict.fromkeys(plans.values()):
+        own = [pair for pair, name in plans.items() if name == recipe]
+        if len(own) > 1:
+            agreement[recipe.strip()] = kendall_tau(own)
+    return agreement
+
+
 def write(rows: list[Row], folder: Path, title: str) -> None:
     with (folder / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
@@ -354,6 +419,9 @@ def write(rows: list[Row], folder: Path, title: str) -> None:
         f"{row.agreement:.2%} |"
         for row in rows
     ]
+    taus = ", ".join(f"{name} {tau:.2f}" for name, tau in rank_agreement(rows).items())
+    lines.append(f"\nKendall's tau of predicted loss and measured KL: {taus}")
+    print(lines[-1].strip(), flush=True)
     (folder / "quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(rows, folder / "quality.svg")
 

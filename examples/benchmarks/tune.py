@@ -1,0 +1,122 @@
+"""Find how the kernels are launched best on the CUDA device that is there, and write that into a table of tunings.
+
+    python examples/benchmarks/tune.py --name H200 templates/kernels/tuning.json     # what new artifacts carry
+    python examples/benchmarks/tune.py --name H200 ARTIFACT/PACKAGE/kernels/tuning.json
+
+Candidates are compiled by many processes and then timed one at a time: decode attention at the benchmark's largest
+shape for every width, and prefill of 32,768 tokens in chunks of 8,192. The fastest are written under --name, a part of
+the device's name. An artifact whose table has changed must be given its new sha256 in pmkvq.json, or compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from kernels import DEVICE, LARGE, SINGLE, layer_plan, microseconds, packed_cache, random_heads, seconds_and_peak
+from kernels import fill as fill_cache
+
+from pmkvq_compiler.runtime.attention import cached_attention
+from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, DecodeTuning, LayerKernels, Tuning, read_tunings
+
+WIDTHS = (8, 4, 2)
+CHUNK = 8192
+PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
+"""Queries and keys of a step, warps, stages."""
+
+
+def decode_candidates(bits: int) -> list[DecodeTuning]:
+    cells, registers = (1, (168, 184, 200)) if bits == 2 else (2, (168, 200, 224, 248))
+    return [DecodeTuning(cells, *values) for values in itertools.product(registers, (0, 1, 2))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="tuning.json to change")
+    parser.add_argument("--name", required=True, help="part of the device's name")
+    arguments = parser.parse_args()
+    tunings = read_tunings(arguments.table.read_text(encoding="utf-8"))
+    default = tunings[DEFAULT_TUNING]
+    jobs = [functools.partial(decode_time, bits, one) for bits in WIDTHS for one in decode_candidates(bits)]
+    jobs += [functools.partial(prefill_time, default, *shape) for shape in PREFILL_SHAPES]
+    compile_all(jobs)
+    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in WIDTHS}
+    decode[16] = decode[8]
+    shape = min(PREFILL_SHAPES, key=lambda shape: prefill_time(default, *shape))
+    tile, step, warps, stages = shape
+    found = dataclasses.replace(
+        default, decode=decode, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
+    )
+    table = {name: dataclasses.asdict(tuning) for name, tuning in (tunings | {arguments.name: found}).items()}
+    arguments.table.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(table[arguments.name], indent=2))
+
+
+def compile_all(jobs: list[functools.partial[float]]) -> None:
+    """Run every job once, in processes: what Triton compiles for it is in its cache afterwards."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=context) as pool:
+        for _ in pool.map(run_quietly, jobs):
+            pass
+
+
+def run_quietly(job: functools.partial[float]) -> None:
+    job(quiet=True)
+
+
+@functools.lru_cache(maxsize=1)
+def decode_cache(bits: int) -> tuple[Cache, LayerKernels, LayerCache]:
+    layer = layer_plan(LARGE, (bits, bits), "channel", 64)
+    cache, kernels, store = packed_cache(LARGE, layer)
+    fill_cache(cache, LARGE, LARGE.tokens - 1)
+    cache.begin([slice(0, 1)] * LARGE.batch)
+    return cache, kernels, store
+
+
+def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> float:
+    cache, kernels, store = decode_cache(bits)
+    tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys((16, 8, 4, 2), candidate))
+    tuned = LayerKernels(kernels.module, tuning)
+    q = random_heads(LARGE, LARGE.heads * LARGE.group, 1)
+    scale = LARGE.head_dim**-0.5
+    taken = microseconds(lambda: tuned._decode(q, LARGE.head_dim, cache, store, scale, None), 1 if quiet else 15)
+    if not quiet:
+        print(f"decode, {bits} bits, {candidate}: {taken:.1f} us", flush=True)
+    return taken
+
+
+def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int, quiet: bool = False) -> float:
+    tuning = dataclasses.replace(
+        default, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
+    )
+    cache, kernels, _ = packed_cache(SINGLE, layer_plan(SINGLE, (4, 4), "channel", 64))
+    cache.kernels = [LayerKernels(kernels.module, tuning)]
+    q, k, v = (random_heads(SINGLE, heads, SINGLE.tokens) for heads in (SINGLE.heads * SINGLE.group, 4, 4))
+
+    def prompt() -> None:
+        cache.reset()
+        for start in range(0, SINGLE.tokens, CHUNK):
+            part = slice(start, start + CHUNK)
+            cache.begin([slice(0, CHUNK)])
+            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, SINGLE.head_dim**-0.5)
+            cache.end()
+
+    taken, _ = seconds_and_peak(prompt, 1 if quiet else 3)
+    if not quiet:
+        print(f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages: {taken:.0f} us", flush=True)
+    return taken
+
+
+if __name__ == "__main__":
+    assert DEVICE.type == "cuda"
+    torch.manual_seed(0)
+    main()
