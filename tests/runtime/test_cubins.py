@@ -19,13 +19,15 @@ import torch
 from pmkvq_compiler import aot, runtime
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
-from pmkvq_compiler.runtime.kernels import CONSERVATIVE, LayerKernels
+from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import choose_kernels, import_generated
 
 from ..conftest import CompileTiny
 from .plans import cache_plan, layer_plan
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+
+from ..kernel_checks import CONSERVATIVE
 
 SMALL = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 OPTIONS = {"budget": "76KiB", "max_len": 420, "batch_size": 2, "block": 64, "window": 64, "calib_len": 160}
@@ -217,7 +219,7 @@ def test_hidden_parameters_are_counted(widths: list[int]) -> None:
 
 def test_a_kernel_that_cannot_be_compiled_is_named(compiled: Path) -> None:
     file = package_of(compiled) / "kernels" / "attention_0.py"
-    wrong = aot.Launched("merge", ["*fp32"] * 4 + ["i32"] * 3, {"SPLITS_PADDED": 4, "num_warps": 2}, set())
+    wrong = aot.Launched("merge", ["*fp32"] * 4 + ["i32"] * 3, {"SPLITS_PADDED": 4, "CHUNK": 4, "num_warps": 2}, set())
     with pytest.raises(
         CompileError, match=r"the kernel merge cannot be compiled for sm_90 \(.*int32.*\); leave sm_90 out"
     ):
