@@ -180,14 +180,14 @@ def choose_kernels(
         return None
     if chosen != "triton":
         raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
-    for layer in plan.layers:
-        check_kernels(layer)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     table = (package / "kernels" / "tuning.json").read_text(encoding="utf-8")
     tuning = tuning_for(device, read_tunings(table))
     archive = _fitting_archive(package, DTYPES[plan.dtype], device, dtype) if device.type == "cuda" else None
     if archive is None:
         _check_triton(device)
+    for layer in plan.layers:
+        check_kernels(layer)
     modules = {
         name: import_generated(package / "kernels" / f"{name}.py") if archive is None else archive.kernels(name)
         for name in dict.fromkeys(names)
