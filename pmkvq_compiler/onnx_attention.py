@@ -156,11 +156,13 @@ def _attend_and_append(
 ) -> list[ir.Value]:
     """The attended values, then the present state.
 
-    The call's own keys and values are met as they are; rows, and the blocks that are made of them, hold them rounded.
+    Rows, and the blocks that are made of them, hold rounded keys and values. Those of the call itself are met as they
+    are, but a single token's, which is appended before it attends.
     """
     plan = attention.plan
-    seen_keys, keys = _with_new(op, attention, past["key_rows"], key)
-    seen_values, values = _with_new(op, attention, past["value_rows"], value)
+    single = op.Equal(op.Shape(key, start=2, end=3), [1])
+    seen_keys, keys = _with_new(op, attention, past["key_rows"], key, single)
+    seen_values, values = _with_new(op, attention, past["value_rows"], value, single)
     if not attention.blocks and plan.sliding_window is None:
         return [_attend(op, attention, query, {}, seen_keys, seen_values, sinks), keys, values]
     leaving = _blocks_leaving(op, plan, keys)
@@ -170,15 +172,16 @@ def _attend_and_append(
     new = _quantized_blocks(op, plan, keys, values, leaving)
     before = {name: op.Shape(past[name], start=2, end=3) for name in new}
     pool = {name: op.Concat(past[name], blocks, axis=2) for name, blocks in new.items()}
-    single = op.Cast(op.Equal(op.Shape(key, start=2, end=3), [1]), to=ir.DataType.INT64)
-    early = op.Mul(leaving, single)
+    early = op.Mul(leaving, op.Cast(single, to=ir.DataType.INT64))
     attended = {name: op.Slice(blocks, [0], op.Add(before[name], early), [2]) for name, blocks in pool.items()}
     unpooled_keys, unpooled_values = (_without(op, plan, one, early) for one in (seen_keys, seen_values))
     out = _attend(op, attention, query, attended, unpooled_keys, unpooled_values, sinks)
     return [out, *(_newest(op, attention, blocks) for blocks in pool.values()), *rows]
 
 
-def _with_new(op: OpBuilder, attention: Attention, rows: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _with_new(
+    op: OpBuilder, attention: Attention, rows: ir.Value, new: ir.Value, single: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     """Rows and new ones after them: in float32 as attention meets them, and in the dtype that they are kept in.
 
     What is beyond float16 becomes its largest number, not infinity.
@@ -187,7 +190,8 @@ def _with_new(op: OpBuilder, attention: Attention, rows: ir.Value, new: ir.Value
         both = op.Concat(rows, new, axis=2)
         return both, both
     kept = _half(op, op.Clip(new, -LARGEST_FP16, LARGEST_FP16))
-    return op.Concat(_float(op, rows), new, axis=2), op.Concat(rows, kept, axis=2)
+    seen = op.Where(single, _float(op, kept), new)
+    return op.Concat(_float(op, rows), seen, axis=2), op.Concat(rows, kept, axis=2)
 
 
 def _blocks_leaving(op: OpBuilder, plan: LayerPlan, keys: ir.Value) -> ir.Value:
