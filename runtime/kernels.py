@@ -32,7 +32,6 @@ CHANNELS_AT_ONCE = 16
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
-
 ROWS_DECODED = 64
 """Rows of sink and window that a program of the decode kernel reads."""
 
@@ -46,6 +45,7 @@ LARGEST_REGISTERS = 248
 """Registers of a lane, of which eight single warps have the most that can be had."""
 
 MERGED_AT_ONCE = 64
+"""Parts of a head that a program of the merging kernel holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ class LayerKernels:
             maxnreg=registers,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
+        padded = 1 << (splits - 1).bit_length()
         self.module.merge[(batch, query_heads, -(-value_dim // 32))](
             partial,
             log_weights,
@@ -235,8 +236,8 @@ class LayerKernels:
             cache.state,
             batch,
             splits,
-            SPLITS_PADDED=1 << (splits - 1).bit_length(),
-            CHUNK=min(MERGED_AT_ONCE, 1 << (splits - 1).bit_length()),
+            SPLITS_PADDED=padded,
+            CHUNK=min(MERGED_AT_ONCE, padded),
             num_warps=4,
         )
         return out

@@ -226,16 +226,25 @@ def decode_rows() -> Iterator[Row]:
             yield decode_row(shape, packing, name, baseline)
 
 
-def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Row:
+def full_cache(shape: Shape, packing: Packing) -> tuple[Cache, LayerKernels, LayerCache]:
+    """A packed cache that has room for one more token of each sequence, which has been announced."""
     axis, block, bits = packing
-    layer = layer_plan(shape, bits, axis, block)
-    cache, kernels, store = packed_cache(shape, layer)
+    cache, kernels, store = packed_cache(shape, layer_plan(shape, bits, axis, block))
     fill(cache, shape, shape.tokens - 1)
     cache.begin([slice(0, 1)] * shape.batch)
+    return cache, kernels, store
+
+
+def decode_work(shape: Shape, cache: Cache, kernels: LayerKernels, store: LayerCache) -> Callable[[], object]:
     q = random_heads(shape, shape.heads * shape.group, 1)
-    scale = shape.head_dim**-0.5
-    taken = microseconds(lambda: kernels._decode(q, shape.head_dim, cache, store, scale, None))
-    packed = shape.batch * shape.heads * store.live_blocks(0) * block_bytes(layer, *bits)
+    return lambda: kernels._decode(q, shape.head_dim, cache, store, shape.head_dim**-0.5, None)
+
+
+def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Row:
+    axis, block, bits = packing
+    cache, kernels, store = full_cache(shape, packing)
+    taken = microseconds(decode_work(shape, cache, kernels, store))
+    packed = shape.batch * shape.heads * store.live_blocks(0) * block_bytes(store.plan, *bits)
     ideal = 4 * shape.batch * shape.heads * shape.tokens * shape.head_dim / packed
     what = f"K {bits[0]} V {bits[1]}, {axis} {block}"
     speed = packed / taken / 1e3
@@ -253,15 +262,10 @@ def append_rows() -> Iterator[Row]:
         flush = append_time(cache, kernels, store)
         fill(cache, LARGE, full + 1)
         plain = append_time(cache, kernels, store)
-        q = random_heads(LARGE, LARGE.heads * LARGE.group, 1)
-        attention = microseconds(decode_work(q, cache, kernels, store))
+        attention = microseconds(decode_work(LARGE, cache, kernels, store))
         for what, taken in (("without flush", plain), ("with flush", flush)):
             what += f", K {bits[0]} V {bits[1]}"
             yield Row("append", str(LARGE), what, taken, 0.0, "decode", attention, attention / taken, 20.0)
-
-
-def decode_work(q: Tensor, cache: Cache, kernels: LayerKernels, store: LayerCache) -> Callable[[], object]:
-    return lambda: kernels._decode(q, LARGE.head_dim, cache, store, LARGE.head_dim**-0.5, None)
 
 
 def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float:
@@ -326,19 +330,24 @@ def prefill_rows() -> Iterator[Row]:
             yield prefill_row(q, k, v, bits, chunk, *found["flash"])
 
 
-def prefill_row(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: int, baseline: float, peak: int) -> Row:
-    layer = layer_plan(SINGLE, bits, "channel", 64)
-    cache, _, _ = packed_cache(SINGLE, layer)
+def prompt_work(cache: Cache, q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Callable[[], None]:
+    """The whole prompt, in chunks, into an emptied cache of one layer."""
 
     def prompt() -> None:
         cache.reset()
-        for start in range(0, SINGLE.tokens, chunk):
+        for start in range(0, q.shape[2], chunk):
             part = slice(start, start + chunk)
             cache.begin([slice(0, chunk)])
-            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, SINGLE.head_dim**-0.5)
+            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, q.shape[-1] ** -0.5)
             cache.end()
 
-    taken, own = seconds_and_peak(prompt)
+    return prompt
+
+
+def prefill_row(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: int, baseline: float, peak: int) -> Row:
+    layer = layer_plan(SINGLE, bits, "channel", 64)
+    cache, _, _ = packed_cache(SINGLE, layer)
+    taken, own = seconds_and_peak(prompt_work(cache, q, k, v, chunk))
     ours, theirs = (own + cache.bytes_reserved) >> 20, (peak + k.nbytes + v.nbytes) >> 20
     what = f"K {bits[0]} V {bits[1]}, chunks of {chunk:,}; peak {ours} MiB, bf16 {theirs}"
     return Row("prefill", str(SINGLE), what, taken, 0.0, "bf16 flash", baseline, baseline / taken, 1.0)

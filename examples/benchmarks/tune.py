@@ -21,10 +21,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from kernels import DEVICE, LARGE, SINGLE, layer_plan, microseconds, packed_cache, random_heads, seconds_and_peak
-from kernels import fill as fill_cache
+from kernels import (
+    DEVICE,
+    LARGE,
+    SINGLE,
+    decode_work,
+    full_cache,
+    layer_plan,
+    microseconds,
+    packed_cache,
+    prompt_work,
+    random_heads,
+    seconds_and_peak,
+)
 
-from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
 from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, DecodeTuning, LayerKernels, Tuning, read_tunings
 
@@ -75,20 +85,14 @@ def run_quietly(job: functools.partial[float]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def decode_cache(bits: int) -> tuple[Cache, LayerKernels, LayerCache]:
-    layer = layer_plan(LARGE, (bits, bits), "channel", 64)
-    cache, kernels, store = packed_cache(LARGE, layer)
-    fill_cache(cache, LARGE, LARGE.tokens - 1)
-    cache.begin([slice(0, 1)] * LARGE.batch)
-    return cache, kernels, store
+    return full_cache(LARGE, ("channel", 64, (bits, bits)))
 
 
 def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> float:
     cache, kernels, store = decode_cache(bits)
     tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys((16, 8, 4, 2), candidate))
     tuned = LayerKernels(kernels.module, tuning)
-    q = random_heads(LARGE, LARGE.heads * LARGE.group, 1)
-    scale = LARGE.head_dim**-0.5
-    taken = microseconds(lambda: tuned._decode(q, LARGE.head_dim, cache, store, scale, None), 1 if quiet else 15)
+    taken = microseconds(decode_work(LARGE, cache, tuned, store), 1 if quiet else 15)
     if not quiet:
         print(f"decode, {bits} bits, {candidate}: {taken:.1f} us", flush=True)
     return taken
@@ -101,16 +105,7 @@ def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int,
     cache, kernels, _ = packed_cache(SINGLE, layer_plan(SINGLE, (4, 4), "channel", 64))
     cache.kernels = [LayerKernels(kernels.module, tuning)]
     q, k, v = (random_heads(SINGLE, heads, SINGLE.tokens) for heads in (SINGLE.heads * SINGLE.group, 4, 4))
-
-    def prompt() -> None:
-        cache.reset()
-        for start in range(0, SINGLE.tokens, CHUNK):
-            part = slice(start, start + CHUNK)
-            cache.begin([slice(0, CHUNK)])
-            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, SINGLE.head_dim**-0.5)
-            cache.end()
-
-    taken, _ = seconds_and_peak(prompt, 1 if quiet else 3)
+    taken, _ = seconds_and_peak(prompt_work(cache, q, k, v, CHUNK), 1 if quiet else 3)
     if not quiet:
         print(f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages: {taken:.0f} us", flush=True)
     return taken
