@@ -88,7 +88,7 @@ def calibrate(
     samples, recipe = read_samples(source, options), resolved(options)
     stretch = Fraction(effective_length(source, options, max_len), options.calib_len)
     model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
-    check_ids = samples[0][None, :CHECK_TOKENS]
+    check_ids = samples[0][None, : min(CHECK_TOKENS, max_len)]
     calibration = Calibration(
         fingerprint=calibration_fingerprint(source, sites, options, max_len),
         key_maxima={},
@@ -189,6 +189,7 @@ def calibration_fingerprint(
         "samples": options.calib_samples,
         "length": options.calib_len,
         "effective_length": effective_length(source, options, max_len),
+        "check": min(CHECK_TOKENS, max_len),
         "foldable": [(site.layer, site.reason is None, can_transform(site)) for site in sites],
         "recipe": repr(resolved(options)) if options.recipe != "none" else "none",
         "bits": sorted(options.bits),

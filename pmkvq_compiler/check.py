@@ -64,8 +64,8 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
     for layer in cache.layers:
         while layer.stage + 1 < len(layer.plan.stages):
             layer.lower()
-    for piece in input_ids[:, :-count].split(PIECE, dim=1):
-        model(piece, cache, only=none)
+    for start in range(0, length - count, PIECE):
+        model(input_ids[:, start : min(start + PIECE, length - count)], cache, only=none)
     planned = model(input_ids[:, -count:], cache)[0]
     return {
         "full_precision_error": relative_norm(whole, logits),

@@ -100,3 +100,10 @@ def test_what_a_model_keeps_in_float32_stays_so(compile_tiny: CompileTiny) -> No
     assert {value.dtype for value in stored.values()} == {torch.float32, torch.bfloat16}
     (weights,) = runtime.load(artifact).logits.args
     assert {name: weights[name].dtype for name in stored} == {name: value.dtype for name, value in stored.items()}
+
+
+@pytest.mark.parametrize("max_len", [1, 20])
+def test_a_cache_shorter_than_a_calibration_text_is_compiled(compile_tiny: CompileTiny, max_len: int) -> None:
+    artifact = compile_tiny("llama", recipe="none", max_len=max_len)
+    out = runtime.load(artifact)(torch.ones(1, max_len, dtype=torch.long))
+    assert torch.isfinite(out).all()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -148,7 +149,7 @@ def test_experts_are_captured(compile_tiny: CompileTiny, model_type: str) -> Non
 
 @pytest.mark.gpu
 def test_both_backends_write_the_same_text(compile_tiny: CompileTiny) -> None:
-    artifact = compile_tiny("llama", {"head_dim": 16}, recipe="pm-kvq", batch_size=2, **LONG)
+    artifact = compile_tiny("llama", {"head_dim": 16}, recipe="pm-kvq", budget="50%", calib_len=128, **LONG)
     torch.manual_seed(2)
     assert_same_text(artifact, torch.randint(3, 128, (2, 100)), 250)
 
@@ -160,15 +161,19 @@ def test_both_backends_reason_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import problems
 
     folder, rng = ROOT / "examples" / "reasoner" / "model", random.Random(3)
-    options = CompileOptions(str(folder), tmp_path / "artifact", recipe="pm-kvq", batch_size=2, **LONG)
+    ledgers = [problems.ledger(rng, problems.most_entries(400)) for _ in range(5)]
+    calib = tmp_path / "calibration.jsonl"
+    calib.write_text("".join(json.dumps({"text": "".join(ledger)}) + "\n" for ledger in ledgers[2:]))
+    options = CompileOptions(
+        str(folder), tmp_path / "artifact", calib=str(calib), calib_len=380, budget="5.5bits", **LONG
+    )
     compile_model(options, silent)
-    ledgers = [problems.ledger(rng, problems.most_entries(400)) for _ in range(2)]
     tokenizer = open_source(str(folder)).tokenizer
-    prompts = [problems.token_ids(tokenizer, *ledger)[0] for ledger in ledgers]
+    prompts = [problems.token_ids(tokenizer, *ledger)[0] for ledger in ledgers[:2]]
     assert_same_text(tmp_path / "artifact", torch.tensor(prompts), 250)
 
 
-LONG = {"budget": "5.5bits", "max_len": 400, "block": 64, "window": 64, "calib_samples": 3, "calib_len": 128}
+LONG = {"dtype": "float16", "batch_size": 2, "max_len": 400, "block": 64, "window": 64, "calib_samples": 3}
 
 
 def by_calls(model: runtime.CompiledModel, ids: Tensor, count: int) -> Tensor:
