@@ -28,10 +28,11 @@ from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
+from pmkvq_compiler.trial import Tried, best_plans
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
@@ -70,15 +71,15 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
         check_feasible(program.sites, options, budget, max_len, source.dtype)
         calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
     with stages("plan"):
-        solution = solve(program.sites, calibration, options, budget, max_len, source.dtype)
-        plan = solution.plan
+        (tried,) = best_plans(source, program.sites, calibration, options, [budget], max_len, progress)
+        plan = tried.solution.plan
         if options.aot:
             check_plan(plan)
-    report = _report(source, program, calibration, options, solution)
+    report = _report(source, program, calibration, options, tried)
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
-        run_passes(program, _pipeline(solution, calibration))
+        run_passes(program, _pipeline(tried.solution, calibration))
     with staged(options.output) as folder:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
@@ -200,10 +201,10 @@ def _write_model(
 
 
 def _report(
-    source: Source, program: Program, calibration: Calibration, options: CompileOptions, solution: Solution
+    source: Source, program: Program, calibration: Calibration, options: CompileOptions, tried: Tried
 ) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
-    plan = solution.plan
+    solution, plan = tried.solution, tried.solution.plan
     rows = [
         {
             **asdict(row),
@@ -228,7 +229,7 @@ def _report(
         "arena_bytes": plan.arena_bytes,
         "original_bytes": original,
         "true_bits": 16 * plan.arena_bytes / original,
-        "predicted_loss": sum(row["sensitivity"] for row in rows),
+        "predicted_loss": tried.loss,
         "bytes_over_tokens": bytes_over_tokens(plan),
     }
 

@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from pmkvq_compiler.passes.program import AttentionSite
 
 from .budget import parse_budget
-from .calibrate import Calibration, Progress
+from .calibrate import Progress
 from .calibration_file import load_or_calibrate
 from .compile import Stages, captured
 from .errors import CompileError
 from .options import CompileOptions
-from .planner import cache_bytes_at_16_bits, check_feasible, plan_table, solve
-from .source import Source
+from .planner import cache_bytes_at_16_bits, check_feasible
+from .trial import best_plans
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,25 @@ def explore(options: CompileOptions, budgets: Sequence[str], progress: Progress)
         options = replace(options, budget=largest)
         check_feasible(program.sites, options, sizes[largest], max_len, source.dtype)
         calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
-    explored = []
-    for number, (budget, size) in enumerate(sizes.items()):
-        progress("plan", number, len(sizes))
-        explored.append(_explored(budget, size, source, program.sites, calibration, options, max_len, original))
-    progress("plan", len(sizes), len(sizes))
-    return explored
+    feasible = [budget for budget in sizes if _fits(program.sites, options, sizes[budget], max_len, source.dtype)]
+    with stages("plan"):
+        chosen = [sizes[budget] for budget in feasible]
+        plans = best_plans(source, program.sites, calibration, options, chosen, max_len, progress)
+    explored = {budget: Explored(budget) for budget in sizes}
+    for budget, tried in zip(feasible, plans, strict=True):
+        taken = tried.solution.plan.arena_bytes
+        explored[budget] = Explored(budget, taken, 16 * taken / original, tried.loss)
+    return list(explored.values())
 
 
-def _explored(
-    budget: str,
-    size: int,
-    source: Source,
-    sites: Sequence[AttentionSite],
-    calibration: Calibration,
-    options: CompileOptions,
-    max_len: int,
-    original: int,
-) -> Explored:
+def _fits(
+    sites: Sequence[AttentionSite], options: CompileOptions, budget: int, max_len: int, dtype: torch.dtype
+) -> bool:
     try:
-        solution = solve(sites, calibration, options, size, max_len, source.dtype)
+        check_feasible(sites, options, budget, max_len, dtype)
     except CompileError:
-        return Explored(budget)
-    loss = sum(row.sensitivity for row in plan_table(solution, sites, calibration))
-    taken = solution.plan.arena_bytes
-    return Explored(budget, taken, 16 * taken / original, loss)
+        return False
+    return True
 
 
 def log_shares(explored: Sequence[Explored]) -> list[float]:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
 
+TOKEN_WEIGHTS = (1.0, 1.5, 2.0, 10.0)
+"""What the sensitivity of keys by token is multiplied by, a proposal each, where the recipe has both axes: from plans
+that trust what was measured to plans that hardly use that axis."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -123,6 +127,20 @@ def check_feasible(
         )
 
 
+def propose(
+    sites: Sequence[AttentionSite],
+    calibration: Calibration,
+    options: CompileOptions,
+    budget: int | None,
+    max_len: int,
+    dtype: torch.dtype,
+) -> list[Solution]:
+    """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
+    weights = TOKEN_WEIGHTS if len(RECIPES[options.recipe].key_axes) > 1 else (1.0,)
+    proposals = [solve(sites, calibration, options, budget, max_len, dtype, weight) for weight in weights]
+    return list(dict.fromkeys(proposals))
+
+
 def solve(
     sites: Sequence[AttentionSite],
     calibration: Calibration,
@@ -130,16 +148,18 @@ def solve(
     budget: int | None,
     max_len: int,
     dtype: torch.dtype,
+    token_weight: float = 1.0,
 ) -> Solution:
     """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within `budget` bytes.
 
-    `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone.
-    Raises `UsageError` for options that no plan can have, `CompileError` for a budget that no plan fits.
+    `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone. The
+    sensitivity of keys by token counts `token_weight` times. Raises `UsageError` for options that no plan can have,
+    `CompileError` for a budget that no plan fits.
     """
     check_feasible(sites, options, budget, max_len, dtype)
     if budget is None:
         budget = _smallest(_candidate_plans(sites, options, max_len, dtype), options)
-    layers = candidates(sites, calibration, options, max_len, dtype)
+    layers = candidates(sites, calibration, options, max_len, dtype, token_weight)
     if RECIPES[options.recipe].per_layer:
         chosen = tuple(choose([undominated(layer) for layer in layers], budget))
     else:
@@ -161,6 +181,7 @@ def candidates(
     options: CompileOptions,
     max_len: int,
     dtype: torch.dtype,
+    token_weight: float = 1.0,
 ) -> list[list[Candidate]]:
     """What the recipe allows for each layer: of formats that take the same bytes, those that cost least."""
     by_gradient = RECIPES[options.recipe].measure == "gradient"
@@ -168,12 +189,16 @@ def candidates(
     for site, plans in zip(sites, _candidate_plans(sites, options, max_len, dtype), strict=True):
         key_costs = (calibration.key_gradient if by_gradient else calibration.key_loss).get(site.layer, {})
         value_costs = (calibration.value_gradient if by_gradient else calibration.value_loss).get(site.layer, {})
-        layers.append([_candidate(plan, key_costs, value_costs, max_len) for plan in plans])
+        layers.append([_candidate(plan, key_costs, value_costs, max_len, token_weight) for plan in plans])
     return layers
 
 
 def _candidate(
-    plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
+    plan: LayerPlan,
+    key_costs: Mapping[Format, float],
+    value_costs: Mapping[Format, float],
+    max_len: int,
+    token_weight: float,
 ) -> Candidate:
     """The best formats of the plan's widths, axis and window, and the plan with their clips."""
     if not plan.quantized:
@@ -187,7 +212,8 @@ def _candidate(
         key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
     )
     chosen = replace(plan, key_clip=key.clip, value_clip=value.clip)
-    cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
+    weight = token_weight if key.axis == "token" else 1.0
+    cost = weight * key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
     return Candidate(chosen, cost, key, value)
 
 

@@ -21,10 +21,13 @@ from .planner import Folds
 from .recording import AttentionCall
 
 
-def progressive(plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int]) -> Callable[[AttentionCall], Tensor]:
+def progressive(
+    plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int], magnified: float = 1.0
+) -> Callable[[AttentionCall], Tensor]:
     """The attention of a cache that keeps to `plan`, for `recording.observed`.
 
     Row b of a call's batch is a text that begins at its first column with a prompt of `prompt_lengths[b]` tokens.
+    Errors of codes are `magnified` times what they are.
     """
     prompts = torch.tensor(prompt_lengths)
 
@@ -32,7 +35,7 @@ def progressive(plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int]) ->
         layer = plan.layers[call.layer]
         if not layer.quantized:
             return call.output()
-        return _Layer(call, layer, plan, folds).attend(prompts.to(call.key.device))
+        return _Layer(call, layer, plan, folds, magnified).attend(prompts.to(call.key.device))
 
     return attention
 
@@ -40,8 +43,8 @@ def progressive(plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int]) ->
 class _Layer:
     """One attention call under one layer's plan; keeps the quantized keys and values of the stages that it meets."""
 
-    def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds) -> None:
-        self.call, self.layer = call, layer
+    def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds, magnified: float) -> None:
+        self.call, self.layer, self.magnified = call, layer, magnified
         self.key_matrices = folds.keys.get(call.layer)
         self.value_matrices = folds.values.get(call.layer)
         itemsize = getattr(torch, plan.dtype).itemsize
@@ -91,13 +94,15 @@ class _Layer:
         return call.values_under(call.weights(scores, visible), values)
 
     def _stage(self, stage: int) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them."""
+        """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them, errors magnified."""
         if stage not in self.stored:
             layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
             key = Format(key_bits, layer.key_axis, "none", layer.key_clip, layer.window)
             value = Format(value_bits, "token", "none", layer.value_clip, layer.window)
+            keys = stored(self.call.key, key, layer.sink, layer.block, self.key_matrices)
+            values = stored(self.call.value, value, layer.sink, layer.block, self.value_matrices)
             self.stored[stage] = (
-                stored(self.call.key, key, layer.sink, layer.block, self.key_matrices),
-                stored(self.call.value, value, layer.sink, layer.block, self.value_matrices),
+                torch.lerp(self.call.key, keys, self.magnified),
+                torch.lerp(self.call.value, values, self.magnified),
             )
         return self.stored[stage]

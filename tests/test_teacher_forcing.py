@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
-from pmkvq_compiler.planner import Folds, solve
+from pmkvq_compiler.planner import Folds
 from pmkvq_compiler.recording import ATTENTION, observed, run
 from pmkvq_compiler.source import open_source
 from pmkvq_compiler.teacher_forcing import progressive
+from pmkvq_compiler.trial import best_plans
 
 from .folders import TEXT, model_folder
 
@@ -59,8 +59,9 @@ def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe:
     program = capture(source.config)
     run_passes(program, [LocateAttention()])
     calibration = calibrate(source, program.sites, options, MAX_LEN, silent)
-    solution = solve(program.sites, calibration, options, result.plan.budget, MAX_LEN, source.dtype)
-    assert solution.plan == replace(result.plan, budget=solution.plan.budget)
+    (best,) = best_plans(source, program.sites, calibration, options, [result.plan.budget], MAX_LEN, silent)
+    solution = best.solution
+    assert solution.plan == result.plan
 
     torch.manual_seed(1)
     texts = torch.randint(3, 128, (2, MAX_LEN))

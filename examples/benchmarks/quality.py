@@ -38,18 +38,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.calibrate import Calibration, calibrate
+from pmkvq_compiler.calibrate import Calibration, calibrate, pick_device, read_samples
 from pmkvq_compiler.capture import capture
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, solve
+from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, propose
 from pmkvq_compiler.recipes import RECIPES, Recipe
 from pmkvq_compiler.recording import ATTENTION, observed, run
 from pmkvq_compiler.source import open_source
 from pmkvq_compiler.teacher_forcing import progressive
+from pmkvq_compiler.trial import Tried, try_plans
 
 OWN = Path(__file__).parent.parent / "reasoner"
 RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
@@ -142,7 +143,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Bench:
-    """The source model in float32, its items with their full-precision logits' statistics, and its calibrations."""
+    """The source model, in float32 to score and in its own dtype to plan, its items with their full-precision scores,
+    and its calibrations."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -154,16 +156,16 @@ class Bench:
         self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
         self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
         self.effective_len = arguments.effective_len or self.max_len
-        self.model = self._model()
+        self.model = self._model(torch.float32)
+        self.planning_model = self._model()
         self.calibrations: dict[tuple[Recipe, int], Calibration] = {}
         self.references: dict[int, Tensor] = {}
         self.scored: dict[tuple[Any, ...], list[Score]] = {}
         self.exact: dict[str, list[bool]] = {}
         self.full = self._score_all(None)
 
-    def _model(self) -> PreTrainedModel:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return self.source.load_model(ATTENTION, device, torch.float32).requires_grad_(False)
+    def _model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return self.source.load_model(ATTENTION, pick_device("auto"), dtype).requires_grad_(False)
 
     def _own_calibration(self) -> str:
         if self.arguments.text or self.arguments.problems:
@@ -232,9 +234,9 @@ class Bench:
             dtype=arguments.dtype,
         )
 
-    def solution(self, recipe: str, budget: str, effective_len: int) -> tuple[Solution, Calibration]:
-        """The plan of a recipe and the calibration that it was found from, which serves all recipes that measure the
-        same. Raises `CompileError` where none fits the budget."""
+    def plan(self, recipe: str, budget: str, effective_len: int) -> tuple[Tried, Calibration]:
+        """The plan of a recipe as a compile would take it, and the calibration that it was found from, which serves all
+        recipes that measure the same. Raises `CompileError` where none fits the budget."""
         options = self._options(recipe, effective_len)
         size = parse_budget(budget, cache_bytes_at_16_bits(self.sites, self.max_len, 1))
         check_feasible(self.sites, options, size, self.max_len, self.source.dtype)
@@ -244,22 +246,27 @@ class Bench:
                 self.source, self.sites, options, self.max_len, lambda *_: None
             )
         calibration = self.calibrations[measured, effective_len]
-        return solve(self.sites, calibration, options, size, self.max_len, self.source.dtype), calibration
+        proposals = propose(self.sites, calibration, options, size, self.max_len, self.source.dtype)
+        samples = read_samples(self.source, options)
+        losses = try_plans(self.planning_model, samples, proposals, calibration, lambda *_: None)
+        best = min(losses, key=lambda solution: losses[solution])
+        return Tried(best, losses[best]), calibration
 
     def _row(self, name: str, recipe: str, budget: str, effective_len: int) -> list[Row]:
         start = time.perf_counter()
         try:
-            solution, calibration = self.solution(recipe, budget, effective_len)
+            tried, calibration = self.plan(recipe, budget, effective_len)
         except CompileError as error:
             print(f"{name:30} {budget:8} {error}", flush=True)
             return []
+        solution = tried.solution
         plan = (calibration.fingerprint, solution.plan.layers, solution.formats)
         if plan not in self.scored:
             self.scored[plan] = self._score_all(solution, calibration)
         scores = self.scored[plan]
         table = plan_table(solution, self.sites, calibration)
         bits = 16 * solution.plan.arena_bytes / cache_bytes_at_16_bits(self.sites, self.max_len, 1)
-        row = self._summary(name, budget, bits, sum(entry.sensitivity for entry in table), scores)
+        row = self._summary(name, budget, bits, tried.loss, scores)
         layout = " ".join(f"{e.key_bits}{e.key_axis[0]}{e.value_bits}w{e.window}" for e in table)
         seconds = time.perf_counter() - start
         print(

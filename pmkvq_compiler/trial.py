@@ -1,0 +1,124 @@
+"""Whole plans, tried on the calibration texts.
+
+The planner adds up what each layer's formats cost alone. What the noise of one layer does to the next, and mistakes
+too rare to be met in one layer alone, are in no such sum, and K by token suffers most from both. So `planner.propose`
+makes several plans for a budget; each runs here, all of its layers at once, and the one whose output moves least is
+taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, fitted, sequence_bytes
+
+from .calibrate import Calibration, Progress, pick_device, read_samples
+from .options import CompileOptions
+from .planner import Folds, Solution, propose
+from .recording import ATTENTION, AttentionCall, observed, run
+from .sensitivity import MAGNIFIED
+from .source import Source
+from .teacher_forcing import progressive
+
+ROWS = 256
+"""Rows of logits that are compared at a time: vocabularies are large."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan and its predicted loss in nats a token: the divergence of the output's distribution when every error is
+    `MAGNIFIED`, divided by the square of that."""
+
+    solution: Solution
+    loss: float
+
+
+def best_plans(
+    source: Source,
+    sites: Sequence[AttentionSite],
+    calibration: Calibration,
+    options: CompileOptions,
+    budgets: Sequence[int | None],
+    max_len: int,
+    progress: Progress,
+) -> list[Tried]:
+    """For each budget (bytes) the proposal that does best on the calibration texts.
+
+    Raises what `planner.solve` raises. The model runs once for every text and different proposal, but not at all where
+    nothing is quantized.
+    """
+    proposals = [propose(sites, calibration, options, budget, max_len, source.dtype) for budget in budgets]
+    solutions = list(dict.fromkeys(itertools.chain(*proposals)))
+    losses = dict.fromkeys(solutions, 0.0)
+    if any(quantizes(layer, max_len) for solution in solutions for layer in solution.plan.layers):
+        model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
+        losses = try_plans(model, read_samples(source, options), solutions, calibration, progress)
+    return [
+        min((Tried(solution, losses[solution]) for solution in proposed), key=lambda tried: tried.loss)
+        for proposed in proposals
+    ]
+
+
+def quantizes(layer: LayerPlan, max_len: int) -> bool:
+    """Whether sequences of `max_len` tokens outgrow the layer's window."""
+    return blocks_needed(layer, max_len) > 0
+
+
+@torch.no_grad()
+def try_plans(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor],
+    solutions: Sequence[Solution],
+    calibration: Calibration,
+    progress: Progress,
+) -> dict[Solution, float]:
+    """The predicted loss of each plan over `samples`, int64 [S] each; `model` attends by `recording.ATTENTION`."""
+    losses = dict.fromkeys(solutions, 0.0)
+    steps = len(samples) * len(losses)
+    for number, sample in enumerate(samples):
+        ids = sample.unsqueeze(0).to(model.device)
+        expected = _second_half(model, ids, AttentionCall.output)
+        for index, solution in enumerate(losses):
+            progress("Trying plans", number * len(losses) + index, steps)
+            plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
+            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
+            losses[solution] += _divergence(expected, found) / MAGNIFIED**2 / len(samples)
+    progress("Trying plans", steps, steps)
+    return losses
+
+
+def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
+    """Logits of a text's second half, where there is something old to attend to; attention is computed in float32."""
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
+        return run(model, ids, positions)[0, ids.shape[1] // 2 :]
+
+
+def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:
+    """The plan for a text of `length` tokens whose blocks are all at their final widths; as for the measured losses, a
+    short text gets a short window."""
+    layers = []
+    for layer in plan.layers:
+        if not quantizes(layer, plan.max_len):
+            layers.append(replace(layer, stages=()))
+            continue
+        window = min(layer.window, max(layer.block, length // 4))
+        short = fitted(replace(layer, stages=layer.stages[-1:], window=window), length)
+        layers.append(replace(short, arena_bytes=sequence_bytes(short, length, torch.float32.itemsize)))
+    return replace(plan, layers=tuple(layers), max_len=length, batch_size=1, dtype="float32")
+
+
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    """Mean over rows of KL(expected || found) of the distributions that logits [N, V] stand for, in nats."""
+    total = 0.0
+    for ours, theirs in zip(expected.split(ROWS), found.split(ROWS), strict=True):
+        p, q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+    return total / len(expected)
