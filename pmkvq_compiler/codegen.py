@@ -111,6 +111,7 @@ FUNCTIONS: dict[Any, str] = {
     aten.histc.default: "torch.histc",
     aten.linear.default: "F.linear",
     aten.relu.default: "F.relu",
+    aten.rms_norm.default: "F.rms_norm",
     aten.rsqrt.default: "torch.rsqrt",
     aten.sigmoid.default: "torch.sigmoid",
     aten.silu.default: "F.silu",
