@@ -13,6 +13,7 @@ from .base import Pass
 from .canonicalize import Canonicalize
 from .fold_key_scales import FoldKeyScales
 from .fold_value_transform import FoldValueTransform
+from .fuse_norms import FuseNorms
 from .outline_layers import OutlineLayers
 from .rewrite_attention import RewriteAttention
 from .rotate_keys import RotateKeys
@@ -40,6 +41,8 @@ def pipeline(
         BakePlan(plan),
         # After the rewrite, so that what only the markers needed is dead by now.
         Canonicalize(),
+        # On casts that are all of one kind, among readers that all have an effect; before layers become submodules.
+        FuseNorms(),
         # Last, for layers are compared op by op: what tells equal ones apart without effect must be gone.
         OutlineLayers(),
     ]

@@ -111,6 +111,7 @@ FUNCTIONS: dict[Any, str] = {
     aten.histc.default: "torch.histc",
     aten.linear.default: "F.linear",
     aten.relu.default: "F.relu",
+    aten.rms_norm.default: "F.rms_norm",
     aten.rsqrt.default: "torch.rsqrt",
     aten.sigmoid.default: "torch.sigmoid",
     aten.silu.default: "F.silu",
@@ -263,7 +264,8 @@ class Body:
 
     def add(self, node: Node) -> None:
         """Write a node, or keep its expression for the one place that reads it."""
-        operands = sorted(self.waiting & set(node.all_input_nodes), key=lambda one: -len(self.expressions[one].text))
+        waiting = [one for one in node.all_input_nodes if one in self.waiting]
+        operands = sorted(waiting, key=lambda one: -len(self.expressions[one].text))
         expression = render_call(node, self.render)
         while len(expression.text) > EXPRESSION and operands:
             self.state(operands.pop(0))

@@ -133,6 +133,17 @@ def test_generated_code_has_one_function_for_equal_layers() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_generated_code_calls_a_norm_in_one_line() -> None:
+    text = model_source(lowered("llama"))
+    assert 'input_layernorm = F.rms_norm(hidden, [64], weights[path + "input_layernorm.weight"], 1e-06)' in text
+    assert text.count("F.rms_norm(") == 3
+    assert "rsqrt" not in text
+
+
+def test_generated_code_is_the_same_each_time() -> None:
+    assert len({model_source(lowered("gpt_oss")) for _ in range(6)}) == 1
+
+
 def test_generated_code_of_two_kinds_of_layers() -> None:
     text = model_source(lowered("qwen3_moe", mlp_only_layers=[1]))
     calls = re.findall(r"hidden = (decoder_layer\w*)\(weights, (\w+)", text)
