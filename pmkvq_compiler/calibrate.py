@@ -143,7 +143,7 @@ def calibrate(
         value_loss=_averaged(measured.value, len(samples)),
     )
     if recipe.measure == "gradient":
-        product = GradientProduct(*formats, recipe.sink, recipe.block)
+        product = GradientProduct(*formats[:2])
         walk("Measuring gradients", product, stretch, _text_loss)
         calibration = replace(
             calibration,

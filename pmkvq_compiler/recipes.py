@@ -18,7 +18,7 @@ class Recipe:
 
     `key_axes`, `key_transforms`, `value_transforms` and `clips` span the formats of K and V; "scale" is meant for K
     grouped by token and is left out by channel, whose own group does not mind a scale. `measure` is what
-    the planner minimizes: the predicted loss of the output ("output"), or the paper's measure ("gradient").
+    the planner minimizes: the predicted loss of the output ("output"), or PM-KVQ's measure ("gradient").
     `same_bits`: K and V share a width. `per_layer`: layers may differ. `progressive`: codes begin at 16 bits.
     `exact_layers`: a layer may also stay unquantized.
     """
@@ -52,7 +52,7 @@ RECIPES = {
         exact_layers=True,
     ),
     "pm-kvq": Recipe(
-        "the paper's: K and V share bits, by token, scales folded",
+        "PM-KVQ as its published code does it: K and V share bits, by token, scales folded",
         key_transforms=("scale",),
         sink=1,
         measure="gradient",

@@ -7,7 +7,8 @@ through the softmax, where noise lifts the many tokens that matter little, and n
 that. Queries see exactly what the cache would give them: sink and window exact, older blocks quantized. Without the
 window, layers that only look back a few tokens seem to matter most; with it they cost next to nothing.
 
-`GradientProduct` is PM-KVQ's measure, sum |delta x| * |dLoss / dx| over K or V.
+`GradientProduct` is PM-KVQ's measure, sum |delta x| * |dLoss / dx| over K or V, the factors taken from the layers that
+its published code takes them from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pmkvq_compiler.runtime.quantize import fake_quantize
 
 from .formats import Format, Transform, stored
 from .recording import AttentionCall
@@ -147,33 +150,30 @@ def _at(sums: Tensor, blocks: Tensor) -> Tensor:
 class GradientProduct:
     """Observes attention calls and, while gradients come back, adds up sum |delta x| * |dLoss / dx| over K and V.
 
-    That is PM-KVQ's measure with the sum in place of the mean, so that layers of different shapes can be compared.
+    That is PM-KVQ's measure (its "block-wise memory allocation") as its published code computes it: every token is
+    quantized, by token, and K without scales; with the sum in place of the mean, so that layers of different shapes can
+    be compared. That code lists tensors from the first layer to the last and gradients as they come back, from the last
+    to the first, and pairs the two lists: errors of layer i meet gradients of layer n - 1 - i. As a first-order
+    expansion of the loss, which the paper derives it from, errors would meet gradients of their own layer; plans are
+    then others. Where layers differ in shape, which the published code does not support, those of a shape are paired
+    among themselves.
     """
 
-    def __init__(
-        self,
-        key_formats: Mapping[int, list[Format]],
-        value_formats: Mapping[int, list[Format]],
-        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
-        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
-        sink: int,
-        block: int,
-    ) -> None:
-        self.key_matrices, self.value_matrices = key_matrices, value_matrices
-        self.sink, self.block = sink, block
+    def __init__(self, key_formats: Mapping[int, list[Format]], value_formats: Mapping[int, list[Format]]) -> None:
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
 
     def __call__(self, call: AttentionCall) -> None:
-        for x, losses, matrices in (
-            (call.key, self.key[call.layer], self.key_matrices.get(call.layer, {})),
-            (call.value, self.value[call.layer], self.value_matrices.get(call.layer, {})),
-        ):
-            x.register_hook(partial(self._add, losses, x.detach(), matrices))
+        for x, losses, tensors in ((call.key, self.key, self._keys), (call.value, self.value, self._values)):
+            tensors[call.layer] = x.detach()
+            x.register_hook(partial(self._add, losses, tensors, call.layer))
 
-    def _add(
-        self, losses: dict[Format, float], x: Tensor, matrices: Mapping[Transform, Tensor], gradient: Tensor
-    ) -> None:
-        for kept in losses:
-            error = stored(x, kept, self.sink, self.block, matrices.get(kept.transform)) - x
-            losses[kept] += (error * gradient).abs().sum(dtype=torch.float64).item()
+    def _add(self, losses: Losses, tensors: Mapping[int, Tensor], layer: int, gradient: Tensor) -> None:
+        alike = sorted(other for other, x in tensors.items() if x.shape == gradient.shape)
+        paired = alike[-1 - alike.index(layer)]
+        x = tensors[paired]
+        for kept in losses[paired]:
+            error = fake_quantize(x, kept.bits, dim=-1, clip=kept.clip) - x
+            losses[paired][kept] += (error * gradient).abs().sum(dtype=torch.float64).item()

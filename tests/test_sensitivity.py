@@ -96,17 +96,53 @@ def test_predicted_losses_are_those_of_the_model() -> None:
     assert 0.5 < predicted / divergence < 2
 
 
-def test_the_papers_measure_is_the_sum_of_error_times_gradient() -> None:
-    key, value, key_gradient, value_gradient = torch.randn(4, 1, 2, 80, 16).unbind(0)
-    matrices = torch.randn(2, 16, 16, dtype=torch.float64)
-    key.requires_grad_(), value.requires_grad_()
+def test_the_papers_measure_is_the_sum_of_error_times_gradient_paired_as_its_code_pairs_layers() -> None:
+    """Against lists like those of the published code: tensors in forward order, gradients as they come back."""
+    torch.manual_seed(0)
+    model = tiny_model("llama").requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_(True))
     scaled, plain = Format(2, "token", "scale", 1.0, 64), Format(4, "token", "none", 1.0, 64)
-    measure = GradientProduct({5: [scaled]}, {5: [plain]}, {5: {"scale": matrices}}, {}, sink=4, block=32)
-    measure(AttentionCall(5, torch.randn(1, 4, 80, 16), key, value, None, 0.25, None, None))
-    ((key * key_gradient).sum() + (value * value_gradient).sum()).backward()
-    for x, gradient, kept, own, found in (
-        (key, key_gradient, scaled, matrices, measure.key[5][scaled]),
-        (value, value_gradient, plain, None, measure.value[5][plain]),
-    ):
-        error = stored(x.detach(), kept, 4, 32, own) - x.detach()
-        assert found == pytest.approx((error * gradient).abs().sum().item(), rel=1e-5)
+    measure = GradientProduct({layer: [scaled] for layer in range(3)}, {layer: [plain] for layer in range(3)})
+    expected = {"key": torch.zeros(3), "value": torch.zeros(3)}
+    tensors: dict[str, list[Tensor]] = {"key": [], "value": []}
+    gradients: dict[str, list[Tensor]] = {"key": [], "value": []}
+
+    def observe(one: AttentionCall) -> None:
+        measure(one)
+        for name, x in (("key", one.key), ("value", one.value)):
+            tensors[name].append(x.detach())
+            x.register_hook(gradients[name].append)
+
+    for length in (80, 50):
+        text = torch.randint(3, 128, (1, length))
+        with observed(observe):
+            logits = run(model, text, torch.arange(length).unsqueeze(0))[0]
+        F.cross_entropy(logits[:-1], text[0, 1:]).backward()
+        for name, bits in (("key", 2), ("value", 4)):
+            for layer, (x, gradient) in enumerate(zip(tensors[name][-3:], gradients[name][-3:], strict=True)):
+                low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+                step = (high - low) / (2**bits - 1)
+                error = ((x - low) / step).round() * step + low - x
+                expected[name][layer] += (error * gradient).abs().sum()
+    for layer in range(3):
+        assert measure.key[layer][scaled] == pytest.approx(expected["key"][layer].item(), rel=1e-2)
+        assert measure.value[layer][plain] == pytest.approx(expected["value"][layer].item(), rel=1e-2)
+
+
+def test_the_papers_measure_pairs_layers_of_a_shape() -> None:
+    """Layers 0 and 3 have keys of 16 channels, 1, 2 and 4 of 32: 0 and 3 are paired, 1 and 4, and 2 with itself."""
+    kept = Format(2, "token", "none", 1.0, 64)
+    measure = GradientProduct({layer: [kept] for layer in range(5)}, {layer: [] for layer in range(5)})
+    keys, gradients = ([torch.randn(1, 2, 40, size) for size in (16, 32, 32, 16, 32)] for _ in range(2))
+    loss = torch.zeros(())
+    for layer, (key, gradient) in enumerate(zip(keys, gradients, strict=True)):
+        key.requires_grad_()
+        value = torch.randn(1, 2, 40, 8, requires_grad=True)
+        measure(AttentionCall(layer, torch.randn(1, 4, 40, key.shape[-1]), key, value, None, 0.25, None, None))
+        loss = loss + (key * gradient).sum()
+    loss.backward()
+    for layer, paired in enumerate([3, 4, 2, 0, 1]):
+        key = keys[layer].detach()
+        error = stored(key, kept, sink=0, block=8) - key
+        assert measure.key[layer][kept] == pytest.approx((error * gradients[paired]).abs().sum().item(), rel=1e-5)
