@@ -7,6 +7,7 @@ K, transforms, clips and the window.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -137,8 +138,11 @@ def propose(
 ) -> list[Solution]:
     """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
     weights = TOKEN_WEIGHTS if len(RECIPES[options.recipe].key_axes) > 1 else (1.0,)
-    proposals = [solve(sites, calibration, options, budget, max_len, dtype, weight) for weight in weights]
-    return list(dict.fromkeys(proposals))
+    far = replace(calibration, key_loss=calibration.key_loss_far)
+    pairs = itertools.product((calibration, far), weights)
+    return list(
+        dict.fromkeys(solve(sites, losses, options, budget, max_len, dtype, weight) for losses, weight in pairs)
+    )
 
 
 def solve(
