@@ -48,7 +48,7 @@ def plan_chart(rows: list[Row]) -> str:
         *_runs(rows, "V map", "value_transform", top=138),
         *_runs(rows, "window", "window", top=158),
         *_bars(rows, "bytes", "arena_bytes", readable_bytes, top=192),
-        *_bars(rows, "predicted loss", "sensitivity", lambda value: f"{value:.2g}", top=268),
+        *_bars(rows, "loss alone", "sensitivity", lambda value: f"{value:.2g}", top=268),
         *_layer_axis(len(rows), top=346),
     ]
     return _svg(parts, height=362, label="The plan: bits, groups, folds, windows, bytes and losses of every layer")

@@ -302,7 +302,10 @@ def _print_comparison(explored: list[Explored]) -> None:
             table.add_row(one.budget, *cells, "\u2588" * max(1, round(BAR * share)))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print("predicted loss: nats a token that the next token's distribution moves by; bars are logarithmic")
+    console.print(
+        "predicted loss: nats a token that the next token's distribution moves by on the calibration texts, "
+        "from errors of twice their size; bars are logarithmic"
+    )
 
 
 def _print_summary(result: CompileResult) -> None:

@@ -95,8 +95,8 @@ class Folds:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A layer of the plan as the table and the report show it; `sensitivity` is its share of the predicted
-    loss, in nats a token."""
+    """A layer of the plan as the table and the report show it; `sensitivity` is its predicted loss
+    alone, in nats a token."""
 
     layer: int
     key_bits: int

@@ -148,13 +148,6 @@ def test_experts_are_captured(compile_tiny: CompileTiny, model_type: str) -> Non
 
 
 @pytest.mark.gpu
-def test_both_backends_write_the_same_text(compile_tiny: CompileTiny) -> None:
-    artifact = compile_tiny("llama", {"head_dim": 16}, recipe="pm-kvq", budget="50%", calib_len=128, **LONG)
-    torch.manual_seed(2)
-    assert_same_text(artifact, torch.randint(3, 128, (2, 100)), 250)
-
-
-@pytest.mark.gpu
 def test_both_backends_reason_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The project's own reasoner, on ledgers that it works out."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "reasoner"))
@@ -165,15 +158,21 @@ def test_both_backends_reason_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     calib = tmp_path / "calibration.jsonl"
     calib.write_text("".join(json.dumps({"text": "".join(ledger)}) + "\n" for ledger in ledgers[2:]))
     options = CompileOptions(
-        str(folder), tmp_path / "artifact", calib=str(calib), calib_len=380, budget="5.5bits", **LONG
+        str(folder),
+        tmp_path / "artifact",
+        calib=str(calib),
+        calib_samples=3,
+        calib_len=380,
+        budget="5.5bits",
+        dtype="float16",
+        batch_size=2,
+        max_len=400,
+        window=64,
     )
     compile_model(options, silent)
     tokenizer = open_source(str(folder)).tokenizer
     prompts = [problems.token_ids(tokenizer, *ledger)[0] for ledger in ledgers[:2]]
     assert_same_text(tmp_path / "artifact", torch.tensor(prompts), 250)
-
-
-LONG = {"dtype": "float16", "batch_size": 2, "max_len": 400, "block": 64, "window": 64, "calib_samples": 3}
 
 
 def by_calls(model: runtime.CompiledModel, ids: Tensor, count: int) -> Tensor:
