@@ -2,7 +2,7 @@
 
 The planner adds up what each layer's formats cost alone. What the noise of one layer does to the next, and mistakes
 too rare to be met in one layer alone, are in no such sum, and K by token suffers most from both. So `planner.propose`
-makes several plans for a budget; each runs here, all of its layers at once, and the one whose output moves least is
+makes several plans for a budget; they run here, all of their layers at once, and the one whose output moves least is
 taken.
 """
 
@@ -51,19 +51,13 @@ def best_plans(
 ) -> list[Tried]:
     """For each budget (bytes) the proposal that does best on the calibration texts.
 
-    Raises what `planner.solve` raises. The model runs once for every text and different proposal, but not at all where
-    nothing is quantized.
+    Raises what `planner.solve` raises. Where nothing is quantized the model does not run.
     """
     proposals = [propose(sites, calibration, options, budget, max_len, source.dtype) for budget in budgets]
-    solutions = list(dict.fromkeys(itertools.chain(*proposals)))
-    losses = dict.fromkeys(solutions, 0.0)
-    if any(quantizes(layer, max_len) for solution in solutions for layer in solution.plan.layers):
-        model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
-        losses = try_plans(model, read_samples(source, options), solutions, calibration, progress)
-    return [
-        min((Tried(solution, losses[solution]) for solution in proposed), key=lambda tried: tried.loss)
-        for proposed in proposals
-    ]
+    if not any(quantizes(layer, max_len) for one in itertools.chain(*proposals) for layer in one.plan.layers):
+        return [Tried(proposed[0], 0.0) for proposed in proposals]
+    model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
+    return try_plans(model, read_samples(source, options), proposals, calibration, progress)
 
 
 def quantizes(layer: LayerPlan, max_len: int) -> bool:
@@ -75,23 +69,27 @@ def quantizes(layer: LayerPlan, max_len: int) -> bool:
 def try_plans(
     model: PreTrainedModel,
     samples: Sequence[Tensor],
-    solutions: Sequence[Solution],
+    proposals: Sequence[Sequence[Solution]],
     calibration: Calibration,
     progress: Progress,
-) -> dict[Solution, float]:
-    """The predicted loss of each plan over `samples`, int64 [S] each; `model` attends by `recording.ATTENTION`."""
-    losses = dict.fromkeys(solutions, 0.0)
-    steps = len(samples) * len(losses)
+) -> list[Tried]:
+    """The best of each list of proposals over `samples`, int64 [S] each; `model` attends by `recording.ATTENTION`.
+
+    The better half of a list goes on to the next text: most plans are told apart by one.
+    """
+    racing = [list(proposed) for proposed in proposals]
+    losses = dict.fromkeys(itertools.chain(*racing), 0.0)
     for number, sample in enumerate(samples):
+        progress("Trying plans", number, len(samples))
         ids = sample.unsqueeze(0).to(model.device)
         expected = _second_half(model, ids, AttentionCall.output)
-        for index, solution in enumerate(losses):
-            progress("Trying plans", number * len(losses) + index, steps)
+        for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
             found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
             losses[solution] += _divergence(expected, found) / MAGNIFIED**2 / len(samples)
-    progress("Trying plans", steps, steps)
-    return losses
+        racing = [sorted(field, key=lambda one: losses[one])[: (len(field) + 1) // 2] for field in racing]
+    progress("Trying plans", len(samples), len(samples))
+    return [Tried(field[0], losses[field[0]]) for field in racing]
 
 
 def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:

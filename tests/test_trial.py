@@ -60,7 +60,7 @@ def solved(setting: Setting) -> Solution:
 def tried_alone(setting: Setting, solution: Solution) -> float:
     source, _, options, _, calibration = setting
     model = source.load_model(ATTENTION).requires_grad_(False)
-    return trial.try_plans(model, read_samples(source, options), [solution], calibration, silent)[solution]
+    return trial.try_plans(model, read_samples(source, options), [[solution]], calibration, silent)[0].loss
 
 
 def test_the_loss_of_a_plan_is_the_divergence_that_all_its_layers_cause_together(setting: Setting) -> None:
@@ -114,8 +114,19 @@ def test_a_plan_that_sums_wrongly_think_best_is_found_out(setting: Setting) -> N
         patch.setattr(trial, "propose", lambda *_: proposals)
         (best,) = trial.best_plans(source, sites, calibration, options, [budget], MAX_LEN, silent)
     assert best.solution in honest
-    assert best.loss == pytest.approx(min(tried_alone(setting, one) for one in proposals), rel=1e-3)
+    assert best.loss == pytest.approx(tried_alone(setting, best.solution), rel=1e-3)
     assert tried_alone(setting, proposals[-1]) > best.loss
+
+
+def test_every_budget_has_a_race_of_its_own(setting: Setting) -> None:
+    """Plans for a roomy budget do not push out those for a tight one."""
+    source, sites, options, budget, calibration = setting
+    budgets = [int(budget * share) for share in (1, 1.15)]
+    both = trial.best_plans(source, sites, calibration, options, budgets, MAX_LEN, silent)
+    for one, size in zip(both, budgets, strict=True):
+        (alone,) = trial.best_plans(source, sites, calibration, options, [size], MAX_LEN, silent)
+        assert one == alone
+        assert one.solution.plan.arena_bytes <= size
 
 
 def test_what_is_never_quantized_costs_nothing_and_needs_no_model(

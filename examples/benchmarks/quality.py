@@ -248,9 +248,8 @@ class Bench:
         calibration = self.calibrations[measured, effective_len]
         proposals = propose(self.sites, calibration, options, size, self.max_len, self.source.dtype)
         samples = read_samples(self.source, options)
-        losses = try_plans(self.planning_model, samples, proposals, calibration, lambda *_: None)
-        best = min(losses, key=lambda solution: losses[solution])
-        return Tried(best, losses[best]), calibration
+        (best,) = try_plans(self.planning_model, samples, [proposals], calibration, lambda *_: None)
+        return best, calibration
 
     def _row(self, name: str, recipe: str, budget: str, effective_len: int) -> list[Row]:
         start = time.perf_counter()
