@@ -7,7 +7,6 @@ K, transforms, clips and the window.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from .recipes import RECIPES, Recipe, resolved
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
+    from .sensitivity import Losses
 
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
@@ -137,12 +137,27 @@ def propose(
     dtype: torch.dtype,
 ) -> list[Solution]:
     """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
-    weights = TOKEN_WEIGHTS if len(RECIPES[options.recipe].key_axes) > 1 else (1.0,)
-    far = replace(calibration, key_loss=calibration.key_loss_far)
-    pairs = itertools.product((calibration, far), weights)
-    return list(
-        dict.fromkeys(solve(sites, losses, options, budget, max_len, dtype, weight) for losses, weight in pairs)
-    )
+    recipe = RECIPES[options.recipe]
+    if recipe.measure == "gradient":
+        return [solve(sites, calibration, options, budget, max_len, dtype)]
+    weights = TOKEN_WEIGHTS if len(recipe.key_axes) > 1 else (1.0,)
+    weighted = [
+        _token_weighted(losses, weight)
+        for losses in (calibration.key_loss, calibration.key_loss_far)
+        for weight in weights
+    ]
+    proposals = [
+        solve(sites, replace(calibration, key_loss=losses), options, budget, max_len, dtype) for losses in weighted
+    ]
+    return list(dict.fromkeys(proposals))
+
+
+def _token_weighted(losses: Losses, weight: float) -> Losses:
+    """Losses of K, those of K by token `weight` times as large."""
+    return {
+        layer: {kept: loss * (weight if kept.axis == "token" else 1.0) for kept, loss in formats.items()}
+        for layer, formats in losses.items()
+    }
 
 
 def solve(
@@ -152,18 +167,16 @@ def solve(
     budget: int | None,
     max_len: int,
     dtype: torch.dtype,
-    token_weight: float = 1.0,
 ) -> Solution:
     """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within `budget` bytes.
 
-    `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone. The
-    sensitivity of keys by token counts `token_weight` times. Raises `UsageError` for options that no plan can have,
-    `CompileError` for a budget that no plan fits.
+    `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone.
+    Raises `UsageError` for options that no plan can have, `CompileError` for a budget that no plan fits.
     """
     check_feasible(sites, options, budget, max_len, dtype)
     if budget is None:
         budget = _smallest(_candidate_plans(sites, options, max_len, dtype), options)
-    layers = candidates(sites, calibration, options, max_len, dtype, token_weight)
+    layers = candidates(sites, calibration, options, max_len, dtype)
     if RECIPES[options.recipe].per_layer:
         chosen = tuple(choose([undominated(layer) for layer in layers], budget))
     else:
@@ -185,7 +198,6 @@ def candidates(
     options: CompileOptions,
     max_len: int,
     dtype: torch.dtype,
-    token_weight: float = 1.0,
 ) -> list[list[Candidate]]:
     """What the recipe allows for each layer: of formats that take the same bytes, those that cost least."""
     by_gradient = RECIPES[options.recipe].measure == "gradient"
@@ -193,16 +205,12 @@ def candidates(
     for site, plans in zip(sites, _candidate_plans(sites, options, max_len, dtype), strict=True):
         key_costs = (calibration.key_gradient if by_gradient else calibration.key_loss).get(site.layer, {})
         value_costs = (calibration.value_gradient if by_gradient else calibration.value_loss).get(site.layer, {})
-        layers.append([_candidate(plan, key_costs, value_costs, max_len, token_weight) for plan in plans])
+        layers.append([_candidate(plan, key_costs, value_costs, max_len) for plan in plans])
     return layers
 
 
 def _candidate(
-    plan: LayerPlan,
-    key_costs: Mapping[Format, float],
-    value_costs: Mapping[Format, float],
-    max_len: int,
-    token_weight: float,
+    plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
 ) -> Candidate:
     """The best formats of the plan's widths, axis and window, and the plan with their clips."""
     if not plan.quantized:
@@ -216,8 +224,7 @@ def _candidate(
         key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
     )
     chosen = replace(plan, key_clip=key.clip, value_clip=value.clip)
-    weight = token_weight if key.axis == "token" else 1.0
-    cost = weight * key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
+    cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
     return Candidate(chosen, cost, key, value)
 
 

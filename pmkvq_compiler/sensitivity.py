@@ -96,9 +96,8 @@ class OutputLoss:
         for code, formats in _by_code(self.key[call.layer]):
             error = self._key_error(call, code)
             for losses, magnified in ((self.key, MAGNIFIED), (self.key_far, FAR)):
-                growth = (
-                    (call.scores(call.query, call.key + magnified * error) - scores).clamp(max=LARGEST_GROWTH).exp()
-                )
+                drift = call.scores(call.query, call.key + magnified * error) - scores
+                growth = drift.clamp(max=LARGEST_GROWTH).exp()
                 changed = _of_first(sums(weights * growth, value))
                 for kept in formats:
                     mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
@@ -115,10 +114,15 @@ class OutputLoss:
         return stored(call.key, code, self.sink, self.block, matrices) - call.key
 
     def _old_blocks(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
-        """Blocks that have left the window when each query comes; a short text gets a short window."""
-        beyond = positions + 1 - self.sink - min(window, call.key.shape[-2] // 4)
+        """Blocks that have left the window when each query comes."""
+        beyond = positions + 1 - self.sink - text_window(window, call.key.shape[-2])
         whole = max(0, call.key.shape[-2] - self.sink) // self.block
         return ((beyond.clamp(min=0) + self.block - 1) // self.block).clamp(max=whole)
+
+
+def text_window(window: int, length: int) -> int:
+    """The window for a calibration text of `length` tokens: a short text has a short one."""
+    return min(window, length // 4)
 
 
 def _by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:

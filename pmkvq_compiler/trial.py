@@ -17,18 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, fitted, sequence_bytes
+from pmkvq_compiler.runtime.plan import CachePlan, blocks_needed, fitted, sequence_bytes
 
 from .calibrate import Calibration, Progress, pick_device, read_samples
+from .check import mean_divergence
 from .options import CompileOptions
 from .planner import Folds, Solution, propose
 from .recording import ATTENTION, AttentionCall, observed, run
-from .sensitivity import MAGNIFIED
+from .sensitivity import MAGNIFIED, text_window
 from .source import Source
 from .teacher_forcing import progressive
-
-ROWS = 256
-"""Rows of logits that are compared at a time: vocabularies are large."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,10 @@ def best_plans(
     Raises what `planner.solve` raises. Where nothing is quantized the model does not run.
     """
     proposals = [propose(sites, calibration, options, budget, max_len, source.dtype) for budget in budgets]
-    if not any(quantizes(layer, max_len) for one in itertools.chain(*proposals) for layer in one.plan.layers):
+    if not any(blocks_needed(layer, max_len) for one in itertools.chain(*proposals) for layer in one.plan.layers):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
     model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
     return try_plans(model, read_samples(source, options), proposals, calibration, progress)
-
-
-def quantizes(layer: LayerPlan, max_len: int) -> bool:
-    """Whether sequences of `max_len` tokens outgrow the layer's window."""
-    return blocks_needed(layer, max_len) > 0
 
 
 @torch.no_grad()
@@ -86,7 +79,7 @@ def try_plans(
         for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
             found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
-            losses[solution] += _divergence(expected, found) / MAGNIFIED**2 / len(samples)
+            losses[solution] += mean_divergence(found, expected, torch.float32) / MAGNIFIED**2 / len(samples)
         racing = [sorted(field, key=lambda one: losses[one])[: (len(field) + 1) // 2] for field in racing]
     progress("Trying plans", len(samples), len(samples))
     return [Tried(field[0], losses[field[0]]) for field in racing]
@@ -100,23 +93,13 @@ def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[Attentio
 
 
 def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:
-    """The plan for a text of `length` tokens whose blocks are all at their final widths; as for the measured losses, a
-    short text gets a short window."""
+    """The plan for a text of `length` tokens whose blocks are all at their final widths."""
     layers = []
     for layer in plan.layers:
-        if not quantizes(layer, plan.max_len):
+        if not blocks_needed(layer, plan.max_len):
             layers.append(replace(layer, stages=()))
             continue
-        window = min(layer.window, max(layer.block, length // 4))
+        window = max(layer.block, text_window(layer.window, length))
         short = fitted(replace(layer, stages=layer.stages[-1:], window=window), length)
         layers.append(replace(short, arena_bytes=sequence_bytes(short, length, torch.float32.itemsize)))
     return replace(plan, layers=tuple(layers), max_len=length, batch_size=1, dtype="float32")
-
-
-def _divergence(expected: Tensor, found: Tensor) -> float:
-    """Mean over rows of KL(expected || found) of the distributions that logits [N, V] stand for, in nats."""
-    total = 0.0
-    for ours, theirs in zip(expected.split(ROWS), found.split(ROWS), strict=True):
-        p, q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-    return total / len(expected)

@@ -156,8 +156,9 @@ class Bench:
         self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
         self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
         self.effective_len = arguments.effective_len or self.max_len
-        self.model = self._model(torch.float32)
         self.planning_model = self._model()
+        exact = self.planning_model.dtype == torch.float32
+        self.model = self.planning_model if exact else self._model(torch.float32)
         self.calibrations: dict[tuple[Recipe, int], Calibration] = {}
         self.references: dict[int, Tensor] = {}
         self.scored: dict[tuple[Any, ...], list[Score]] = {}
