@@ -325,6 +325,8 @@ class StaticTransformers(Transformers):
             return self.compiled(tokens, past_key_values=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1)
 
         self.replay = run if self.device == "cpu" else captured(run)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.filled)  # the run before a capture took a token's place
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
