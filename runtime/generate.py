@@ -15,7 +15,8 @@ from .graph import GraphDecoder
 if TYPE_CHECKING:
     from .model import CompiledModel
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 4096
+"""Tokens of each prompt that are fed at once: enough to fill a GPU with one prompt, and a bound on what activations take."""
 Streamer = Callable[[Tensor], None]
 
 
