@@ -385,8 +385,16 @@ def _sampled_loss(logits: Tensor, tokens: Tensor) -> Tensor:
         temperature *= 2
     tempered = logits / temperature
     generator = torch.Generator(logits.device).manual_seed(len(tokens))
-    labels = torch.multinomial(tempered.detach().softmax(-1), 1, generator=generator)[:, 0]
+    labels = _drawn(tempered.detach().softmax(-1), generator)
     return F.cross_entropy(tempered, labels, reduction="sum")
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A label of each row of `probabilities` [S, V], by the inverse of its distribution function: that takes one random
+    number a row, `torch.multinomial` takes V."""
+    cumulative = probabilities.cumsum(-1)
+    chosen = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, chosen)[:, 0]
 
 
 def _check_loss(model: PreTrainedModel, loss: Tensor) -> None:

@@ -72,7 +72,7 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
     return {
         "full_precision_error": relative_norm(whole, logits),
         "planned_precision_error": relative_norm(planned, logits),
-        "planned_precision_kl": mean_divergence(planned, logits),
+        "planned_precision_kl": divergences(planned, logits).mean().item(),
     }
 
 
@@ -81,14 +81,14 @@ def relative_norm(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
-def mean_divergence(out: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64) -> float:
-    """Mean over rows of KL(reference ‖ out) of the distributions that logits [N, V] stand for, in nats, from
-    probabilities in `dtype`."""
-    total = 0.0
+def divergences(out: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """KL(reference ‖ out) (float64 [N]) of the distributions that the rows of logits [N, V] stand for, in nats, from
+    probabilities in `dtype`; rounding cannot make it negative."""
+    found = []
     for ours, theirs in zip(out.split(ROWS), reference.split(ROWS), strict=True):
-        expected, found = theirs.to(dtype).log_softmax(-1), ours.to(dtype).log_softmax(-1)
-        total += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
-    return total / len(out)
+        log_p, log_q = theirs.to(dtype).log_softmax(-1), ours.to(dtype).log_softmax(-1)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp(min=0))
+    return torch.cat(found)
 
 
 if __name__ == "__main__":

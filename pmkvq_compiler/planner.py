@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pulp
 import torch
+from numpy import interp
 from torch import Tensor
 
 from pmkvq_compiler.passes.program import AttentionSite
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
 
-TOKEN_WEIGHTS = (1.0, 1.5, 2.0, 10.0)
+TOKEN_WEIGHTS = (1.0, 2.0, 10.0)
 """What the sensitivity of keys by token is multiplied by, a proposal each, where the recipe has both axes: from plans
 that trust what was measured to plans that hardly use that axis."""
 
@@ -137,19 +138,22 @@ def propose(
     dtype: torch.dtype,
 ) -> list[Solution]:
     """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
-    recipe = RECIPES[options.recipe]
+    recipe = resolved(options)
     if recipe.measure == "gradient":
         return [solve(sites, calibration, options, budget, max_len, dtype)]
     weights = TOKEN_WEIGHTS if len(recipe.key_axes) > 1 else (1.0,)
-    weighted = [
-        _token_weighted(losses, weight)
-        for losses in (calibration.key_loss, calibration.key_loss_far)
+    shares = (1.0, min(1.0, options.calib_len / max_len))
+    reweighed = [
+        replace(
+            calibration,
+            key_loss=_token_weighted(_with_windows(keys, share, recipe.block), weight),
+            value_loss=_with_windows(calibration.value_loss, share, recipe.block),
+        )
+        for keys in (calibration.key_loss, calibration.key_loss_far)
+        for share in dict.fromkeys(shares)
         for weight in weights
     ]
-    proposals = [
-        solve(sites, replace(calibration, key_loss=losses), options, budget, max_len, dtype) for losses in weighted
-    ]
-    return list(dict.fromkeys(proposals))
+    return list(dict.fromkeys(solve(sites, one, options, budget, max_len, dtype) for one in reweighed))
 
 
 def _token_weighted(losses: Losses, weight: float) -> Losses:
@@ -158,6 +162,27 @@ def _token_weighted(losses: Losses, weight: float) -> Losses:
         layer: {kept: loss * (weight if kept.axis == "token" else 1.0) for kept, loss in formats.items()}
         for layer, formats in losses.items()
     }
+
+
+def _with_windows(losses: Losses, share: float, block: int) -> Losses:
+    """Losses as they are where a window holds only a `share` of what it holds, but for its first `block` tokens.
+
+    A window holds more of a short calibration text than of the long one that the cache is for. How much of what a
+    model looks back to lies further back in a longer text is not to be seen in short ones, so plans are proposed from
+    windows that help as they do in the texts and from windows that help as much less as they are a smaller part.
+    Between the windows that were measured, losses are taken to be linear.
+    """
+    found: Losses = {}
+    for layer, formats in losses.items():
+        measured: dict[Format, dict[int, float]] = {}
+        for kept in sorted(formats, key=lambda kept: kept.window):
+            measured.setdefault(replace(kept, window=0), {})[kept.window] = formats[kept]
+        found[layer] = {}
+        for kept in formats:
+            alike = measured[replace(kept, window=0)]
+            window = block + (kept.window - block) * share
+            found[layer][kept] = float(interp(window, list(alike), list(alike.values())))
+    return found
 
 
 def solve(

@@ -2,8 +2,9 @@
 
 The planner adds up what each layer's formats cost alone. What the noise of one layer does to the next, and mistakes
 too rare to be met in one layer alone, are in no such sum, and K by token suffers most from both. So `planner.propose`
-makes several plans for a budget; they run here, all of their layers at once, and the one whose output moves least is
-taken.
+makes several plans for a budget; they run here, all of their layers at once, and the one that changes the fewest tokens
+is taken: by Pinsker's inequality, the root of half the divergence bounds the chance that a token is drawn differently.
+The mean of the divergence itself would be that of a handful of tokens, and which of them a text has is chance.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import CachePlan, blocks_needed, fitted, sequence_bytes
 
 from .calibrate import Calibration, Progress, pick_device, read_samples
-from .check import mean_divergence
+from .check import divergences
 from .options import CompileOptions
 from .planner import Folds, Solution, propose
 from .recording import ATTENTION, AttentionCall, observed, run
@@ -72,6 +73,7 @@ def try_plans(
     """
     racing = [list(proposed) for proposed in proposals]
     losses = dict.fromkeys(itertools.chain(*racing), 0.0)
+    changes = losses.copy()
     for number, sample in enumerate(samples):
         progress("Trying plans", number, len(samples))
         ids = sample.unsqueeze(0).to(model.device)
@@ -79,8 +81,10 @@ def try_plans(
         for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
             found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
-            losses[solution] += mean_divergence(found, expected, torch.float32) / MAGNIFIED**2 / len(samples)
-        racing = [sorted(field, key=lambda one: losses[one])[: (len(field) + 1) // 2] for field in racing]
+            moved = divergences(found, expected, torch.float32)
+            losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
+            changes[solution] += moved.sqrt().mean().item()
+        racing = [sorted(field, key=changes.__getitem__)[: (len(field) + 1) // 2] for field in racing]
     progress("Trying plans", len(samples), len(samples))
     return [Tried(field[0], losses[field[0]]) for field in racing]
 

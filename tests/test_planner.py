@@ -24,6 +24,7 @@ from pmkvq_compiler.planner import (
     choose,
     lowering_stages,
     plan_table,
+    propose,
     solve,
     undominated,
 )
@@ -238,6 +239,25 @@ def test_the_layer_that_matters_most_gets_the_most_bytes() -> None:
     rows = plan_table(solution, sites, measured)
     assert max(rows, key=lambda row: row.key_bits).layer == 4
     assert [row.arena_bytes for row in rows] == [layer.arena_bytes for layer in solution.plan.layers]
+
+
+def test_long_caches_are_also_planned_for_as_if_windows_held_less_of_them() -> None:
+    """Windows help much in the texts: one plan believes that, another saves them where the cache is far longer."""
+    sites, measured = [site(layer) for layer in range(6)], calibration(6)
+    helped = {64: 1.0, 128: 0.3, 256: 0.1}
+    for losses in (*measured.key_loss.values(), *measured.value_loss.values()):
+        losses.update({kept: loss * helped[kept.window] for kept, loss in losses.items()})
+    budget = int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3)
+
+    def window_tokens(calib_len: int) -> list[int]:
+        chosen = options(calib_len=calib_len)
+        proposals = propose(sites, measured, chosen, budget, MAX_LEN, torch.float16)
+        assert all(one.plan.arena_bytes <= budget for one in proposals)
+        return [sum(layer.window for layer in one.plan.layers) for one in proposals]
+
+    as_long, short = window_tokens(MAX_LEN), window_tokens(MAX_LEN // 16)
+    assert set(as_long) < set(short)
+    assert min(short) < 0.7 * min(as_long)
 
 
 @pytest.mark.parametrize("final", list(itertools.product((16, 8, 4, 2), repeat=2)))

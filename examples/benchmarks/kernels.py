@@ -88,7 +88,7 @@ DECODED: dict[Shape, tuple[Packing, ...]] = {
     NARROW: CHANNEL_64,
 }
 PREFILLED = ((16, 16), (8, 8), (4, 4), (2, 2))
-CHUNKS = (8192, 2048, 512)
+CHUNKS = (8192, 4096, 2048, 512)
 
 
 def main() -> None:
