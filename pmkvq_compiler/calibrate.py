@@ -58,7 +58,7 @@ class Calibration:
     `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by.
 
     `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
-    format; they may be added up. `key_loss_far`: that of K from larger errors, `sensitivity.FAR`. `key_gradient` and
+    format; they may be added up. `key_gradient` and
     `value_gradient`: the same in the paper's measure, where the recipe plans by it. `check_ids` int64 [1, N],
     `check_logits` float32 [M, V]: a text and the source model's logits of its last M tokens. `fingerprint` says what
     all this was measured with.
@@ -71,7 +71,6 @@ class Calibration:
     key_matrices: Matrices
     value_matrices: Matrices
     key_loss: Losses
-    key_loss_far: Losses
     value_loss: Losses
     key_gradient: Losses
     value_gradient: Losses
@@ -99,7 +98,6 @@ def calibrate(
         key_matrices={},
         value_matrices={},
         key_loss={},
-        key_loss_far={},
         value_loss={},
         key_gradient={},
         value_gradient={},
@@ -143,7 +141,6 @@ def calibrate(
     calibration = replace(
         calibration,
         key_loss=_averaged(measured.key, len(samples)),
-        key_loss_far=_averaged(measured.key_far, len(samples)),
         value_loss=_averaged(measured.value, len(samples)),
     )
     if recipe.measure == "gradient":

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 METADATA_KEY = "pmkvq_calibration"
 MATRICES = ("key_matrices", "value_matrices")
-LOSSES = ("key_loss", "key_loss_far", "value_loss", "key_gradient", "value_gradient")
+LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
 
 def load_or_calibrate(

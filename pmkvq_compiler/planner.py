@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
 
-TOKEN_WEIGHTS = (1.0, 2.0, 10.0)
-"""What the sensitivity of keys by token is multiplied by, a proposal each, where the recipe has both axes: from plans
-that trust what was measured to plans that hardly use that axis."""
+WEIGHTS = ((1.0, 1.0), (1.0, 2.0), (1.0, 10.0), (4.0, 8.0))
+"""What the sensitivities of keys by channel and by token are multiplied by, a proposal each: from plans that trust what
+was measured, over plans that hardly group keys by token, to plans for which keys matter more than values. Errors of
+keys in several layers may do together what none does alone, those of values hardly, and by token most of all."""
 
 
 @dataclass(frozen=True)
@@ -141,26 +142,24 @@ def propose(
     recipe = resolved(options)
     if recipe.measure == "gradient":
         return [solve(sites, calibration, options, budget, max_len, dtype)]
-    weights = TOKEN_WEIGHTS if len(recipe.key_axes) > 1 else (1.0,)
     shares = (1.0, min(1.0, options.calib_len / max_len))
     reweighed = [
         replace(
             calibration,
-            key_loss=_token_weighted(_with_windows(keys, share, recipe.block), weight),
+            key_loss=_weighted(_with_windows(calibration.key_loss, share, recipe.block), *weights),
             value_loss=_with_windows(calibration.value_loss, share, recipe.block),
         )
-        for keys in (calibration.key_loss, calibration.key_loss_far)
         for share in dict.fromkeys(shares)
-        for weight in weights
+        for weights in WEIGHTS
     ]
     return list(dict.fromkeys(solve(sites, one, options, budget, max_len, dtype) for one in reweighed))
 
 
-def _token_weighted(losses: Losses, weight: float) -> Losses:
-    """Losses of K, those of K by token `weight` times as large."""
+def _weighted(losses: Losses, by_channel: float, by_token: float) -> Losses:
+    """Losses of K so many times as large."""
+    weights = {"channel": by_channel, "token": by_token}
     return {
-        layer: {kept: loss * (weight if kept.axis == "token" else 1.0) for kept, loss in formats.items()}
-        for layer, formats in losses.items()
+        layer: {kept: loss * weights[kept.axis] for kept, loss in formats.items()} for layer, formats in losses.items()
     }
 
 

@@ -124,11 +124,16 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])
 
 
-def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Logits [B, S, V] of a model at the given positions (int64 [B, S]).
+def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: int = 0) -> Tensor:
+    """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or those of the `last` tokens alone.
 
     The mask of ones keeps transformers from reading positions that do not follow each other as packed sequences.
     """
-    return model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+    logits: Tensor = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=torch.ones_like(input_ids),
+        use_cache=False,
+        logits_to_keep=last,
     ).logits
+    return logits[:, -last:]

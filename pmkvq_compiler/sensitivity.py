@@ -29,11 +29,10 @@ from .recording import AttentionCall
 QUERIES = 128
 """Query positions of a text at which outputs are compared, drawn from its second half."""
 
-MAGNIFIED, FAR = 2.0, 3.0
-"""Errors of keys are measured so many times as large as they are, and the loss is divided by the square. A query that
+MAGNIFIED = 2.0
+"""Errors of keys are measured this many times as large as they are, and the loss is divided by the square. A query that
 takes one token for another breaks a chain of thought; with errors of the true size that is too rare to be met in a
-few texts, and with larger ones it shows where softmax is about to give way. No size is right for every model: plans are
-proposed from both."""
+few texts, and with larger ones it shows where softmax is about to give way."""
 
 LARGEST_GROWTH = 60.0
 """Of a score, in nats: its exponential still fits float32."""
@@ -57,7 +56,6 @@ class OutputLoss:
         self.key_matrices, self.value_matrices = key_matrices, value_matrices
         self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
-        self.key_far: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
         self.generator = torch.Generator().manual_seed(0)
 
@@ -94,24 +92,22 @@ class OutputLoss:
         always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # what attention sinks take
         unchanged = always.unsqueeze(-2) + _of_all_but_first(sums(weights, value))
         for code, formats in _by_code(self.key[call.layer]):
-            error = self._key_error(call, code)
-            for losses, magnified in ((self.key, MAGNIFIED), (self.key_far, FAR)):
-                drift = call.scores(call.query, call.key + magnified * error) - scores
-                growth = drift.clamp(max=LARGEST_GROWTH).exp()
-                changed = _of_first(sums(weights * growth, value))
-                for kept in formats:
-                    mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
-                    add(losses[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], magnified)
+            drift = call.scores(call.query, self._magnified_key(call, code)) - scores
+            growth = drift.clamp(max=LARGEST_GROWTH).exp()
+            changed = _of_first(sums(weights * growth, value))
+            for kept in formats:
+                mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
+                add(self.key[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
         for code, formats in _by_code(self.value[call.layer]):
             matrices = self.value_matrices.get(call.layer, {}).get(code.transform)
             changed = _of_first(sums(weights, stored(call.value, code, self.sink, self.block, matrices) - call.value))
             for kept in formats:
                 add(self.value[call.layer], kept, exact + _at(changed, old[kept.window]))
 
-    def _key_error(self, call: AttentionCall, code: Format) -> Tensor:
-        """What a format makes of keys less the keys."""
+    def _magnified_key(self, call: AttentionCall, code: Format) -> Tensor:
+        """Keys with errors `MAGNIFIED` times those of a format."""
         matrices = self.key_matrices.get(call.layer, {}).get(code.transform)
-        return stored(call.key, code, self.sink, self.block, matrices) - call.key
+        return torch.lerp(call.key, stored(call.key, code, self.sink, self.block, matrices), MAGNIFIED)
 
     def _old_blocks(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
         """Blocks that have left the window when each query comes."""

@@ -91,9 +91,10 @@ def try_plans(
 
 def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
     """Logits of a text's second half, where there is something old to attend to; attention is computed in float32."""
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    length = ids.shape[1]
+    positions = torch.arange(length, device=ids.device).unsqueeze(0)
     with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
-        return run(model, ids, positions)[0, ids.shape[1] // 2 :]
+        return run(model, ids, positions, last=length - length // 2)[0]
 
 
 def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model import CompiledModel
 
 PREFILL_CHUNK = 4096
-"""Tokens of each prompt that are fed at once: enough to fill a GPU with one prompt, and a bound on what activations take."""
+"""Tokens of each prompt that are fed at once: one prompt of as many fills a GPU, and activations are bounded."""
 Streamer = Callable[[Tensor], None]
 
 

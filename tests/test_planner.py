@@ -92,7 +92,6 @@ def calibration(layers: int, seed: int = 0) -> Calibration:
         key_matrices={},
         value_matrices={},
         key_loss=keys,
-        key_loss_far=keys,
         value_loss=values,
         key_gradient=keys,
         value_gradient=values,
