@@ -42,6 +42,9 @@ Progress = Callable[[str, int, int], None]
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
+MEASURES = 2
+"""To be raised where what is measured changes, so that no older calibration is taken for a new one."""
+
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
 DOUBT = 0.1
 """Share of labels, drawn to measure sensitivities, that are not the likeliest."""
@@ -58,10 +61,9 @@ class Calibration:
     `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by.
 
     `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
-    format; they may be added up. `key_gradient` and
-    `value_gradient`: the same in the paper's measure, where the recipe plans by it. `check_ids` int64 [1, N],
-    `check_logits` float32 [M, V]: a text and the source model's logits of its last M tokens. `fingerprint` says what
-    all this was measured with.
+    format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
+    plans by it. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its
+    last M tokens. `fingerprint` says what all this was measured with.
     """
 
     fingerprint: str
@@ -185,6 +187,7 @@ def calibration_fingerprint(
 ) -> str:
     """sha256 (hex) of everything that a calibration depends on; not the budget or the batch size."""
     facts: dict[str, Any] = {
+        "measures": MEASURES,
         "source": source.fingerprint,
         "text": hashlib.sha256(_calibration_bytes(options.calib)).hexdigest(),
         "samples": options.calib_samples,
