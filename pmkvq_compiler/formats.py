@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +26,14 @@ class Format:
     transform: Transform
     clip: float
     window: int
+
+
+def by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:
+    """Formats that differ in nothing but the window."""
+    codes: dict[Format, list[Format]] = {}
+    for kept in formats:
+        codes.setdefault(replace(kept, window=0), []).append(kept)
+    return list(codes.items())
 
 
 def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | None = None) -> Tensor:

@@ -31,7 +31,7 @@ from pmkvq_compiler.runtime.plan import (
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
 from .errors import CompileError, UsageError
-from .formats import Format, Transform
+from .formats import Format, Transform, by_code
 from .options import CompileOptions
 from .recipes import RECIPES, Recipe, resolved
 
@@ -140,19 +140,16 @@ def propose(
 ) -> list[Solution]:
     """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
     recipe = resolved(options)
-    if recipe.measure == "gradient":
+    if recipe.measure == "gradient" or not recipe.per_layer:
         return [solve(sites, calibration, options, budget, max_len, dtype)]
-    shares = (1.0, min(1.0, options.calib_len / max_len))
-    reweighed = [
-        replace(
-            calibration,
-            key_loss=_weighted(_with_windows(calibration.key_loss, share, recipe.block), *weights),
-            value_loss=_with_windows(calibration.value_loss, share, recipe.block),
-        )
-        for share in dict.fromkeys(shares)
-        for weights in WEIGHTS
-    ]
-    return list(dict.fromkeys(solve(sites, one, options, budget, max_len, dtype) for one in reweighed))
+    proposals = []
+    for share in dict.fromkeys((1.0, min(1.0, options.calib_len / max_len))):
+        keys = _with_windows(calibration.key_loss, share, recipe.block)
+        values = _with_windows(calibration.value_loss, share, recipe.block)
+        for weights in WEIGHTS:
+            reweighed = replace(calibration, key_loss=_weighted(keys, *weights), value_loss=values)
+            proposals.append(solve(sites, reweighed, options, budget, max_len, dtype))
+    return list(dict.fromkeys(proposals))
 
 
 def _weighted(losses: Losses, by_channel: float, by_token: float) -> Losses:
@@ -173,14 +170,13 @@ def _with_windows(losses: Losses, share: float, block: int) -> Losses:
     """
     found: Losses = {}
     for layer, formats in losses.items():
-        measured: dict[Format, dict[int, float]] = {}
-        for kept in sorted(formats, key=lambda kept: kept.window):
-            measured.setdefault(replace(kept, window=0), {})[kept.window] = formats[kept]
         found[layer] = {}
-        for kept in formats:
-            alike = measured[replace(kept, window=0)]
-            window = block + (kept.window - block) * share
-            found[layer][kept] = float(interp(window, list(alike), list(alike.values())))
+        for _, alike in by_code(formats):
+            alike.sort(key=lambda kept: kept.window)
+            windows = [kept.window for kept in alike]
+            shorter = [block + (window - block) * share for window in windows]
+            there = interp(shorter, windows, [formats[kept] for kept in alike]).tolist()
+            found[layer].update(zip(alike, there, strict=True))
     return found
 
 

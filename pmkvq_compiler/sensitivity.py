@@ -13,8 +13,7 @@ its published code takes them from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from pmkvq_compiler.runtime.quantize import fake_quantize
 
-from .formats import Format, Transform, stored
+from .formats import Format, Transform, by_code, stored
 from .recording import AttentionCall
 
 QUERIES = 128
@@ -91,14 +90,14 @@ class OutputLoss:
         always = call.values_under(outside, value)
         always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # what attention sinks take
         unchanged = always.unsqueeze(-2) + _of_all_but_first(sums(weights, value))
-        for code, formats in _by_code(self.key[call.layer]):
+        for code, formats in by_code(self.key[call.layer]):
             drift = call.scores(call.query, self._magnified_key(call, code)) - scores
             growth = drift.clamp(max=LARGEST_GROWTH).exp()
             changed = _of_first(sums(weights * growth, value))
             for kept in formats:
                 mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
                 add(self.key[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
-        for code, formats in _by_code(self.value[call.layer]):
+        for code, formats in by_code(self.value[call.layer]):
             matrices = self.value_matrices.get(call.layer, {}).get(code.transform)
             changed = _of_first(sums(weights, stored(call.value, code, self.sink, self.block, matrices) - call.value))
             for kept in formats:
@@ -119,14 +118,6 @@ class OutputLoss:
 def text_window(window: int, length: int) -> int:
     """The window for a calibration text of `length` tokens: a short text has a short one."""
     return min(window, length // 4)
-
-
-def _by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:
-    """Formats that differ in nothing but the window."""
-    codes: dict[Format, list[Format]] = {}
-    for kept in formats:
-        codes.setdefault(replace(kept, window=0), []).append(kept)
-    return list(codes.items())
 
 
 def _block_sums(weights: Tensor, value: Tensor, block: int) -> Tensor:

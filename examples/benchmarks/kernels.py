@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pmkvq_compiler.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
 from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, read_tunings, tuning_for
 from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, block_bytes, sequence_bytes
 
@@ -88,7 +89,7 @@ DECODED: dict[Shape, tuple[Packing, ...]] = {
     NARROW: CHANNEL_64,
 }
 PREFILLED = ((16, 16), (8, 8), (4, 4), (2, 2))
-CHUNKS = (8192, 4096, 2048, 512)
+CHUNKS = (8192, PREFILL_CHUNK, 2048, 512)
 
 
 def main() -> None:
