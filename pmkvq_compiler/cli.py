@@ -34,6 +34,7 @@ EXAMPLES = """\
 the budget
   What the caches of all layers together may take with --batch-size sequences of --max-len tokens. Everything counts:
   codes, the parameters of every group, and the first and most recent tokens, which stay in the model's own dtype.
+  In float32, in which GGUF files are read, these weigh twice what they do with --dtype bfloat16.
     512MiB    bytes (KiB, MiB, GiB; KB, MB, GB)
     25%       of the cache at 16 bits a number
     3.2bits   a number of the cache, on average
