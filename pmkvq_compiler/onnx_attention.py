@@ -10,26 +10,36 @@ well, which rounds less than bfloat16 would and is a dtype that every binding of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 from onnxscript import OpBuilder, build_function
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
-from pmkvq_compiler.runtime.quantize import LARGEST_FP16, levels, step_fraction
+from pmkvq_compiler.runtime.quantize import (
+    LARGEST,
+    LARGEST_MID,
+    LARGEST_RANGE,
+    MIDS_PER_RANGE,
+    levels,
+    range_of,
+    step_fraction,
+)
 
 DOMAIN = "pmkvq"
 OPSET = 20
 BYTE_BITS = 8
 END = 2**63 - 1
+LARGEST_FP16 = 65504.0
 MINUS_INFINITY = float("-inf")
 
-SMALLEST_HALF = 2.0**-24
-BETWEEN_HALVES = 1.25 * 2.0**-11
-"""This share of a float16, or the smallest one, is between a half and one and a half of the distance to the next."""
+SMALLEST_EXPONENT = -14
+"""Of a range, see `quantize`: smaller ones are multiples of its eighth."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,9 @@ def state_tensors(attention: Attention) -> list[StateTensor]:
     value_bytes = plan.value_head_dim * plan.value_bits // BYTE_BITS
     return [
         StateTensor("key_codes", ir.DataType.UINT8, (*batch, "blocks", key_bytes, plan.block)),
-        StateTensor("key_parameters", ir.DataType.FLOAT16, (*batch, "blocks", 2, groups)),
+        StateTensor("key_parameters", ir.DataType.UINT8, (*batch, "blocks", 2, groups)),
         StateTensor("value_codes", ir.DataType.UINT8, (*batch, "blocks", plan.block, value_bytes)),
-        StateTensor("value_parameters", ir.DataType.FLOAT16, (*batch, "blocks", 2, plan.block)),
+        StateTensor("value_parameters", ir.DataType.UINT8, (*batch, "blocks", 2, plan.block)),
         *rows,
     ]
 
@@ -244,35 +254,64 @@ def _quantized_blocks(
 
 def _quantize(op: OpBuilder, x: ir.Value, bits: int, clip: float, axis: int) -> tuple[ir.Value, ir.Value]:
     """Codes (uint8, shape of `x`) of blocks [B, H, n, ., .] in groups along `axis`, and their parameters
-    [B, H, n, 2, groups] (float16)."""
+    [B, H, n, 2, groups] (uint8): the bytes of middles and of ranges, see `quantize`."""
     top = levels(bits)
-    low, high = op.ReduceMin(x, [axis]), op.ReduceMax(x, [axis])
-    mid = _half(op, op.Clip(op.Add(op.Mul(low, 0.5), op.Mul(high, 0.5)), -LARGEST_FP16, LARGEST_FP16))
-    centre = _float(op, mid)
-    exact = op.Min(op.Mul(op.Max(op.Sub(high, centre), op.Sub(centre, low)), 2.0), LARGEST_FP16)
-    value_range = _half_not_less(op, exact)
-    step, _ = _step_and_zero(op, mid, value_range, bits, clip)
+    mid_byte, range_byte = _group_parameters(op, op.ReduceMin(x, [axis]), op.ReduceMax(x, [axis]))
+    mid, value_range = _mid_and_range(op, mid_byte, range_byte)
+    step = op.Mul(value_range, step_fraction(bits, clip))
     steps_per_unit = op.Where(op.Greater(step, 0.0), op.Reciprocal(step), 0.0)
-    codes = op.Round(op.Add(op.Mul(op.Sub(x, centre), steps_per_unit), top / 2))
-    parameters = op.Concat(mid, value_range, axis=axis)
+    codes = op.Round(op.Add(op.Mul(op.Sub(x, mid), steps_per_unit), top / 2))
+    parameters = op.Cast(op.Concat(mid_byte, range_byte, axis=axis), to=ir.DataType.UINT8)
     if axis == 4:
         parameters = op.Transpose(parameters, perm=[0, 1, 2, 4, 3])
     return op.Cast(op.Clip(codes, 0.0, float(top)), to=ir.DataType.UINT8), parameters
 
 
-def _step_and_zero(
-    op: OpBuilder, mid: ir.Value, value_range: ir.Value, bits: int, clip: float
-) -> tuple[ir.Value, ir.Value]:
-    """`step` and `zero` (float32) with `x = zero + c * step`."""
-    step = op.Mul(_float(op, value_range), step_fraction(bits, clip))
-    return step, op.Sub(_float(op, mid), op.Mul(step, levels(bits) / 2))
+def _group_parameters(op: OpBuilder, low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Bytes of middles and of ranges, as float32, of groups between bounds (float32)."""
+    mid = op.Clip(op.Add(op.Mul(low, 0.5), op.Mul(high, 0.5)), -LARGEST, LARGEST)
+    spread = op.Max(op.Sub(high, low), op.Mul(op.Abs(mid), MIDS_PER_RANGE / LARGEST_MID))
+    first = _range_byte(op, op.Min(spread, LARGEST))
+    stored, value_range = _mid_and_range(op, _mid_byte(op, mid, first), first)
+    clips = op.Greater(op.Mul(op.Max(op.Sub(high, stored), op.Sub(stored, low)), 2.0), value_range)
+    range_byte = op.Min(op.Add(first, _float(op, clips)), float(LARGEST_RANGE))
+    return _mid_byte(op, mid, range_byte), range_byte
 
 
-def _half_not_less(op: OpBuilder, x: ir.Value) -> ir.Value:
-    """The smallest float16 that is not less than `x`, a float32 of 0 to 65,504."""
-    nearest = _float(op, _half(op, x))
-    step_up = op.Max(op.Mul(nearest, BETWEEN_HALVES), SMALLEST_HALF)
-    return _half(op, op.Where(op.Less(nearest, x), op.Add(nearest, step_up), nearest))
+def _range_byte(op: OpBuilder, x: ir.Value) -> ir.Value:
+    """The byte of the smallest range that is not less than `x`: the eighths that `x` takes of a power of two, behind
+    all bytes of smaller powers. One power too many or too few, where the logarithm is rounded, gives the same byte."""
+    exponent = op.Max(op.Floor(op.Mul(op.Log(x), 1 / math.log(2))), float(SMALLEST_EXPONENT))
+    eighths = op.Ceil(op.Mul(x, op.Pow(2.0, op.Sub(3.0, exponent))))
+    return op.Add(op.Mul(op.Sub(exponent, float(SMALLEST_EXPONENT)), 8.0), eighths)
+
+
+def _range(op: OpBuilder, byte: ir.Value) -> ir.Value:
+    """The range of a byte: a table is read faster than powers are computed."""
+    ranges = range_of(torch.arange(LARGEST_RANGE + 1)).tolist()
+    return op.Gather(op.Constant(value=ir.tensor(ranges, ir.DataType.FLOAT)), op.Cast(byte, to=ir.DataType.INT32))
+
+
+def _mid_byte(op: OpBuilder, mid: ir.Value, range_byte: ir.Value) -> ir.Value:
+    """The byte of a middle as nearly as a range can have it."""
+    value_range = _range(op, range_byte)
+    sixteenths = op.Mul(mid, op.Div(float(MIDS_PER_RANGE), value_range))
+    sixteenths = op.Where(op.Greater(value_range, 0.0), op.Round(sixteenths), 0.0)
+    return op.Add(op.Clip(sixteenths, -float(LARGEST_MID), float(LARGEST_MID)), 128.0)
+
+
+def _mid_and_range(op: OpBuilder, mid_byte: ir.Value, range_byte: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """What bytes, of any dtype, stand for."""
+    value_range = _range(op, range_byte)
+    return op.Mul(op.Sub(_float(op, mid_byte), 128.0), op.Mul(value_range, 1 / MIDS_PER_RANGE)), value_range
+
+
+def _step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int, clip: float) -> tuple[ir.Value, ir.Value]:
+    """`step` and `zero` (float32) with `x = zero + c * step`, of parameters [B, H, n, 2, groups]."""
+    mid_byte, range_byte = op.Split(parameters, axis=3, num_outputs=2, _outputs=2)
+    mid, value_range = _mid_and_range(op, mid_byte, range_byte)
+    step = op.Mul(value_range, step_fraction(bits, clip))
+    return step, op.Sub(mid, op.Mul(step, levels(bits) / 2))
 
 
 def _half(op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -364,8 +403,7 @@ def _key_scores(
     op: OpBuilder, plan: LayerPlan, queries: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """q . k of scaled `queries` [B, H, R, key_head_dim] with the pool's keys: [B, H, R, pooled]."""
-    mid, value_range = op.Split(pool["key_parameters"], axis=3, num_outputs=2, _outputs=2)
-    step, zero = _step_and_zero(op, mid, value_range, plan.key_bits, plan.key_clip)
+    step, zero = _step_and_zero(op, pool["key_parameters"], plan.key_bits, plan.key_clip)
     codes = _unpack(op, pool["key_codes"], plan.key_bits, axis=3)
     if plan.key_axis == "channel":
         offsets = op.MatMul(op.Squeeze(zero, [3]), op.Transpose(queries, perm=[0, 1, 3, 2]))
@@ -382,8 +420,7 @@ def _value_sums(
     op: OpBuilder, plan: LayerPlan, weights: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """Sum of the pool's values under `weights` [B, H, R, pooled]: [B, H, R, value_head_dim]."""
-    mid, value_range = op.Split(pool["value_parameters"], axis=3, num_outputs=2, _outputs=2)
-    step, zero = _step_and_zero(op, mid, value_range, plan.value_bits, plan.value_clip)
+    step, zero = _step_and_zero(op, pool["value_parameters"], plan.value_bits, plan.value_clip)
     codes = _unpack(op, pool["value_codes"], plan.value_bits, axis=4)
 
     def by_token(x: ir.Value, last: int) -> ir.Value:

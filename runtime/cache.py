@@ -1,8 +1,8 @@
 """The progressive cache: one arena a layer, allocated once, whose codes are halved in place when it is full.
 
 An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and
-window lie together so that one product serves both. A block's record in the pool is `[K mids, ranges | V mids, ranges
-| K codes | V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records,
+window lie together so that one product serves both. A block's record in the pool is `[K parameters | V parameters | K
+codes | V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records,
 shorter, from the front of the pool; what that frees at the end takes new blocks.
 """
 
@@ -42,7 +42,7 @@ BLOCKS_LOWERED_AT_ONCE = 16
 class Records:
     """Views of n quantized blocks of one sequence, all heads.
 
-    `key_parameters` [H, n, 2, groups] and `value_parameters` [H, n, 2, block] hold mid and range (fp16); `key_codes`
+    `key_parameters` [H, n, groups] and `value_parameters` [H, n, block] are words (int16, see `quantize`); `key_codes`
     [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8).
     """
 
@@ -73,8 +73,8 @@ class LayerCache:
         self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
         self.values = self.arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
         self.pool = self.arena[..., buffers:]
-        # the whole arena as words of codes, as parameters and as rows, which is how kernels address it
-        self.words, self.halves, self.buffers = (self.arena.view(view) for view in (torch.int16, torch.float16, dtype))
+        # the whole arena as words of parameters and codes, and as rows, which is how kernels address it
+        self.words, self.buffers = self.arena.view(torch.int16), self.arena.view(dtype)
         self.head_units = self.arena.shape[-1] // ALIGNMENT
         self.stage = 0
         self.rows = [0] * batch_size
@@ -138,8 +138,8 @@ class LayerCache:
             key_by_channel=plan.key_axis == "channel",
             key_clip=plan.key_clip,
             value_clip=plan.value_clip,
-            key_parameters=key_parameters.view(torch.float16).unflatten(-1, (2, key_groups)),
-            value_parameters=value_parameters.view(torch.float16).unflatten(-1, (2, plan.block)),
+            key_parameters=key_parameters.view(torch.int16),
+            value_parameters=value_parameters.view(torch.int16),
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
             value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
         )
@@ -224,12 +224,11 @@ class LayerCache:
 
     def _write(self, records: Records, keys: Tensor, values: Tensor) -> None:
         key_dim = -1 if self.plan.key_axis == "token" else -2
-        key_mid, key_range = group_parameters(keys, key_dim)
-        value_mid, value_range = group_parameters(values, -1)
-        records.key_parameters.copy_(torch.stack([key_mid.squeeze(key_dim), key_range.squeeze(key_dim)], dim=2))
-        records.value_parameters.copy_(torch.stack([value_mid.squeeze(-1), value_range.squeeze(-1)], dim=2))
-        key_codes = encode(keys, key_mid, key_range, records.key_bits, records.key_clip)
-        value_codes = encode(values, value_mid, value_range, records.value_bits, records.value_clip).transpose(-1, -2)
+        key_parameters, value_parameters = group_parameters(keys, key_dim), group_parameters(values, -1)
+        records.key_parameters.copy_(key_parameters.squeeze(key_dim))
+        records.value_parameters.copy_(value_parameters.squeeze(-1))
+        key_codes = encode(keys, key_parameters, records.key_bits, records.key_clip)
+        value_codes = encode(values, value_parameters, records.value_bits, records.value_clip).transpose(-1, -2)
         records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
         records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 

@@ -148,7 +148,6 @@ class LayerKernels:
         for mode, grid in modes:
             self.module.append[(heads, 2, grid)](
                 store.words,
-                store.halves,
                 store.buffers,
                 store.head_units,
                 k,
@@ -273,7 +272,6 @@ class LayerKernels:
             some = min(at_once, heads - first)
             module.unpack[(pieces, 2, some)](
                 store.words,
-                store.halves,
                 store.buffers,
                 k,
                 v,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 KeyAxis = Literal["token", "channel"]
 
-PARAMETER_BYTES = 4  # a group's mid and range, fp16 each
+PARAMETER_BYTES = 2  # a group's mid and range, a byte each
 CODE_BITS = (16, 8, 4, 2)
 ALIGNMENT = 16
 """Arenas of a head begin and end at multiples of so many bytes."""

@@ -15,12 +15,11 @@ def stored_numbers(store: LayerCache, sequence: int) -> tuple[Tensor, Tensor, Te
     """K, V [H, T, d] (float64) and positions [T] of everything that a sequence has in the cache."""
     records = store.records(sequence, 0, store.live_blocks(sequence))
     axis = 2 if records.key_by_channel else -1
-    key_mid, key_range = (p.unsqueeze(axis) for p in records.key_parameters.unbind(2))
-    value_mid, value_range = (p.unsqueeze(-1) for p in records.value_parameters.unbind(2))
+    key_parameters, value_parameters = records.key_parameters.unsqueeze(axis), records.value_parameters.unsqueeze(-1)
     key_codes = unpack(records.key_codes.view(torch.int16), records.key_bits)
     value_codes = unpack(records.value_codes.view(torch.int16), records.value_bits).transpose(-1, -2)
-    keys = decode(key_codes, key_mid, key_range, records.key_bits, records.key_clip).flatten(1, 2)
-    values = decode(value_codes, value_mid, value_range, records.value_bits, records.value_clip).flatten(1, 2)
+    keys = decode(key_codes, key_parameters, records.key_bits, records.key_clip).flatten(1, 2)
+    values = decode(value_codes, value_parameters, records.value_bits, records.value_clip).flatten(1, 2)
     rows = store.rows[sequence]
     return (
         torch.cat([keys, store.keys[sequence, :, :rows]], dim=1).double(),
