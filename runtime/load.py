@@ -26,7 +26,7 @@ from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
 from .model import CompiledModel
 from .plan import CachePlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Backend = Literal["reference", "triton"]
 MANIFEST = "pmkvq.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -117,10 +117,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if not isinstance(version, int):
         raise ArtifactError(f"{folder / MANIFEST} names no format_version; compile the artifact again")
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        upgrade = "upgrade pmkvq-compiler, or " if version > FORMAT_VERSION else ""
         raise ArtifactError(
-            f"{folder} has format version {version} and this runtime reads up to {FORMAT_VERSION}; "
-            f"upgrade pmkvq-compiler, or compile the model with this version"
+            f"{folder} has format version {version} and this runtime reads {FORMAT_VERSION}; "
+            f"{upgrade}compile the model with this version"
         )
     return manifest
 
