@@ -70,15 +70,15 @@ def _word(mid: Tensor, range_byte: Tensor) -> Tensor:
 
 
 def range_of(range_byte: Tensor) -> Tensor:
-    """The range (float32) that a byte (int32) stands for."""
-    return (range_byte << 7).to(torch.int16).view(torch.float16).to(torch.float32)
+    """The range (float32) that a byte (any integer dtype) stands for."""
+    return (range_byte.to(torch.int16) << 7).view(torch.float16).to(torch.float32)
 
 
 def mid_and_range(parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Middles and ranges (float32) of words (int16)."""
-    words = parameters.to(torch.int32)
-    value_range = range_of(words & 0xFF)
-    return ((words >> 8 & 0xFF) - 128) * (value_range / MIDS_PER_RANGE), value_range
+    value_range = range_of(parameters & 0xFF)
+    sixteenths = parameters >> 8 ^ -128  # an unsigned byte less 128
+    return sixteenths * (value_range / MIDS_PER_RANGE), value_range
 
 
 def step_fraction(bits: int, clip: float) -> float:

@@ -13,7 +13,6 @@ from .kernel_checks import Case, render_module
 
 POINTERS = {
     "words": "*i16",
-    "parameters": "*fp16",
     "partial": "*fp32",
     "log_weights": "*fp32",
     "state": "*i32",

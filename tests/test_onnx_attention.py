@@ -168,7 +168,7 @@ def test_numbers_of_any_size_and_constant_groups() -> None:
     assert_same_parameters(layer, records)
 
 
-@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 12_288), (128, 6_144)])
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 4_608), (128, 3_584)])
 def test_inputs_at_4_bits_take_at_most_29_percent_of_bfloat16(head_dim: int, tokens: int) -> None:
     """All inputs of a bfloat16 model's layer, first and last rows included, at the length of a long chat and beyond."""
     shape = {"key_head_dim": head_dim, "value_head_dim": head_dim, "block": head_dim, "num_key_value_heads": 1}
