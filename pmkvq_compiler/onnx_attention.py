@@ -286,9 +286,9 @@ def _range_byte(op: OpBuilder, x: ir.Value) -> ir.Value:
     return op.Add(op.Mul(op.Sub(exponent, float(SMALLEST_EXPONENT)), 8.0), eighths)
 
 
-def _range(op: OpBuilder, byte: ir.Value) -> ir.Value:
-    """The range of a byte: a table is read faster than powers are computed."""
-    ranges = range_of(torch.arange(LARGEST_RANGE + 1)).tolist()
+def _range(op: OpBuilder, byte: ir.Value, unit: float = 1.0) -> ir.Value:
+    """The range of a byte times a unit: a table is read faster than powers are computed."""
+    ranges = (range_of(torch.arange(LARGEST_RANGE + 1)) * unit).tolist()
     return op.Gather(op.Constant(value=ir.tensor(ranges, ir.DataType.FLOAT)), op.Cast(byte, to=ir.DataType.INT32))
 
 
@@ -309,9 +309,10 @@ def _mid_and_range(op: OpBuilder, mid_byte: ir.Value, range_byte: ir.Value) -> t
 def _step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int, clip: float) -> tuple[ir.Value, ir.Value]:
     """`step` and `zero` (float32) with `x = zero + c * step`, of parameters [B, H, n, 2, groups]."""
     mid_byte, range_byte = op.Split(parameters, axis=3, num_outputs=2, _outputs=2)
-    mid, value_range = _mid_and_range(op, mid_byte, range_byte)
-    step = op.Mul(value_range, step_fraction(bits, clip))
-    return step, op.Sub(mid, op.Mul(step, levels(bits) / 2))
+    step = _range(op, range_byte, step_fraction(bits, clip))
+    sixteenth = 1 / (MIDS_PER_RANGE * step_fraction(bits, clip))  # of a range, in steps
+    first_code = op.Sub(op.Mul(_float(op, mid_byte), sixteenth), 128 * sixteenth + levels(bits) / 2)
+    return step, op.Mul(step, first_code)
 
 
 def _half(op: OpBuilder, x: ir.Value) -> ir.Value:

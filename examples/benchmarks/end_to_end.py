@@ -5,7 +5,7 @@
     python examples/benchmarks/end_to_end.py --shape tiny --device cpu --memory 2MiB     # a trial of the script
 
 The model has the shape of Qwen2.5-7B and random weights, the same for all; caches hold random keys and values, which
-are put there directly. `packed`: K and V at 2 bits, K by channel, 2.25 bits a number without the window. `bf16`: the
+are put there directly. `packed`: K and V at 2 bits, K by channel, 2.13 bits a number without the window. `bf16`: the
 same runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache,
 compiled by torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the largest batch that fits the
 device, and `packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose
