@@ -11,7 +11,7 @@ of the wider codes too: shifted codes equal codes quantized at the narrow width 
 Both are stored in one 16-bit word. Its low byte is the range, the upper bits of an fp16 number: five of exponent, three
 of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are made with what is stored, so
 that these few bits cost no precision: only a range is up to a quarter wider than it need be, and at least an eighth of
-its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits.
+its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits, for groups of 64.
 
 Four levels spread over the whole range of a group waste two of them on its rare extremes. At 2 bits the step is
 therefore `clip * range / 3`, the outer levels standing for all that lies beyond them. `clip` is 1, 4/5 or 3/5, a
