@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pmkvq_compiler.model_source import span
 from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.runtime import quantize
 from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.templates import read, render
 
@@ -27,6 +28,7 @@ def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks:
         sliding_window=plan.sliding_window,
         softcap=softcap,
         has_sinks=has_sinks,
+        quantize=quantize,
     )
 
 
