@@ -146,12 +146,12 @@ class GradientProduct:
     """Observes attention calls and, while gradients come back, adds up sum |delta x| * |dLoss / dx| over K and V.
 
     That is PM-KVQ's measure (its "block-wise memory allocation") as its published code computes it: every token is
-    quantized, by token, and K without scales; with the sum in place of the mean, so that layers of different shapes can
-    be compared. That code lists tensors from the first layer to the last and gradients as they come back, from the last
-    to the first, and pairs the two lists: errors of layer i meet gradients of layer n - 1 - i. As a first-order
-    expansion of the loss, which the paper derives it from, errors would meet gradients of their own layer; plans are
-    then others. Where layers differ in shape, which the published code does not support, those of a shape are paired
-    among themselves.
+    quantized, by token, and K without scales; with the errors of this project's codes, and with the sum in place of
+    the mean, so that layers of different shapes can be compared. That code lists tensors from the first layer to
+    the last and gradients as they come back, from the last to the first, and pairs the two lists: errors of layer i
+    meet gradients of layer n - 1 - i. As a first-order expansion of the loss, which the paper derives it from,
+    errors would meet gradients of their own layer; plans are then others. Where layers differ in shape, which the
+    published code does not support, those of a shape are paired among themselves.
     """
 
     def __init__(self, key_formats: Mapping[int, list[Format]], value_formats: Mapping[int, list[Format]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -168,9 +169,12 @@ def test_unquantized_cache_of_a_bfloat16_model(compile_tiny: CompileTiny) -> Non
 def test_cache_stays_in_the_budget(compile_tiny: CompileTiny, dtype: str) -> None:
     folder = compile_tiny("qwen2", budget="60%", bits=(4, 2), dtype=dtype, onnx=True)
     (model, cache), decoder = as_in_onnx(folder), Decoder(folder)
+    errors = []
     for piece in prompt(1, cache.max_len).split(50, dim=1):
-        assert relative_error(decoder(piece), model(piece, cache)) <= 1e-2
+        errors.append(relative_error(decoder(piece), model(piece, cache)))
         assert sum(value.nbytes for value in decoder.state.values()) == cache.bytes_used <= model.plan.budget
+    assert statistics.median(errors) <= 1e-3
+    assert max(errors) <= 1e-2, "a number between two codes of 2 bits may get the other one, and stays in the cache"
 
 
 def test_shards_are_read_where_they_are(
