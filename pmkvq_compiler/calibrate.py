@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -142,16 +144,16 @@ def calibrate(
     walk("Measuring losses", measured, objective=_sampled_loss)
     calibration = replace(
         calibration,
-        key_loss=_averaged(measured.key, len(samples)),
-        value_loss=_averaged(measured.value, len(samples)),
+        key_loss=_averaged("keys", measured.key, len(samples)),
+        value_loss=_averaged("values", measured.value, len(samples)),
     )
     if recipe.measure == "gradient":
         product = GradientProduct(*formats[:2])
         walk("Measuring gradients", product, stretch, _text_loss)
         calibration = replace(
             calibration,
-            key_gradient=_averaged(product.key, len(samples)),
-            value_gradient=_averaged(product.value, len(samples)),
+            key_gradient=_averaged("keys", product.key, len(samples)),
+            value_gradient=_averaged("values", product.value, len(samples)),
         )
     return calibration
 
@@ -188,7 +190,9 @@ def calibration_fingerprint(
     """sha256 (hex) of everything that a calibration depends on; not the budget or the batch size."""
     facts: dict[str, Any] = {
         "measures": MEASURES,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "source": source.fingerprint,
+        "runs_in": str(source.running_dtype(pick_device(options.device))),
         "text": hashlib.sha256(_calibration_bytes(options.calib)).hexdigest(),
         "samples": options.calib_samples,
         "length": options.calib_len,
@@ -205,8 +209,10 @@ def reference_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits (float32 [N, V], CPU) of a text `input_ids` [1, N] at its plain positions."""
     input_ids = input_ids.to(model.device)
     positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0)
-    with torch.no_grad(), observed(lambda call: None):
-        return run(model, input_ids, positions)[0].float().cpu()
+    with torch.no_grad(), observed(partial(_check_operands, model)):
+        logits = run(model, input_ids, positions)[0].float()
+    _check_numbers(model, "the logits", logits)
+    return logits.cpu()
 
 
 def stretched_positions(length: int, effective_len: int) -> Tensor:
@@ -349,17 +355,22 @@ def _walk(
 ) -> None:
     """Run the model on each sample under `observe`, its positions `stretch` times as far apart, and an `objective` of
     logits [S, V] and tokens [S] backwards if given."""
+
+    def checked(call: AttentionCall) -> Tensor | None:
+        _check_operands(model, call)
+        return observe(call)
+
     inputs = model.get_input_embeddings().register_forward_hook(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(observe), torch.set_grad_enabled(objective is not None):
+        with observed(checked), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(stage, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))
                 input_ids = sample.unsqueeze(0).to(model.device)
                 logits = run(model, input_ids, positions.to(model.device))[0].float()
-                _check_loss(model, F.cross_entropy(logits[:-1], input_ids[0, 1:]))
+                _check_numbers(model, "the logits", logits)
                 if objective is not None:
                     objective(logits, input_ids[0]).backward()
         progress(stage, len(samples), len(samples))
@@ -397,12 +408,32 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, chosen)[:, 0]
 
 
-def _check_loss(model: PreTrainedModel, loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        for name, value in model.state_dict().items():
-            check_finite(name, value)
-        raise CompileError(f"the model's loss on the calibration text is {loss.item()}; try --dtype float32")
+def _check_operands(model: PreTrainedModel, call: AttentionCall) -> None:
+    """Raises `CompileError` for the first layer whose attention gets numbers that are not finite."""
+    for name, operand in (("queries", call.query), ("keys", call.key), ("values", call.value)):
+        _check_numbers(model, f"the {name} of layer {call.layer}", operand)
 
 
-def _averaged(totals: Losses, samples: int) -> Losses:
+def _check_numbers(model: PreTrainedModel, what: str, numbers: Tensor) -> None:
+    """Raises `CompileError` where a number is not finite; a weight that is not is named as the cause."""
+    if bool(torch.isfinite(numbers).all()):
+        return
+    for name, value in model.state_dict().items():
+        check_finite(name, value)
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise CompileError(
+        f"on the calibration text {what} are not finite in {dtype}, though all weights are: numbers overflow inside "
+        f"the model; try --dtype float32, or fetch the checkpoint again"
+    )
+
+
+def _averaged(what: str, totals: Losses, samples: int) -> Losses:
+    """Means over the samples. Raises `CompileError` for a layer in which one is not finite."""
+    for layer in sorted(totals):
+        for kept, value in totals[layer].items():
+            if not math.isfinite(value):
+                raise CompileError(
+                    f"what layer {layer} would lose with {what} at {kept.bits} bits cannot be measured: it is {value}; "
+                    f"try --dtype float32, or other calibration texts with --calib"
+                )
     return {layer: {key: value / samples for key, value in totals[layer].items()} for layer in sorted(totals)}

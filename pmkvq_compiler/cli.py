@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.budget import read_budget
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
@@ -225,8 +225,7 @@ def _targets(text: str) -> tuple[str, ...]:
 
 def _budget(text: str) -> str:
     """The text itself, if it is a budget at all; how many bytes it stands for depends on the model."""
-    parse_budget(text, original_bytes=sys.maxsize)
-    return text
+    return read_budget(text).text
 
 
 def _budgets(text: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from pmkvq_compiler.runtime.plan import (
 )
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
+from .budget import LARGEST_BYTES
 from .errors import CompileError, UsageError
 from .formats import Format, Transform, by_code
 from .options import CompileOptions
@@ -121,6 +122,12 @@ def check_feasible(
 ) -> None:
     """Raise what `solve` would raise for want of sensible options or bytes: nothing of it depends on a calibration."""
     _check_options(options, budget)
+    original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
+    if original > LARGEST_BYTES:
+        raise UsageError(
+            f"the cache of {options.batch_size:,} sequence(s) of {max_len:,} tokens has {original:,} bytes at 16 bits, "
+            f"more than any machine holds; choose a smaller --batch-size or --max-len"
+        )
     smallest = _smallest(_candidate_plans(sites, options, max_len, dtype), options)
     if budget is not None and budget < smallest:
         mebibytes = math.ceil(smallest / 2**20 * 100) / 100
