@@ -27,6 +27,7 @@ from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.sensitivity import OutputLoss
 from pmkvq_compiler.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
@@ -283,6 +284,42 @@ def test_weights_that_are_not_numbers_are_named(tmp_path: Path) -> None:
     calib = token_file(tmp_path / "tokens.jsonl", [[5] * 80, [6] * 80])
     with pytest.raises(CompileError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
         calibrate(open_source(str(tmp_path / "model")), sites(), options(tmp_path, calib=calib), MAX_LEN, silent)
+
+
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [
+        ("layers.1.self_attn.q_proj", "queries of layer 1"),
+        ("layers.2.self_attn.k_proj", "keys of layer 2"),
+        ("layers.0.self_attn.v_proj", "values of layer 0"),
+        ("layers.1.mlp.down_proj", "queries of layer 2"),
+        ("layers.2.mlp.down_proj", "logits"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["best", "pm-kvq", "none"])
+def test_numbers_that_overflow_inside_the_model_name_their_layer(
+    tmp_path: Path, weight: str, what: str, recipe: str
+) -> None:
+    model = tiny_model("llama")
+    model.model.get_submodule(weight).weight.data.fill_(3e38)  # finite, but no sum of them is
+    model.save_pretrained(tmp_path / "model")
+    chosen = options(tmp_path, recipe=recipe, calib=token_file(tmp_path / "tokens.jsonl", [[5] * 80, [6] * 80]))
+    with pytest.raises(CompileError, match=f"the {what} are not finite in float32.*--dtype"):
+        load_or_calibrate(open_source(str(tmp_path / "model")), sites(), chosen, MAX_LEN, silent)
+    assert not list(tmp_path.glob("*.calibration.safetensors")), "nothing of it stays on disk"
+
+
+@pytest.mark.parametrize("measured", [float("nan"), float("inf")])
+def test_losses_that_overflow_name_their_layer(
+    source: Source, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: float
+) -> None:
+    def overflow(self: OutputLoss, call: AttentionCall, *_: Tensor) -> None:
+        if call.layer == 1:
+            self.value[1] = dict.fromkeys(self.value[1], measured)
+
+    monkeypatch.setattr(OutputLoss, "_add", overflow)
+    with pytest.raises(CompileError, match="layer 1 would lose with values at 8 bits cannot be measured"):
+        calibrate(source, sites(), options(tmp_path, calib=text), MAX_LEN, silent)
 
 
 def same(one: Any, other: Any) -> bool:
