@@ -313,7 +313,13 @@ def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: i
         raise CompileError(
             "the CBC solver of PuLP is missing; install it again with `pip install --force-reinstall pulp`"
         )
-    program.solve(solver)
+    try:
+        program.solve(solver)
+    except pulp.PulpSolverError as error:
+        raise CompileError(
+            f"the CBC solver of PuLP did not run ({error}); see whether the machine has memory and room for temporary "
+            f"files, or install it again with `pip install --force-reinstall pulp`"
+        ) from error
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise CompileError(f"the CBC solver ended with {pulp.LpSolution[program.sol_status]!r}; try another budget")
     return [next(c for j, c in enumerate(layer) if taken[i, j].value() > 0.5) for i, layer in enumerate(layers)]
