@@ -32,10 +32,11 @@ class BakePlan(Pass):
             _check(site, self.plan.layers[site.layer])
 
     def run(self, program: Program) -> bool:
+        before = program.plan
         for node in cached_attentions(program):
             node.update_kwarg("plan", self.plan.layers[node.args[4]])
         program.plan = self.plan
-        return True
+        return program.plan != before
 
 
 def cached_attentions(program: Program) -> list[Node]:

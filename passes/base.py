@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pmkvq_compiler.errors import Defect
 
+from .dump import write_dump
 from .program import Program
 from .verify import Stage, verify
 
@@ -53,24 +55,35 @@ class Pass(ABC):
         """Do the work; returns whether anything changed."""
 
     def __call__(self, program: Program) -> PassResult:
-        """Check, run, check. Raises `PreconditionError`, `PassError` or `PostconditionError` from the cause."""
+        """Check, run, check. Raises `PreconditionError`, `PassError` or `PostconditionError` from the cause; the
+        message names the passes that had run before."""
+        before = f"; before it ran: {', '.join(program.history) or 'no pass'}"
         try:
             verify(program, self.takes)
             self.requires(program)
         except ValueError as error:
-            raise PreconditionError(f"{self.name} cannot start: {error}") from error
+            raise PreconditionError(f"{self.name} cannot start: {error}{before}") from error
         try:
             modified = self.run(program)
         except Exception as error:
-            raise PassError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+            raise PassError(f"{self.name} failed: {type(error).__name__}: {error}{before}") from error
         try:
             verify(program, self.leaves)
             self.ensures(program)
         except ValueError as error:
-            raise PostconditionError(f"{self.name} left an invalid program: {error}") from error
+            raise PostconditionError(f"{self.name} left an invalid program: {error}{before}") from error
+        program.history.append(self.name)
         return PassResult(modified)
 
 
-def run_passes(program: Program, passes: Sequence[Pass]) -> dict[str, PassResult]:
-    """Run `passes` in order, each verified before and after; the results by name."""
-    return {one.name: one(program) for one in passes}
+def run_passes(program: Program, passes: Sequence[Pass], dump: Path | None = None) -> dict[str, PassResult]:
+    """Run `passes` in order, each verified before and after; the results by name.
+
+    The program after each of them is written into the folder `dump` as a readable file, if one is given.
+    """
+    results = {}
+    for one in passes:
+        results[one.name] = one(program)
+        if dump is not None:
+            write_dump(program, dump)
+    return results

@@ -41,8 +41,9 @@ class LocateAttention(Pass):
     leaves = Stage.CAPTURED
 
     def run(self, program: Program) -> bool:
+        before = program.sites
         program.sites = [_locate(marker, program) for marker in markers(program.graph)]
-        return True
+        return program.sites != before
 
     def ensures(self, program: Program) -> None:
         if len(program.sites) != len(markers(program.graph)):

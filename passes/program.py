@@ -113,7 +113,7 @@ class Program:
     `graph_module` has one placeholder for each input (`input_ids`, `position_ids`, from RewriteAttention on also
     `cache`), for each weight and for each constant, and returns the logits. `weights` maps a placeholder's name to the
     tensor's name in the checkpoint, `constants` a placeholder's name to the constant. `plan` is what BakePlan was
-    given; each layer's part is also on the node of its attention.
+    given; each layer's part is also on the node of its attention. `history` names the passes that have run, in order.
     """
 
     graph_module: GraphModule
@@ -122,6 +122,7 @@ class Program:
     sites: list[AttentionSite] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     plan: CachePlan | None = None
+    history: list[str] = field(default_factory=list)
 
     @property
     def graph(self) -> Graph:

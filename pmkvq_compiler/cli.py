@@ -93,6 +93,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         raise UsageError("--budget is missing: say what the cache may take, such as --budget 512MiB, 25% or 3.2bits")
     if chosen["recipe"] == "none" and chosen["budget"] is not None:
         raise UsageError("--recipe none leaves the cache unquantized, so it takes no --budget; leave one of them out")
+    if chosen["dump_passes"] is not None and chosen["dry_run"]:
+        raise UsageError("--dump-passes writes files and --dry-run writes nothing; leave one of them out")
     if chosen["output"] is None:
         chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
     return Request(CompileOptions(**chosen), budgets, as_json)
@@ -188,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--onnx", action="store_true", help="write model.onnx too, with the cache at its final bits (needs [onnx])"
+    )
+    output.add_argument(
+        "--dump-passes",
+        type=Path,
+        metavar="DIR",
+        help="write the graph after each pass into this folder, as Python to read (for work on the compiler)",
     )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
     output.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -25,6 +25,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
+from pmkvq_compiler.passes.dump import write_dump
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
@@ -79,7 +80,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     if options.dry_run:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
-        run_passes(program, _pipeline(tried.solution, calibration))
+        run_passes(program, _pipeline(tried.solution, calibration), options.dump_passes)
     with staged(options.output) as folder:
         with stages("emit"):
             manifest = _write_model(source, program, calibration, options, folder, progress)
@@ -108,7 +109,9 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
         max_len = _max_len(source, options)
     with stages("capture"):
         program = capture(source.config)
-        run_passes(program, [LocateAttention()])
+        if options.dump_passes is not None:
+            write_dump(program, options.dump_passes)
+        run_passes(program, [LocateAttention()], options.dump_passes)
     return source, program, max_len
 
 
@@ -195,7 +198,7 @@ def _write_model(
         "weights": list(sizes),
         "vocab_size": source.config.get_text_config().vocab_size,
         "plan": program.plan.to_json(),
-        "options": {**asdict(options), "output": None},
+        "options": {**asdict(options), "output": None, "dump_passes": None},
         "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
     }
 

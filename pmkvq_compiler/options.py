@@ -33,5 +33,7 @@ class CompileOptions:
     dtype: str = "auto"
     aot: tuple[str, ...] = ()
     onnx: bool = False
+    dump_passes: Path | None = None
+    """Folder for the program after each pass, as readable Python."""
     dry_run: bool = False
     force: bool = False

@@ -36,6 +36,7 @@ def captured(model_type: str, **overrides: Any) -> Program:
         constants=dict(program.constants),
         sites=[],
         edits=[],
+        history=[],
     )
 
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,7 @@ def test_output_is_named_after_the_model(model: str, folder: str) -> None:
 def test_every_flag_reaches_the_options() -> None:
     command = """m --budget 3.2bits --max-len 512 --batch-size 3 -o out --force --recipe pm-kvq --bits 2,8 --sink 0
     --window 96 --calib text.txt --calib-samples 5 --calib-len 128 --effective-len 4096 --device cuda:1
-    --dtype bfloat16 --aot sm_90,sm_80 --onnx --dry-run --json"""
+    --dtype bfloat16 --aot sm_90,sm_80 --onnx --dump-passes dump --json"""
     expected = CompileOptions(
         model="m",
         output=Path("out"),
@@ -66,10 +66,12 @@ def test_every_flag_reaches_the_options() -> None:
         dtype="bfloat16",
         aot=("sm_80", "sm_90"),
         onnx=True,
-        dry_run=True,
+        dump_passes=Path("dump"),
         force=True,
     )
     assert parse(shlex.split(command)) == Request(expected, (), as_json=True)
+    dry = shlex.split(command.replace("--dump-passes dump", "--dry-run"))
+    assert parse(dry) == Request(replace(expected, dump_passes=None, dry_run=True), (), as_json=True)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_every_flag_reaches_the_options() -> None:
         (["demo", "--budget", "1GiB", "--bit", "4"], "--bit"),
         (["demo", "--budget", "1GiB", "--aot", "sm_75"], "'sm_75' is not a list of different targets out of sm_80"),
         (["demo", "--budget", "1GiB", "--aot", "sm_80,sm_80"], "'sm_80,sm_80' is not a list"),
+        (["demo", "--budget", "1GiB", "--dump-passes", "x", "--dry-run"], "--dump-passes writes files"),
         (["demo", "--budgets", "3bits,4bits"], "add --dry-run"),
         (["demo", "--budgets", "3bits,lots", "--dry-run"], "budget 'lots'"),
         (["demo", "--budgets", "3bits", "--budget", "1GiB", "--dry-run"], "takes the place of --budget"),
@@ -127,7 +130,9 @@ def test_summary_has_a_row_a_layer_and_names_the_artifact(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "artifact"
-    assert main([str(model), "--recipe", "pm-kvq", "--budget", "90%", *SMALL, "-o", str(out)]) == 0
+    dump = ["--dump-passes", str(tmp_path / "dump")]
+    assert main([str(model), "--recipe", "pm-kvq", "--budget", "90%", *SMALL, "-o", str(out), *dump]) == 0
+    assert len(list((tmp_path / "dump").iterdir())) == 10, "the graph as captured and after each of nine passes"
     shown = capsys.readouterr()
     header, *lines = shown.out.splitlines()
     assert " ".join(header.split()) == "layer K bits V bits K axis window bytes loss K map V map"
