@@ -29,6 +29,7 @@ from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
 from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
+from pmkvq_compiler.rehearsal import rehearse
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -109,6 +110,7 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
     with stages("capture"):
         program = capture(source.config)
         run_passes(program, [LocateAttention()])
+        rehearse(program, source.config.model_type)
     return source, program, max_len
 
 

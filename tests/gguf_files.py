@@ -144,6 +144,7 @@ def _tokenizer() -> dict[str, Any]:
 def logits(model: PreTrainedModel) -> Tensor:
     """Logits of a fixed text, in float64."""
     ids = torch.arange(3, 67).unsqueeze(0)
+    model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"  # the others have no float64
     with torch.no_grad():
         out: Tensor = model.double()(ids).logits
