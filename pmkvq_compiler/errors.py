@@ -14,6 +14,8 @@ class Defect(CompileError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error, for a message of one sentence."""
-    lines = str(error).strip().splitlines()
+    """The first line of a foreign error, for a message of one sentence; the next one, too, where it only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
     return lines[0][:300].rstrip(".: ") if lines else type(error).__name__

@@ -80,7 +80,9 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"checkpoint is never run; choose a model that transformers knows by itself"
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+        )
     except Exception as error:  # damaged files and unknown model types end in many kinds of errors
         raise CompileError(f"the config in {file} cannot be used: {first_line(error)}") from error
     return config
