@@ -203,10 +203,12 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
             return torch.export.export(_LanguageModel(model), examples, strict=False, dynamic_shapes=(shape, shape))
     except CompileError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever the code of an architecture may raise
+        torchs = type(error).__module__.startswith("torch")  # of which the words are those of its developers
+        reason = "its code takes other ways for other texts or lengths" if torchs else _brief(error)
         raise CompileError(
-            f"{model.config.model_type} cannot be captured as one graph: its code takes other ways for other texts or "
-            f"lengths, or is made for inputs beside tokens ({_brief(error)}); choose another architecture"
+            f"{model.config.model_type} cannot be captured as one graph by torch.export: {reason}; choose another "
+            f"architecture"
         ) from error
 
 
@@ -261,6 +263,11 @@ def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
     model_type, count = config.model_type, config.get_text_config().num_hidden_layers
     markers = graph.find_nodes(op="call_function", target=MARKER)
     layers = [marker.args[5] for marker in markers]
+    if len(set(layers)) < len(layers):
+        raise CompileError(
+            f"{model_type} computes attention {len(layers)} times in {count} layers, and the cache keeps the keys and "
+            f"values of one attention for each; choose another architecture"
+        )
     if layers != list(range(count)):
         raise CompileError(
             f"{model_type} has {count} layers, of which {len(markers)} route their attention through transformers' "

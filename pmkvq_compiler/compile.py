@@ -25,11 +25,10 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
-from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
 from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
-from pmkvq_compiler.rehearsal import rehearse
+from pmkvq_compiler.rehearsal import locate
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
@@ -109,8 +108,7 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
         max_len = _max_len(source, options)
     with stages("capture"):
         program = capture(source.config)
-        run_passes(program, [LocateAttention()])
-        rehearse(program, source.config.model_type)
+        locate(program, source.config.model_type)
     return source, program, max_len
 
 

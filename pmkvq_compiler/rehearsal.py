@@ -1,5 +1,5 @@
-"""All passes and the printing of code, tried once right after the capture, so that a model whose operations cannot be
-compiled is refused before it is loaded and measured. It works on a copy and takes a fraction of the capture's time."""
+"""Attention is located, and all that follows tried once, right after the capture: a model whose operations cannot be
+compiled is refused before it is loaded and measured. The trial works on a copy, in a fraction of the capture's time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .errors import CompileError, first_line
 from .model_source import model_source
 from .passes.base import PassError, run_passes
+from .passes.locate_attention import LocateAttention
 from .passes.pipeline import pipeline
 from .passes.program import AttentionSite, Program
 from .runtime.plan import CachePlan, LayerPlan
@@ -18,23 +19,33 @@ TOKENS = 64
 """Tokens of the plan that is tried; all of them are kept as they are."""
 
 
-def rehearse(program: Program, model_type: str) -> None:
-    """Raise `CompileError` where the located `program` cannot be brought to a printed model."""
-    tried = dataclasses.replace(
-        program,
-        graph_module=copy.deepcopy(program.graph_module),
-        weights=dict(program.weights),
-        constants=dict(program.constants),
-        edits=[],
-    )
+def locate(program: Program, model_type: str) -> None:
+    """Find the attention sites of a captured program. Raises `CompileError` where it cannot be brought to a printed
+    model."""
     try:
+        run_passes(program, [LocateAttention()])
+        tried = dataclasses.replace(
+            program,
+            graph_module=copy.deepcopy(program.graph_module),
+            weights=dict(program.weights),
+            constants=dict(program.constants),
+            edits=[],
+        )
         run_passes(tried, pipeline({}, {}, {}, _plan(program.sites)))
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
         raise CompileError(
-            f"{model_type} computes something between its attentions that cannot be written as a compiled model "
-            f"({first_line(error)}); choose another architecture"
+            f"{model_type} computes something beside its attention that cannot be written as a compiled model "
+            f"({_cause(error)}); choose another architecture"
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """What the last error of a chain says; of an operation that no graph may have, which it is."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    operation, *_ = first_line(error).partition(" is not allowed once")
+    return operation
 
 
 def _plan(sites: Sequence[AttentionSite]) -> CachePlan:
