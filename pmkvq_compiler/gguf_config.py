@@ -380,7 +380,10 @@ def check_tensors(path: Path, header: GgufHeader, shapes: dict[str, Sequence[int
         stored_shape = header.tensors[name].shape if name in header.tensors else None
         if name == "output.weight" and stored_shape is None:
             continue
-        if stored_shape is None or math.prod(stored_shape) != math.prod(shape):
+        forms = {tuple(shape), tuple(shape)[shape[0] == 1 :]}  # one row may be stored as a vector
+        if architecture == "gpt2":
+            forms.add(tuple(shape)[::-1])
+        if stored_shape not in forms:
             held = "is missing" if stored_shape is None else f"has shape {list(stored_shape)}"
             raise CompileError(
                 f"{path} cannot be compiled: tensor {name} {held} where the header asks for {list(shape)}; "

@@ -86,9 +86,13 @@ class _Reader:
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"its {ALIGNMENT} is {alignment!r}, which is no number of bytes")
         start = -(-self.position // alignment) * alignment
-        tensors = {name: self.placed(name, shape, type_, start + offset) for name, shape, type_, offset in entries}
-        if len(tensors) != len(entries):
-            raise ValueError("its header has the same tensor twice")
+        tensors: dict[str, GgufTensor] = {}
+        place = 0
+        for name, shape, type_, offset in entries:
+            if offset != place or name in tensors:
+                raise ValueError(f"its header has tensor {name} twice, or not behind the one before it")
+            tensors[name] = self.placed(name, shape, type_, start + offset)
+            place += -(-tensors[name].bytes // alignment) * alignment
         return GgufHeader(fields, tensors)
 
     def number(self, format_: str) -> Any:

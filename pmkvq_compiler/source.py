@@ -149,8 +149,8 @@ def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
 class Source:
     """One model: config, tokenizer and tensors. `read` and `load_model` share one loaded copy where one is needed.
 
-    Attributes: `name`, `config`, `dtype` (what the artifact stores), `base_model` (hub id) and `license`, None where
-    unknown.
+    Attributes: `name`, `config`, `generation_config`, `dtype` (what the artifact stores), `base_model` (hub id) and
+    `license`, None where unknown.
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class Source:
             check_sizes(name, self.config, self._checkpoint.tensors)
         settle(self.config)
         self._checkpoint_names = self._named_tensors()
+        self.generation_config = self._generation_defaults()
         card = {} if gguf_file else _model_card(folder / "README.md")
         self.base_model = base_model or card.get("base_model")
         self.license = license or card.get("license")
@@ -203,12 +204,14 @@ class Source:
         except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise CompileError(f"the tokenizer of {self.name} cannot be read: {first_line(error)}") from error
+            reason = first_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it needs Python code of its own, and code of a checkpoint is never run"
+            raise CompileError(f"the tokenizer of {self.name} cannot be read: {reason}") from error
         _check_tokenizer(self.name, tokenizer)
         return tokenizer
 
-    @cached_property
-    def generation_config(self) -> GenerationConfig:
+    def _generation_defaults(self) -> GenerationConfig:
         """The checkpoint's generation defaults, or those that its config implies: such as an artifact can follow."""
         file = self._folder / "generation_config.json"
         vocab_size = self.config.get_text_config().vocab_size
@@ -306,7 +309,8 @@ class Source:
     def _stored_dtype(self) -> torch.dtype:
         if self._checkpoint is None:
             return torch.float32
-        dtype: Any = self.config.dtype or self._checkpoint.read(next(iter(self._checkpoint.tensors))).dtype
+        plain = (name for name, tensor in self._checkpoint.tensors.items() if tensor.dtype in PLAIN)
+        dtype: Any = self.config.dtype or next((self._checkpoint.read(name).dtype for name in plain), None)
         if dtype not in DTYPES.values():
             raise CompileError(f"{self.name} is stored in {dtype}; choose --dtype {', '.join(DTYPES)}")
         return dtype
