@@ -58,6 +58,7 @@ TOKENIZER_FILES = (
 )
 TOKENIZER_PARTS = ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
 """Files that say more of a tokenizer where one of `TOKENIZER_FILES` is."""
+TOKENIZER_PROBE = "The whale, of 30 tons:\n\tit swam \u2013 on!"
 MIB = 1 << 20
 PIECE = 64 * MIB
 """Bytes of a file that are digested by one thread."""
@@ -201,14 +202,14 @@ class Source:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False
                 )
+                _try_tokenizer(tokenizer)
         except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = first_line(error)
             if "trust_remote_code" in str(error):
                 reason = "it needs Python code of its own, and code of a checkpoint is never run"
-            raise CompileError(f"the tokenizer of {self.name} cannot be read: {reason}") from error
-        _check_tokenizer(self.name, tokenizer)
+            raise CompileError(f"the tokenizer of {self.name} cannot be read: {reason}; fetch its files again") from error
         return tokenizer
 
     def _generation_defaults(self) -> GenerationConfig:
@@ -482,15 +483,22 @@ def _model_card(path: Path) -> dict[str, str]:
     return found
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what would be written outside of an artifact's folder, and drop references to code."""
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Do with a tokenizer what will be done with it: some of what a damaged file says is only read then.
+
+    Raises whatever it raises, and `ValueError` for what would be written outside of an artifact's folder; references to
+    code are dropped.
+    """
     tokenizer.init_kwargs.pop("auto_map", None)
-    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    for template in templates:
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"[\w.-]+", template):
-            raise CompileError(
-                f"the tokenizer of {name} has a chat template called {template!r}, which is no file name; rename it"
-            )
+            raise ValueError(f"it has a chat template called {template!r}, which is no file name")
+    vocabulary = tokenizer.get_vocab()
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("two of its tokens have the same id, of which one would be lost")
+    tokenizer.decode(tokenizer.encode(TOKENIZER_PROBE))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
 
 
 def _file_digest(path: Path) -> str:

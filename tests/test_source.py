@@ -725,5 +725,5 @@ def test_a_chat_template_cannot_name_a_place_elsewhere(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "default", "template": "a"}, {"name": "../../evil", "template": "b"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil'"):
+    with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil', which is no file name"):
         open_source(str(folder)).save_tokenizer(tmp_path / "a" / "b" / "c")
