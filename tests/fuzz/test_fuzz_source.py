@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pmkvq_compiler.capture import capture
 from pmkvq_compiler.compile import compile_model
@@ -187,6 +187,8 @@ def test_a_damaged_folder_is_read_as_transformers_reads_it_or_refused(folder: Pa
             outcomes["refused"] += 1
             print(seed, error)
         else:
+            assert GenerationConfig.from_pretrained(work).use_cache is not False
+            (work / "model" / "generation_config.json").unlink()  # transformers ends raw on what is left out here
             check_like_transformers(source, work / "model")
             if source.tokenizer is not None:
                 check_tokens(source, work / "model", work / "saved")
