@@ -115,4 +115,3 @@ def _check_same(name: str, first: Path, second: Path) -> None:
         raise CompileError(
             f"tensor {name} is in {first} and, with other numbers, in {second}; remove the file that is out of date"
         )
-

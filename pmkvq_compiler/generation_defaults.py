@@ -1,5 +1,5 @@
-"""`generation_config.json` of a checkpoint: how it is sampled is kept, how it is cached or sped up is the artifact's own
-matter."""
+"""`generation_config.json` of a checkpoint: how it is sampled is kept; how it is cached or sped up is the artifact's
+own matter."""
 
 from __future__ import annotations
 

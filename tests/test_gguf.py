@@ -92,9 +92,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 def test_scaling_of_rope_in_the_header_is_applied(
     tmp_path: Path, model_type: str, header: dict[str, Any], rope: dict[str, Any]
 ) -> None:
-    model = gguf_file(
-        tmp_path / "model.gguf", model_type, header=header, rope_parameters={"rope_theta": 1e4, **rope}
-    )
+    model = gguf_file(tmp_path / "model.gguf", model_type, header=header, rope_parameters={"rope_theta": 1e4, **rope})
     source = open_source(str(tmp_path / "model.gguf"))
     torch.testing.assert_close(
         logits(source.load_model("eager", dtype=torch.float64)), logits(model), rtol=0, atol=1e-4
@@ -131,7 +129,9 @@ def test_frequency_factors_of_llama_3_are_applied(tmp_path: Path) -> None:
     plain = 5e5 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), plain / factors, rtol=1e-5, atol=0)
     source = open_source(str(tmp_path / "model.gguf"))
-    torch.testing.assert_close(logits(source.load_model("eager", dtype=torch.float64)), logits(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(source.load_model("eager", dtype=torch.float64)), logits(model), rtol=0, atol=1e-4
+    )
 
 
 def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path) -> None:
@@ -148,7 +148,9 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         rope_parameters={"sliding_attention": local, "full_attention": whole},
     )
     source = open_source(str(tmp_path / "model.gguf"))
-    torch.testing.assert_close(logits(source.load_model("eager", dtype=torch.float64)), logits(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(source.load_model("eager", dtype=torch.float64)), logits(model), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
     [
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "RoPE of type longrope"),
         ({"rope.scaling.type": "ntk", "rope.scaling.factor": 2.0}, "RoPE of type ntk"),
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.25}, "less than 1"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.25}, "factor 0.25"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 1.5}, "attn_factor"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_ext_factor": 0.5}, "ext_factor"),
         ({"rope.dimension_count": 8}, "turns 8 of 16 channels"),
@@ -182,6 +184,11 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         ({"attention.key_length": 1 << 40, "attention.value_length": 1 << 40}, "key_length"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
         ({"rope.freq_base": -1.0}, "base -1"),
+        ({"rope.freq_base": 0.0}, "base 0"),
+        ({"rope.dimension_count": 0}, "turns 0 of 16"),
+        ({"attention.head_count_kv": 0}, "num_key_value_heads is 0"),
+        ({"attention.key_length": 0}, "0"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 0.0}, "1 to 0 turns"),
         ({"context_length": "many"}, "context_length is 'many'"),
         ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
         ({"general.type": "adapter"}, "not a whole model"),
@@ -225,7 +232,7 @@ def test_a_tensor_that_the_model_does_not_take_is_refused(tmp_path: Path, name: 
 
 def test_frequency_factors_of_nobody_are_refused(tmp_path: Path) -> None:
     gguf_file(tmp_path / "model.gguf", tensors={"rope_freqs.weight": torch.linspace(1, 8, 8)})
-    with pytest.raises(CompileError, match="factors in rope_freqs.weight are not those of Llama 3"):
+    with pytest.raises(CompileError, match=r"factors in rope_freqs\.weight are not those of Llama 3"):
         open_source(str(tmp_path / "model.gguf"))
     gguf_file(tmp_path / "model.gguf", tensors={"rope_freqs.weight": torch.ones(8)})
     assert open_source(str(tmp_path / "model.gguf")).config.rope_parameters["rope_type"] == "default"

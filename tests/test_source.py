@@ -22,6 +22,7 @@ from pmkvq_compiler.source import DEMO_PACKAGE, open_source
 from tests.folders import model_folder
 from tests.gguf_files import gguf_file
 from tests.models import tiny_folder, tiny_model
+from tests.refusals import is_one_sentence, refusal
 
 
 @pytest.mark.parametrize(
@@ -377,14 +378,19 @@ def test_numbers_that_transformers_would_change_are_named(tmp_path: Path, monkey
         return value.flip(0) if name == "model.layers.1.mlp.up_proj.weight" else value
 
     monkeypatch.setattr(Checkpoint, "read", read)
-    with pytest.raises(CompileError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* transformers makes other numbers"):
+    with pytest.raises(
+        CompileError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* transformers makes other numbers"
+    ):
         source.load_model("eager")
 
 
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        ({"a": "../elsewhere.safetensors"}, r"names '\.\./elsewhere\.safetensors', which is no safetensors file of its"),
+        (
+            {"a": "../elsewhere.safetensors"},
+            r"names '\.\./elsewhere\.safetensors', which is no safetensors file of its",
+        ),
         ({"a": "/etc/passwd"}, "names '/etc/passwd'"),
         ({"a": "/tmp/x.safetensors"}, "names '/tmp/x.safetensors'"),
         ({"a": "sub/../../x.safetensors"}, "which is no safetensors file of its folder"),
@@ -423,7 +429,7 @@ def test_a_tensor_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
 def test_an_adapter_is_not_left_out_unsaid(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CompileError, match="holds an adapter .* merge it"):
+    with pytest.raises(CompileError, match=r"holds an adapter .* merge it"):
         open_source(str(folder))
 
 
@@ -504,7 +510,7 @@ def test_sizes_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path, nam
 def test_positions_that_need_tables_without_end_are_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "gpt2")
     edit_config(folder, n_positions=10**9, max_position_embeddings=10**9)
-    with pytest.raises(CompileError, match="asks for|has shape"):
+    with pytest.raises(CompileError, match=r"asks for|has shape"):
         open_source(str(folder)).load_model("eager")
 
 
@@ -543,10 +549,11 @@ def test_ids_of_another_kind_are_left_out_or_refused(tmp_path: Path, value: Any)
     defaults = open_source(str(folder)).generation_config
     assert (defaults.pad_token_id, defaults.eos_token_id) == (None, None)
     edit_config(folder, pad_token_id=value)
-    try:
+    sentence = refusal(lambda: open_source(str(folder)))
+    if sentence is None:
         assert open_source(str(folder)).config.pad_token_id is None
-    except CompileError as error:
-        assert "pad_token_id" in str(error) or "cannot be used" in str(error)
+    else:
+        assert "'pad_token_id'" in sentence
 
 
 def test_generation_defaults_keep_how_to_sample_and_leave_out_how_to_cache(tmp_path: Path) -> None:
@@ -599,11 +606,8 @@ def test_generation_defaults_that_transformers_only_warns_of_are_kept(tmp_path: 
 def test_damaged_generation_defaults_are_named_or_harmless(tmp_path: Path, content: str) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     (folder / "generation_config.json").write_text(content)
-    try:
-        open_source(str(folder)).save_generation_config(tmp_path, max_len=400)
-    except CompileError as error:
-        assert "generation_config.json" in str(error)
-        assert "\n" not in str(error)
+    sentence = refusal(lambda: open_source(str(folder)).save_generation_config(tmp_path, max_len=400))
+    assert sentence is None or (is_one_sentence(sentence) and "generation_config.json" in sentence)
 
 
 @pytest.mark.parametrize(
@@ -614,7 +618,7 @@ def test_damaged_generation_defaults_are_named_or_harmless(tmp_path: Path, conte
         "---\nlicense: m\u00eft\nname: caf\u00e9\n---\n".encode("latin-1"),
         b"---\n- license\n- mit\n---\n",
         b"---\nlicense: {name: mit}\nbase_model: 7\n---\n",
-        b"---\nlicense: \"mit\\nfiles: {}\"\nbase_model: \"a'b/../c\"\n---\n",
+        b'---\nlicense: "mit\\nfiles: {}"\nbase_model: "a\'b/../c"\n---\n',
         b"---\nbase_model: [org/a, org/b]\nlicense: [mit, gpl]\n---\n",
         b"\x00\xff\xfe",
         b"",
@@ -710,13 +714,14 @@ def test_the_fingerprint_passes_over_what_decides_nothing(tmp_path: Path) -> Non
 def test_a_damaged_tokenizer_is_one_sentence_or_no_damage(tmp_path: Path, file: str, content: bytes) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / file).write_bytes(content)
-    try:
-        tokenizer = open_source(str(folder)).tokenizer
-    except CompileError as error:
-        assert "tokenizer of model" in str(error)
-        assert "\n" not in str(error)
+    source = open_source(str(folder))
+    sentence = refusal(lambda: source.tokenizer)
+    if sentence is None:
+        assert source.tokenizer is not None
+        assert source.tokenizer.encode("ab") == [97, 98]
     else:
-        assert tokenizer.encode("ab") == [97, 98]
+        assert is_one_sentence(sentence)
+        assert "tokenizer of model" in sentence
 
 
 def test_a_chat_template_cannot_name_a_place_elsewhere(tmp_path: Path) -> None:
