@@ -159,6 +159,9 @@ def _sizes(fields: _Fields) -> dict[str, Any]:
         raise ValueError(f"block_count is {values['num_hidden_layers']:,} and the file has {len(layers)} layers")
     if values["hidden_size"] != hidden_size or fields.get("vocab_size", default=vocab_size) != vocab_size:
         raise ValueError(f"token_embd.weight has shape {[vocab_size, hidden_size]}, which the header contradicts")
+    tokens = fields.header.fields.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or len(tokens) > vocab_size:
+        raise ValueError(f"its tokenizer has more than the {vocab_size:,} tokens of token_embd.weight")
     largest = max(max(tensor.shape) for tensor in tensors.values())
     for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
         if not 0 < values[name] <= largest:

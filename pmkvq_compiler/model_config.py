@@ -26,6 +26,7 @@ from .errors import CompileError, first_line
 
 logger = logging.getLogger(__name__)
 
+MOST_JSON_BYTES = 64 << 20
 MOST_LAYERS = 10_000
 """More is a mistake, and takes long before it is found to be one."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -54,6 +55,8 @@ IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `CompileError` where it cannot be read or holds anything else."""
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise CompileError(f"{path} cannot be used: it is larger than {MOST_JSON_BYTES >> 20} MiB; fetch it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

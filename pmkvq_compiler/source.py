@@ -114,7 +114,10 @@ def _quiet() -> Iterator[None]:
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `CompileError` where a weight has NaN or infinite numbers."""
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise CompileError(f"weight {name} has NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+        small = " or holds more than float16 does: try --dtype bfloat16, or" if value.dtype == torch.float16 else ","
+        raise CompileError(
+            f"weight {name} has NaN or infinite numbers; the checkpoint is damaged{small} fetch it again"
+        )
 
 
 def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:

@@ -191,6 +191,7 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 0.0}, "1 to 0 turns"),
         ({"context_length": "many"}, "context_length is 'many'"),
         ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
+        ({"tokenizer.ggml.tokens": ["x"] * 129}, "more than the 128 tokens"),
         ({"general.type": "adapter"}, "not a whole model"),
         ({"split.count": 3}, "one part of several files"),
     ],

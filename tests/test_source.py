@@ -170,7 +170,9 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "nobody_knows"}'])
+@pytest.mark.parametrize(
+    "config", ["{", "{}", "[]", "[" * 100_000, '{"model_type": ["llama"]}', '{"model_type": "nobody_knows"}']
+)
 def test_a_config_that_says_nothing_is_refused(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CompileError, match=r"config\.json cannot be used"):
