@@ -261,6 +261,8 @@ def _frequency_factors(path: Path, header: GgufHeader) -> Tensor | None:
 def _check_understood(fields: _Fields) -> None:
     for key, value in fields.header.fields.items():
         prefix, _, name = key.partition(".")
+        if prefix != fields.architecture and name in fields.read:
+            raise ValueError(f"its header has {key}, of another architecture than its own, {fields.architecture}")
         if prefix != fields.architecture or name in fields.read | HARMLESS:
             continue
         if name not in NEUTRAL or isinstance(value, (str, list)) or value not in NEUTRAL[name]:

@@ -192,6 +192,7 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         ({"context_length": "many"}, "context_length is 'many'"),
         ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
         ({"tokenizer.ggml.tokens": ["x"] * 129}, "more than the 128 tokens"),
+        ({"tokenizer.rope.freq_base": 5e5}, "of another architecture than its own, llama"),
         ({"general.type": "adapter"}, "not a whole model"),
         ({"split.count": 3}, "one part of several files"),
     ],
