@@ -23,7 +23,7 @@ from pmkvq_compiler.kernel_source import kernel_files
 from pmkvq_compiler.model_source import model_source
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.runtime.load import MANIFEST
+from pmkvq_compiler.runtime.manifest import MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
 from pmkvq_compiler.source import Source
 from pmkvq_compiler.templates import read, render
@@ -61,6 +61,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
+        target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
             "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
