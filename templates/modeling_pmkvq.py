@@ -158,8 +158,8 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         package = _import_package(folder)
-        artifact = package.runtime.open_artifact(folder)
         self.compiled = package.load(device, dtype, backend)
+        artifact = package.runtime.open_artifact(folder)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
         self.kernels_on = partial(package.runtime.choose_kernels, artifact.package, self.compiled.plan, backend=backend)
         self.constants = set(artifact.manifest.tensors[artifact.manifest.constants])
@@ -307,9 +307,9 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         """Raises `ValueError` where drafted tokens that turn out wrong could not be taken back without a trace."""
         if not (self.new_cache(1, 1) if past is None else past).is_croppable:
             raise ValueError(
-                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit, use_mtp) is not "
-                "supported: its drafts need a cache that can be cropped, which a cache that quantizes or has a sliding "
-                "window cannot; generate without it, or compile with --recipe none"
+                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) requires a "
+                "cache that can be cropped, which one that quantizes or has a sliding window cannot; generate without "
+                "it, or compile with --recipe none"
             )
 
 
