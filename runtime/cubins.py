@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError, InputError
-from .manifest import AGAIN, conform, parse_json
+from .manifest import AGAIN, brief, conform, parse_json
 
 INDEX = "index.json"
 TARGET = re.compile("sm_[1-9][0-9]{1,3}")
@@ -145,13 +145,13 @@ class Archive:
         try:
             self.files = zipfile.ZipFile(io.BytesIO(path.read_bytes() if content is None else content))
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); {AGAIN}") from error
+            raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
         self.index: dict[str, Any] = parse_json(self.read(INDEX), f"{path}: {INDEX}")
         known = conform(self.index, _Index, f"{path}: {INDEX}")
         lacking = {one.cubin for module in known.modules.values() for one in module.variants.values()}
         lacking -= known.cubins.keys() & {*self.files.namelist()}
         if lacking:
-            raise ArtifactError(f"{path} lacks the code {min(lacking)}; {AGAIN}")
+            raise ArtifactError(f"{path} lacks the code {brief(min(lacking))}; {AGAIN}")
 
     def read(self, name: str) -> bytes:
         """A file of the archive."""
@@ -160,7 +160,9 @@ class Archive:
                 raise ValueError(f"{name} has more than {LARGEST_FILE >> 20} MiB")
             return self.files.read(name)
         except Exception as error:  # zipfile raises many kinds for damaged archives
-            raise ArtifactError(f"{self.path} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
+            raise ArtifactError(
+                f"{self.path} cannot be read ({type(error).__name__}: {brief(error)}); {AGAIN}"
+            ) from error
 
     def kernels(self, name: str) -> CompiledKernels:
         """What stands for the module of kernels `name`."""

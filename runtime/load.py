@@ -23,7 +23,7 @@ from torch import Tensor
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
 from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
-from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, open_artifact, parse_json
+from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
 from .model import CompiledModel
 from .plan import CachePlan
 
@@ -104,7 +104,7 @@ def tensor_table(path: Path) -> dict[str, str]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
             return {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); {AGAIN}") from error
+        raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
 
 
 def _check_tensors(artifact: Artifact) -> None:
@@ -114,8 +114,8 @@ def _check_tensors(artifact: Artifact) -> None:
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
                 raise ArtifactError(
-                    f"{path}: tensor {name} is {found.get(name, 'missing')} where {MANIFEST} says "
-                    f"{expected.get(name, 'nothing of it')}; {AGAIN}"
+                    f"{path}: tensor {brief(name)} is {brief(found.get(name, 'missing'))} where {MANIFEST} "
+                    f"says {brief(expected.get(name, 'nothing of it'))}; {AGAIN}"
                 )
 
 
@@ -139,7 +139,7 @@ def _ids(artifact: Artifact) -> tuple[frozenset[int], int | None]:
         value = generation.get(key)
         ids = [] if value is None else value if isinstance(value, list) and key.startswith("eos") else [value]
         if any(type(one) is not int for one in ids):
-            raise ArtifactError(f"{name}: {key} is {str(value)[:60]!r}, which is no token id; {AGAIN}")
+            raise ArtifactError(f"{name}: {key} is {brief(value)!r}, which is no token id; {AGAIN}")
         found[key] = [one for one in ids if 0 <= one < artifact.manifest.vocab_size]
     return frozenset(found["eos_token_id"]), next(iter(found["pad_token_id"]), None)
 
@@ -188,7 +188,7 @@ def _run(package: Files, name: str) -> ModuleType:
         raise
     except Exception as error:  # whatever damaged code may raise
         raise ArtifactError(
-            f"{package.folder / name} cannot be imported ({type(error).__name__}: {error}); {AGAIN}"
+            f"{package.folder / name} cannot be imported ({type(error).__name__}: {brief(error)}); {AGAIN}"
         ) from error
 
 
@@ -306,5 +306,5 @@ def _read_weights(artifact: Artifact, target: torch.dtype, device: torch.device)
             weights.update({key: value.to(target) if value.dtype == stored else value for key, value in shard.items()})
         weights.update(load_file(constants, device=str(device)))
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"the weights in {artifact.folder} cannot be read ({error}); {AGAIN}") from error
+        raise ArtifactError(f"the weights in {artifact.folder} cannot be read ({brief(error)}); {AGAIN}") from error
     return weights

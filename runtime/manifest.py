@@ -35,6 +35,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CODES_PACKED = 8
 """Channels of a head, and tokens of a block, are multiples of so many: their codes fill whole bytes at every width."""
 
+LONGEST_QUOTE = 200
+"""Characters of what a file says that a message quotes."""
+
 AGAIN = "copy the artifact again or compile it again"
 Option = str | int | float | bool | None
 
@@ -80,7 +83,7 @@ class Files:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); {AGAIN}") from error
+            raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
         self._compare(name, io.BytesIO(content))
         return content
 
@@ -91,7 +94,7 @@ class Files:
             with path.open("rb") as file:
                 self._compare(name, file)
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); {AGAIN}") from error
+            raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
         return path
 
     def _listed(self, name: str) -> Path:
@@ -155,6 +158,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def brief(value: object) -> str:
+    """What a file said, for a message of one sentence."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+
+
 # ---- JSON ----
 
 
@@ -164,7 +173,7 @@ def read_json(path: Path) -> Any:
         with path.open("rb") as file:
             return parse_json(file.read(LARGEST_JSON + 1), str(path))
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); {AGAIN}") from error
+        raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
 
 
 def parse_json(content: bytes, where: str) -> Any:
@@ -176,14 +185,14 @@ def parse_json(content: bytes, where: str) -> Any:
     except RecursionError as error:
         raise ArtifactError(f"{where} cannot be read (values are nested too deeply); {AGAIN}") from error
     except ValueError as error:
-        raise ArtifactError(f"{where} cannot be read ({error}); {AGAIN}") from error
+        raise ArtifactError(f"{where} cannot be read ({brief(error)}); {AGAIN}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        raise ValueError(f"the key {brief(next(name for name in names if names.count(name) > 1))!r} occurs twice")
     return found
 
 
@@ -230,7 +239,7 @@ def _conform_object(value: Any, expected: Any, where: str) -> Any:
     needed = {field.name for field in dataclasses.fields(expected) if field.default is dataclasses.MISSING}
     for what, names in (("lacks", needed - value.keys()), ("has the unknown", value.keys() - kinds.keys())):
         if names:
-            raise ArtifactError(f"{where} {what} key {min(names)[:60]!r}; {AGAIN}")
+            raise ArtifactError(f"{brief(where)} {what} key {brief(min(names))!r}; {AGAIN}")
     return expected(**{name: conform(one, kinds[name], f"{where}: {name}") for name, one in value.items()})
 
 
@@ -280,7 +289,7 @@ def _unlike(value: Any, expected: str, where: str) -> ArtifactError:
         shown = json.dumps(value)
     except (ValueError, RecursionError):  # of more digits than Python writes
         shown = f"a {type(value).__name__}"
-    return ArtifactError(f"{where} is {shown[:60]}{'...' * (len(shown) > 60)} instead of {expected}; {AGAIN}")
+    return ArtifactError(f"{brief(where)} is {brief(shown)} instead of {expected}; {AGAIN}")
 
 
 def _check_version(folder: Path, data: Any) -> None:
@@ -298,18 +307,20 @@ def _check_version(folder: Path, data: Any) -> None:
 def _check_names(manifest: Manifest) -> None:
     """Every path stays inside the artifact and is written one way only."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", manifest.package):
-        raise ArtifactError(f"{MANIFEST}: package is {manifest.package!r}, which is no name of a package; {AGAIN}")
+        raise ArtifactError(
+            f"{MANIFEST}: package is {brief(manifest.package)!r}, which is no name of a package; {AGAIN}"
+        )
     for name, digest in manifest.files.items():
         path = PurePosixPath(name)
         if name != path.as_posix() or path.is_absolute() or {"..", "."} & {*path.parts} or re.search(r"[\\:\0]", name):
-            raise ArtifactError(f"{MANIFEST}: files: {name!r} is no path inside the artifact; {AGAIN}")
+            raise ArtifactError(f"{MANIFEST}: files: {brief(name)!r} is no path inside the artifact; {AGAIN}")
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ArtifactError(f"{MANIFEST}: files: {name}: {digest[:70]!r} is no sha256; {AGAIN}")
+            raise ArtifactError(f"{MANIFEST}: files: {brief(name)}: {brief(digest)!r} is no sha256; {AGAIN}")
     if not manifest.weights or len({*manifest.weights}) < len(manifest.weights):
         raise ArtifactError(f"{MANIFEST}: weights names no file, or one twice; {AGAIN}")
     for name in (*manifest.weights, manifest.constants):
         if name not in manifest.files or name not in manifest.tensors:
-            raise ArtifactError(f"{MANIFEST} lists {name!r} without its digest or its tensors; {AGAIN}")
+            raise ArtifactError(f"{MANIFEST} lists {brief(name)!r} without its digest or its tensors; {AGAIN}")
     tensors = [name for table in manifest.tensors.values() for name in table]
     if len(manifest.tensors) != len(manifest.weights) + 1 or len({*tensors}) < len(tensors):
         raise ArtifactError(f"{MANIFEST}: tensors are of other files than the weights, or in two of them; {AGAIN}")
@@ -322,7 +333,7 @@ def _check_names(manifest: Manifest) -> None:
 def _check_plan(plan: CachePlan) -> None:
     """What no plan of the compiler has: it would hang, or end somewhere far from here."""
     if plan.dtype not in DTYPES:
-        raise ArtifactError(f"{MANIFEST}: plan: dtype {plan.dtype[:60]!r} is not one of {', '.join(DTYPES)}; {AGAIN}")
+        raise ArtifactError(f"{MANIFEST}: plan: dtype {brief(plan.dtype)!r} is not one of {', '.join(DTYPES)}; {AGAIN}")
     itemsize = DTYPES[plan.dtype].itemsize
     if not plan.layers or min(plan.max_len, plan.batch_size) < 1 or max(plan.max_len, plan.batch_size) >= 1 << 31:
         raise ArtifactError(f"{MANIFEST}: plan has no layers, or a max_len or batch_size below 1 or too large; {AGAIN}")

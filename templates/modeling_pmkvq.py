@@ -38,6 +38,7 @@ CACHE_IMPLEMENTATIONS = (None, "dynamic")
 FOREIGN_IMPLEMENTATION = (
     "cache_implementation={!r} is not supported: a compiled artifact has its own cache; leave it out"
 )
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNSUPPORTED = {
     "inputs_embeds": "give input_ids",
     "labels": "compute the loss from the logits",
@@ -318,21 +319,20 @@ def _defaults(folder: Path, vocab_size: int) -> GenerationConfig:
     config = GenerationConfig.from_pretrained(folder)
     config.cache_implementation = config.cache_config = None
     config.use_cache = True
-    ends, pad = config.eos_token_id, config.pad_token_id
-    if isinstance(ends, list):
-        config.eos_token_id = [one for one in ends if _is_token(one, vocab_size)] or None
-    else:
-        config.eos_token_id = ends if _is_token(ends, vocab_size) else None
-    config.pad_token_id = pad if _is_token(pad, vocab_size) else None
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        known = [one for one in ids if _is_token(one, vocab_size)]
+        setattr(config, name, known if isinstance(value, list) and known else next(iter(known), None))
     return config
 
 
 def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
     """Raises `ValueError` where tokens that `generate` writes or waits for are not in the vocabulary."""
-    pad, ends = config.pad_token_id, config.eos_token_id
-    ends = ends.tolist() if isinstance(ends, Tensor) else ends
-    for name, ids in (("pad_token_id", [pad]), ("eos_token_id", ends if isinstance(ends, list) else [ends])):
-        for one in ids:
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        value = value.tolist() if isinstance(value, Tensor) else value
+        for one in value if isinstance(value, list) else [value]:
             if one is not None and not _is_token(one, vocab_size):
                 raise ValueError(f"{name}={one!r} is not in the vocabulary of {vocab_size:,} tokens; give another one")
 

@@ -19,7 +19,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from .runtime import ArtifactError, InputError, open_artifact
-from .runtime.manifest import AGAIN, Artifact, parse_json
+from .runtime.manifest import AGAIN, Artifact, brief, parse_json
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "..."}` and whatever else the chat template reads."""
@@ -118,7 +118,7 @@ class Tokenizer:
         """The text of token ids [S], without special tokens."""
         ids = token_ids.tolist()
         decode = self.encoder.decode
-        what = f"tokens {str(ids)[:60]} cannot be decoded"
+        what = f"tokens {brief(ids)} cannot be decoded"
         text: str = _guarded(lambda: decode(ids, skip_special_tokens=True), InputError, what, "give ids of this model")
         if self.settings.get("clean_up_tokenization_spaces") and type(self.encoder.model).__name__ != "BPE":
             for before, after in CLEANED:
@@ -134,7 +134,7 @@ class Tokenizer:
         ids = _guarded(
             lambda: encode(text, add_special_tokens=add_special_tokens).ids,
             InputError,
-            f"the text {str(text)[:60]!r} cannot be encoded",
+            f"the text {brief(text)!r} cannot be encoded",
             "give a string of Unicode characters",
         )
         return torch.tensor([ids], dtype=torch.int64)
@@ -159,7 +159,7 @@ def _guarded(call: Callable[[], Any], kind: type[Exception], what: str, advice: 
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        reason = brief(error) or type(error).__name__
         raise kind(f"{what} ({reason}); {advice}") from error
 
 
@@ -216,7 +216,7 @@ def _message(message: Message) -> dict[str, Any]:
     """A message as templates see it: of plain data, without empty values, its reasoning under the usual names."""
     plain = _plain(message)
     if not isinstance(plain, dict):
-        raise ArtifactError(f"a message is {str(message)[:60]!r}; give a dictionary with role and content")
+        raise ArtifactError(f"a message is {brief(message)!r}; give a dictionary with role and content")
     plain = {name: value for name, value in plain.items() if value is not None}
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -252,5 +252,5 @@ def _render(renderer: str, template: str, variables: dict[str, Any]) -> str:
     except (OSError, ValueError) as error:
         answer = {"error": f"it cannot be rendered: {error}"}
     if "text" not in answer:
-        raise ArtifactError(f"the chat template does not take these messages ({answer['error']})")
+        raise ArtifactError(f"the chat template does not take these messages ({brief(answer['error'])})")
     return str(answer["text"])

@@ -20,27 +20,13 @@ from transformers import AutoModelForCausalLM
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.manifest import file_digest
 
-from .conftest import silent
-from .folders import TEXT, model_folder
-
 PACKAGE = "tiny_qwen"
 IDS = torch.arange(3, 43).unsqueeze(0)
-CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pmkvq_compiler.compile import compile_model
-    from pmkvq_compiler.options import CompileOptions
-
-    folder = tmp_path_factory.mktemp("code")
-    source = model_folder(folder / "tiny-qwen", "qwen2")
-    (source / "chat_template.jinja").write_text(CHAT)
-    (folder / "calib.txt").write_text(TEXT)
-    calib: dict[str, Any] = {"calib": str(folder / "calib.txt"), "calib_samples": 2, "calib_len": 128}
-    options: dict[str, Any] = {"budget": "60%", "max_len": 300, "block": 64, "window": 64}
-    compile_model(CompileOptions(str(source), folder / "artifact", **options, **calib), silent)
-    return folder / "artifact"
+@pytest.fixture
+def original(chat_artifact: Path) -> Path:
+    return chat_artifact
 
 
 @pytest.fixture
