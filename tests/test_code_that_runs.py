@@ -81,22 +81,20 @@ def expected(artifact: Path) -> str:
     return f"{out}\n{len('<user>Ahoy<assistant>')}\n"
 
 
-@pytest.mark.parametrize("checked", [True, False])
 def test_a_compiled_cache_beside_a_module_is_never_run(
-    original: Path, copy: Path, marker: Path, tmp_path: Path, checked: bool
+    original: Path, copy: Path, marker: Path, tmp_path: Path
 ) -> None:
     """For every module but the package's `__init__.py`, which Python itself imports before anything of ours runs."""
     modules = [path for path in copy.rglob("*.py") if path != copy / PACKAGE / "__init__.py"]
     assert len(modules) > 15
-    for path in modules:
-        plant_cache(path, marker, checked)
-    for _ in range(2):
-        runtime.load(copy)
-        done = python(USE.replace("ARTIFACT", repr(str(copy))), tmp_path)
-        assert (done.returncode, done.stdout) == (0, expected(original)), done.stderr
-        done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy", "--max-new-tokens", "2")
-        assert done.returncode == 0, done.stderr
-        assert not marker.exists(), marker.read_text()
+    for number, path in enumerate(modules):
+        plant_cache(path, marker, checked=number % 2 == 0)
+    runtime.load(copy)
+    done = python(USE.replace("ARTIFACT", repr(str(copy))), tmp_path)
+    assert (done.returncode, done.stdout) == (0, expected(original)), done.stderr
+    done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy", "--max-new-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    assert not marker.exists(), marker.read_text()
 
 
 def test_the_cache_of_the_package_itself_is_not_run_by_those_who_load_it(copy: Path, marker: Path) -> None:
@@ -159,48 +157,41 @@ def test_files_that_are_not_listed_are_not_imported(original: Path, copy: Path, 
     for name in UNLISTED:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(payload(marker))
-    for _ in range(2):
-        done = python(USE.replace("ARTIFACT", repr(str(copy))), tmp_path)
-        assert (done.returncode, done.stdout) == (0, expected(original)), done.stderr
-        done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy", "--max-new-tokens", "2")
-        assert done.returncode == 0, done.stderr
-        runtime.load(copy)
-        AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
-        assert not marker.exists(), marker.read_text()
-    done = python(f"import sys; sys.path.insert(0, {str(copy)!r}); import {PACKAGE}.regenerate", tmp_path)
+    program = f"{USE.replace('ARTIFACT', repr(str(copy)))}\nimport {PACKAGE}.regenerate"
+    done = python(program, tmp_path)
+    assert done.stdout == expected(original), done.stderr
     assert f"{PACKAGE}.regenerate is not a module that pmkvq.json lists" in done.stderr
+    done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy", "--max-new-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    runtime.load(copy)
+    AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+    assert not marker.exists(), marker.read_text()
 
 
 def test_an_artifact_that_python_has_imported_from_loads_again(original: Path, copy: Path, tmp_path: Path) -> None:
     """Python makes `__pycache__`, a user compiles the folder: neither is an error, and neither is looked at."""
-    subprocess.run([sys.executable, "-m", "compileall", "-q", copy], check=True)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", copy / PACKAGE], check=True)
+    moved = Path(shutil.copytree(copy, tmp_path / "moved"))
     for _ in range(2):
-        moved = Path(shutil.copytree(copy, tmp_path / "moved"))
-        for folder in (copy, moved):
-            runtime.load(folder)
-            assert python(USE.replace("ARTIFACT", repr(str(folder))), tmp_path).stdout == expected(original)
-        shutil.rmtree(moved)
-    assert (copy / PACKAGE / "__pycache__").is_dir()
+        assert python(USE.replace("ARTIFACT", repr(str(moved))), tmp_path).stdout == expected(original)
+        runtime.load(moved)
+    assert (moved / PACKAGE / "__pycache__").is_dir()
 
 
-@pytest.mark.parametrize(
-    "name", ["model.py", "plan.py", "runtime/plan.py", "runtime/load.py", "text.py", "__init__.py"]
-)
-def test_a_changed_module_is_not_run(copy: Path, marker: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model.py", "plan.py", "runtime/load.py", "text.py", "__init__.py"])
+def test_a_changed_module_is_not_run(copy: Path, marker: Path, name: str) -> None:
     path = copy / PACKAGE / name
     path.write_text(payload(marker) + path.read_text())
     with pytest.raises(runtime.ArtifactError, match=f"{name} was changed after the compile"):
         runtime.load(copy)
-    with pytest.raises((ValueError, Exception), match=f"{name} was changed after the compile"):
+    with pytest.raises(Exception, match=f"{name} was changed after the compile"):
         AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
-    if name != "__init__.py":
-        done = python(USE.replace("ARTIFACT", repr(str(copy))), tmp_path)
-        assert done.returncode == 1
-        assert f"{name} was changed after the compile" in done.stderr
+    if name in ("runtime/load.py", "text.py"):
         done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy")
         assert done.returncode == 1
+        assert done.stderr.startswith(f"{PACKAGE}: ")
         assert done.stderr.count("\n") == 1, done.stderr
-        assert "was changed after the compile" in done.stderr
+        assert f"{name} was changed after the compile" in done.stderr
     assert not marker.exists(), marker.read_text()
 
 
@@ -296,9 +287,8 @@ def test_links_to_files_load_where_the_content_is_what_is_listed(original: Path,
         blob = blobs / file_digest(path)
         shutil.copy(path, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
-    for _ in range(2):
-        assert python(USE.replace("ARTIFACT", repr(str(snapshot))), tmp_path).stdout == expected(original)
-        runtime.load(snapshot)
+    assert python(USE.replace("ARTIFACT", repr(str(snapshot))), tmp_path).stdout == expected(original)
+    runtime.load(snapshot)
     (blobs / "other").write_text("raise SystemExit")
     (snapshot / PACKAGE / "model.py").unlink()
     (snapshot / PACKAGE / "model.py").symlink_to(blobs / "other")
