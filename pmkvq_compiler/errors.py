@@ -7,3 +7,7 @@ class CompileError(Exception):
 
 class UsageError(CompileError):
     """The request itself is wrong; the command line prints the message and exits with 2."""
+
+
+class Defect(CompileError):
+    """This program is wrong, not the request; the command line keeps the traceback in a file and asks for a report."""

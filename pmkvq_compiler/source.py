@@ -208,12 +208,15 @@ class Source:
         check_finite(name, value)
         return value
 
+    def running_dtype(self, device: torch.device | str) -> torch.dtype:
+        """What the model computes in on a device: float32 on a CPU, the stored dtype elsewhere."""
+        return torch.float32 if torch.device(device).type == "cpu" else self.dtype
+
     def load_model(
         self, attn_implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
         """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told."""
-        device = torch.device(device)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else self.dtype)
+        dtype = dtype or self.running_dtype(device)
         if self._checkpoint_names is None and dtype == self.dtype:
             model = self._converted_model()
         else:
