@@ -35,8 +35,7 @@ from pmkvq_compiler.runtime.cubins import ALIGNMENT, INDEX, argument_type, flat,
 from pmkvq_compiler.runtime.errors import InputError
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
 from pmkvq_compiler.runtime.kernels import LayerKernels, check_kernels, read_tunings
-from pmkvq_compiler.runtime.load import import_generated
-from pmkvq_compiler.runtime.manifest import DTYPES
+from pmkvq_compiler.runtime.load import DTYPES, import_generated
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
 
 Progress = Callable[[str, int, int], None]

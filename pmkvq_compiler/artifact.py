@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.runtime.manifest import FORMAT_VERSION, MANIFEST, file_digest
+from pmkvq_compiler.runtime.load import FORMAT_VERSION, MANIFEST, file_digest
 
 
 def check_target(output: Path, force: bool) -> None:

@@ -24,6 +24,8 @@ from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
 from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
 from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
+from .manifest import FORMAT_VERSION as FORMAT_VERSION
+from .manifest import file_digest as file_digest
 from .model import CompiledModel
 from .plan import CachePlan
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-FACTOR = int(os.environ.get("PMKVQ_FUZZ", "1"))
+from . import rounds
+
+FACTOR = rounds(1, 10)
 """How many times as many mutants as in a short run."""
 
 LONGEST = 10

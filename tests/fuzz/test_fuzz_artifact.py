@@ -1,7 +1,7 @@
 """Damaged artifacts: each loads to what it was, or says in one sentence what is wrong with it.
 
-`PMKVQ_FUZZ=10 pytest tests/fuzz` tries ten times as many mutants as a short run, 2,000 in all. Where a mutant is to be
-reached, the digest of what it changes is written anew; what only a digest can tell is then left alone.
+A short run tries 200 mutants, `make fuzz` 2,000. Where a mutant is to be reached, the digest of what it changes is
+written anew; what only a digest can tell is then left alone.
 """
 
 from __future__ import annotations
