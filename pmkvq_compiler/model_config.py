@@ -29,7 +29,14 @@ logger = logging.getLogger(__name__)
 MOST_JSON_BYTES = 64 << 20
 MOST_LAYERS = 10_000
 """More is a mistake, and takes long before it is found to be one."""
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, MOST_LAYERS)),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), (0, 1)),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq"), (1, 1e18)),
+    "factor": (1e-6, 1e6),
+}
+"""Numbers of a config that no model has beyond these, whatever its architecture; `factor` is one of RoPE's."""
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -73,10 +80,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CompileError(f"folder {folder} has no config.json; name the folder of a Hugging Face model")
     raw = read_json(file)
     for values in _nested(raw):
-        for name in LAYER_COUNTS:
-            count = values.get(name)
-            if isinstance(count, (int, float)) and not 1 <= count <= MOST_LAYERS:
-                raise CompileError(f"{name} in {file} is {_short(count)}, which no model has; correct it")
+        for name, (least, most) in BOUNDS.items():
+            number = values.get(name)
+            if isinstance(number, (int, float)) and not least <= number <= most:
+                raise CompileError(f"{name} in {file} is {_short(number)}, which no model has; correct it")
     if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         raise CompileError(
             f"the model in {folder} ({_short(raw.get('model_type'))}) needs Python code of its own, and code of a "

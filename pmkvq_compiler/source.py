@@ -167,6 +167,7 @@ class Source:
             settle(self.config)
             shapes = {own: value.shape for own, value in skeleton(name, self.config).items()}
             check_tensors(self._gguf_path, header, shapes)
+            self._has_tokenizer = "tokenizer.ggml.model" in header.fields
         else:
             self.config = read_config(folder)
             check_causal_lm(name, self.config)
@@ -174,6 +175,7 @@ class Source:
             check_sizes(name, self.config, self._checkpoint.tensors)
             settle(self.config)
             self._checkpoint_names = stored_names(name, self.config, self._checkpoint)
+            self._has_tokenizer = has_tokenizer(folder)
         self.generation_config = self._generation_defaults()
         card = {} if gguf_file else read_card(folder / "README.md")
         self.base_model = base_model or card.get("base_model")
@@ -190,7 +192,7 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
-        if self._checkpoint is not None and not has_tokenizer(self._folder):
+        if not self._has_tokenizer:
             return None
         try:
             with _quiet(), self._transformers_folder() as (folder, gguf_file):

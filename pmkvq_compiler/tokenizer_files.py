@@ -17,8 +17,9 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 """A model whose folder has none of these has no tokenizer."""
-TOKENIZER_PARTS = ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
-"""Files that say more of a tokenizer where one of `TOKENIZER_FILES` is."""
+TOKENIZER_SUFFIXES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe"})
+OTHER_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
+"""Files with such endings that are not a tokenizer's."""
 
 PROBE = "The whale, of 30 tons:\n\tit swam \u2013 on!"
 
@@ -28,8 +29,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Every file that decides which tokens a text is."""
-    return [folder / name for name in sorted({*TOKENIZER_FILES, *TOKENIZER_PARTS}) if (folder / name).is_file()]
+    """Every file that may decide which tokens a text is; none where there is no tokenizer."""
+    if not has_tokenizer(folder):
+        return []
+    files = (path for path in folder.iterdir() if path.suffix in TOKENIZER_SUFFIXES and path.is_file())
+    return sorted(path for path in files if path.name not in OTHER_FILES)
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -498,10 +498,24 @@ def test_weights_beyond_the_chosen_dtype_are_named(tmp_path: Path, model_type: s
         ("head_dim", 0),
         ("head_dim", 24),
         ("max_position_embeddings", "far"),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", -1),
+        ("max_position_embeddings", 10**18),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": -5.0}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", [1e4]),
+        ("rms_norm_eps", -1e-6),
+        ("rms_norm_eps", float("nan")),
+        ("hidden_act", "whale"),
+        ("dtype", "float8_e4m3fn"),
+        ("dtype", "int8"),
+        ("dtype", "banana"),
         ("rms_norm_eps", "small"),
     ],
 )
-def test_sizes_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+def test_numbers_that_are_not_of_the_checkpoint_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     edit_config(folder, **{name: value})
     with pytest.raises(CompileError) as caught:
@@ -667,9 +681,10 @@ def other_special_tokens(folder: Path) -> None:
         other_special_tokens,
         lambda folder: (folder / "added_tokens.json").write_text("{}"),
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda folder: (folder / "whale.tiktoken").write_text("YQ== 0"),
         lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
     ],
-    ids=["middle of the weights", "tokenizer", "special tokens", "added tokens", "chat template", "config"],
+    ids=["middle of the weights", "tokenizer", "special tokens", "added tokens", "chat template", "tiktoken", "config"],
 )
 def test_the_fingerprint_follows_every_file_that_decides(tmp_path: Path, change: Callable[[Path], Any]) -> None:
     folder = model_folder(tmp_path / "model", intermediate_size=4096)
