@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pmkvq_compiler.passes.program import AttentionSite
@@ -72,7 +72,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(contiguous, unfinished, metadata={METADATA_KEY: json.dumps(facts)})
+        unfinished.write_bytes(save(contiguous, metadata={METADATA_KEY: json.dumps(facts)}))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.interrupts import ignore_from_now_on, watched
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from pmkvq_compiler.compile import CompileResult, Progress
     from pmkvq_compiler.explore import Explored
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USAGE = 1, 2
 BAR = 30
 """Characters of the longest bar."""
 
@@ -54,7 +55,18 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 128 and the signal's number
+    (130 after Ctrl-C) when a signal ended it."""
+    with watched() as signals:
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:
+            if argv is None:  # the process is this command, and about to end
+                ignore_from_now_on()
+            return _fail(signals.sentence, signals.exit_code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         request = parse(argv)
         result = _explore(request) if request.budgets else _compile(request.options)
@@ -62,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED)
     except OSError as error:
         return _fail(f"{error}; check that the place exists, is writable and has room", FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was changed", INTERRUPTED)
     (_print_json if request.as_json else _print_text)(result)
     return 0
 
