@@ -409,7 +409,7 @@ def _cannot_write(output: Path, error: OSError, kind: type[CompileError] = Compi
     """What a user is told of an error of the operating system."""
     if error.errno in OUT_OF_FILES:
         return kind(f"the process may have no more files open ({error.strerror}); raise the limit with `ulimit -n`")
-    elsewhere = error.filename is not None and _partial(located(output)).as_posix() not in str(error.filename)
+    elsewhere = error.filename is not None and not str(error.filename).startswith(str(located(output).parent))
     what = f"file {shown(str(error.filename))}" if elsewhere else f"output {shown(output)}"
     advice = f"free some room or {OTHER}" if error.errno in OUT_OF_ROOM else OTHER
     return kind(f"{what} cannot be written ({error.strerror}); {advice}")
