@@ -20,7 +20,17 @@ from pmkvq_compiler.runtime.load import MANIFEST
 LONGEST = 64
 """Characters of a package's name; the file of its wheel has more."""
 SUFFIX = "_pmkvq"
-NEEDED = {"torch", "safetensors", "tokenizers", "jinja2", "triton", "transformers", "huggingface_hub", "hatchling"}
+NEEDED = {
+    "pmkvq_compiler",
+    "torch",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "triton",
+    "transformers",
+    "huggingface_hub",
+    "hatchling",
+}
 """What an artifact imports where it runs or is built. It may be missing here."""
 IN_THE_FOLDER = {"modeling_pmkvq", "modeling_compiled", "additional_chat_templates", "build", "dist", "artifact"}
 """Names that mean something else in an artifact's folder."""
