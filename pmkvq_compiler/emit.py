@@ -7,7 +7,6 @@ import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,10 +106,11 @@ def write_for_transformers(source: Source, folder: Path, scratch: Path) -> list[
     _write_config(source, place)
     source.generation_config.save_pretrained(place)
     source.save_tokenizer(place)
-    written = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    shutil.copytree(place, folder, dirs_exist_ok=True)
-    shutil.rmtree(place)
-    return [folder / name for name in written]
+    made = {path: folder / path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()}
+    for path, target in made.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return list(made.values())
 
 
 def _write_config(source: Source, folder: Path) -> None:

@@ -20,18 +20,10 @@ from pmkvq_compiler.runtime.load import MANIFEST
 LONGEST = 64
 """Characters of a package's name; the file of its wheel has more."""
 SUFFIX = "_pmkvq"
-NEEDED = {
-    "pmkvq_compiler",
-    "torch",
-    "safetensors",
-    "tokenizers",
-    "jinja2",
-    "triton",
-    "transformers",
-    "huggingface_hub",
-    "hatchling",
-}
+NEEDED = {"torch", "safetensors", "tokenizers", "jinja2", "triton", "transformers", "huggingface_hub", "hatchling"}
 """What an artifact imports where it runs or is built. It may be missing here."""
+OURS = {"pmkvq_compiler"}
+"""Installed in a way that the search below may not see."""
 IN_THE_FOLDER = {"modeling_pmkvq", "modeling_compiled", "additional_chat_templates", "build", "dist", "artifact"}
 """Names that mean something else in an artifact's folder."""
 NOT_LISTED = {"test"}
@@ -59,7 +51,9 @@ def package_name(name: str) -> str:
 
 def _is_taken(package: str) -> bool:
     """Whether the name already means something: to Python, to what is installed here, or to an artifact."""
-    if package in sys.stdlib_module_names | NOT_LISTED | NEEDED | IN_THE_FOLDER | WINDOWS or keyword.iskeyword(package):
+    if package in sys.stdlib_module_names | NOT_LISTED | NEEDED | OURS | IN_THE_FOLDER | WINDOWS or keyword.iskeyword(
+        package
+    ):
         return True
     here = Path.cwd()
     found = PathFinder.find_spec(package, [path for path in sys.path if path and Path(path) != here])

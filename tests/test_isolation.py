@@ -1,4 +1,4 @@
-"""Whose code runs: that of the installation, whatever lies in the current folder, in the model's, or on a relative path.
+"""Whose code runs: that of the installation, whatever lies in the current folder, which may be the model's.
 
 Every trap writes a file when it is imported.
 """
@@ -46,18 +46,19 @@ def reference(artifact: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, runtime.load(artifact)(ids)[0, -8:]
 
 
-@pytest.mark.parametrize("path", [None, "", ":/nowhere", "/nowhere:"])
+@pytest.mark.parametrize("path", [None, ":/nowhere"])
 def test_the_check_imports_nothing_from_the_current_folder_and_writes_nothing_into_the_artifact(
     compile_tiny: CompileTiny, tmp_path: Path, traps: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
 ) -> None:
     artifact = compile_tiny("llama", recipe="none")
     if path is not None:
         monkeypatch.setenv("PYTHONPATH", path)
+    expected = reference(artifact)
     before = tree(artifact)
-    figures = check_artifact(artifact, tmp_path, "float32", *reference(artifact))
+    figures = check_artifact(artifact, tmp_path, "float32", *expected)
     assert figures["full_precision_error"] < 1e-5
     assert caught(traps) == ""
-    assert {name for name in tree(artifact) if name not in before} == set()
+    assert tree(artifact) == before
     assert os.environ.get("PYTHONPATH") == path
 
 
@@ -87,15 +88,11 @@ def test_workers_import_nothing_from_the_current_folder(traps: Path) -> None:
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "pmkvq_compiler.cli"], [str(Path(sys.executable).with_name("pmkvq-compile"))]]
-)
-def test_the_command_imports_nothing_from_the_current_folder(traps: Path, command: list[str]) -> None:
+def test_the_command_imports_nothing_from_the_current_folder(traps: Path) -> None:
     """But for a module called as the compiler itself, which `python -m` finds there before any code of ours runs."""
     (traps / "pmkvq_compiler.py").unlink()
-    done = subprocess.run(
-        [sys.executable, *command, ".", "--budget", "1GiB"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pmkvq_compiler.cli", ".", "--budget", "1GiB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().startswith("pmkvq-compile: folder . has no config.json") or "config.json" in done.stderr
+    assert "has no config.json" in done.stderr
     assert caught(traps) == ""

@@ -30,18 +30,8 @@ ORDINARY = {
     "1.5B": "model_1_5b",
 }
 TAKEN = ["torch", "Tokenizers", "json", "NumPy", "transformers", "safetensors", "jinja2", "triton", "hatchling", "yaml"]
-TAKEN += [
-    "huggingface-hub",
-    "huggingface_hub",
-    "pmkvq-compiler",
-    "class",
-    "Import",
-    "lambda",
-    "test",
-    "async-io",
-    "con",
-]
-TAKEN += ["modeling.pmkvq", "typing extensions", "dist", "lpt1", "regex", "PIL", "re", "ast", "site"]
+TAKEN += ["huggingface-hub", "huggingface_hub", "pmkvq-compiler", "class", "Import", "lambda", "test", "con", "lpt1"]
+TAKEN += ["modeling.pmkvq", "typing extensions", "dist", "regex", "re", "ast", "site"]
 HOSTILE = [
     'a"b',
     "it's",
@@ -78,7 +68,7 @@ def test_ordinary_names_stay_as_they_are(name: str) -> None:
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_name_that_means_something_else_to_python_gets_a_suffix(name: str) -> None:
     package = package_name(name)
-    assert package.endswith("_pmkvq") or package == "async_io"
+    assert package.endswith("_pmkvq")
     assert re.fullmatch(r"[a-z][a-z0-9_]*", package)
 
 
@@ -126,7 +116,7 @@ def test_a_name_is_text_in_markdown(name: str) -> None:
     assert in_markdown("SmolLM2-135M_Instruct v1.5") == "SmolLM2-135M_Instruct v1.5"
 
 
-@pytest.mark.parametrize("name", ['x"""\\\n[project]\nname = "evil"\n<b>{{ 7 }}', "модель 1.5", "torch", "n" * 200])
+@pytest.mark.parametrize("name", ['x"""\\\n[project]\nname = "evil"\n<b>{{ 7 }}', "модель 1.5", "torch"])
 def test_a_wheel_of_any_name_is_built_and_imported(name: str, tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="builds the artifact's wheel")
     source = open_source(str(model_folder(tmp_path / name, num_hidden_layers=1)))
@@ -152,7 +142,7 @@ def test_a_wheel_of_any_name_is_built_and_imported(name: str, tmp_path: Path) ->
     program = f"import sys; sys.path.append('site'); import {package}; print({package}.FOLDER)"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(Path("site") / package / "artifact") or done.stdout.strip().endswith("/artifact")
+    assert done.stdout.strip().endswith(str(Path(package) / "artifact"))
 
 
 def test_code_of_an_artifact_does_not_depend_on_the_models_name(tmp_path: Path) -> None:
