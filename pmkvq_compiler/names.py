@@ -51,9 +51,8 @@ def package_name(name: str) -> str:
 
 def _is_taken(package: str) -> bool:
     """Whether the name already means something: to Python, to what is installed here, or to an artifact."""
-    if package in sys.stdlib_module_names | NOT_LISTED | NEEDED | OURS | IN_THE_FOLDER | WINDOWS or keyword.iskeyword(
-        package
-    ):
+    known = sys.stdlib_module_names | NOT_LISTED | NEEDED | OURS | IN_THE_FOLDER | WINDOWS
+    if package in known or keyword.iskeyword(package):
         return True
     here = Path.cwd()
     found = PathFinder.find_spec(package, [path for path in sys.path if path and Path(path) != here])

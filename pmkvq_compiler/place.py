@@ -150,10 +150,13 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
             place.prepare(force, keep)
         signals.check()
         yield place
-    except OSError as error:
-        if error.errno in OUT_OF_ROOM | OUT_OF_FILES or str(place.partial) in str(error.filename):
-            raise _cannot_write(output, error) from error
+    except CompileError:
         raise
+    except Exception as error:
+        reason = _of_the_system(error)
+        if reason is None or not (reason.errno in OUT_OF_ROOM | OUT_OF_FILES or place.owns(reason.filename)):
+            raise
+        raise _cannot_write(output, reason) from error
     finally:
         with signals.deferred():
             place.release()
@@ -178,6 +181,10 @@ class Place:
     @property
     def partial(self) -> Path:
         return _partial(self.target)
+
+    def owns(self, file: object) -> bool:
+        """Whether a file that an error names is of this compile."""
+        return str(self.partial) in str(file)
 
     @property
     def folder(self) -> Path:
@@ -271,8 +278,8 @@ class Place:
     def release(self) -> None:
         """Remove the partial folder, and the folders that were made for a target that is not there."""
         if not self.kept:
-            _sweep(self.partial)
-            with suppress(OSError):
+            with suppress(OSError):  # the next compile goes on where this one cannot
+                _sweep(self.partial)
                 (self.partial / LOCK).unlink()
                 self.partial.rmdir()
         os.close(self.lock)
@@ -347,11 +354,12 @@ def _lock(lock: int, fresh: bool, output: Path, partial: Path) -> None:
 
 
 def _sweep(partial: Path) -> None:
+    """Remove what a compile has written. Raises `OSError`."""
     for name in (ARTIFACT, REPLACED, SCRATCH):
         folder = partial / name
         if folder.is_dir() and not folder.is_symlink():
             _allow_removal(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
 
 
 def _allow_removal(folder: Path) -> None:
@@ -408,10 +416,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _of_the_system(error: Exception) -> OSError | None:
+    """The operating system's error that an exception is, or tells of: what is written in Rust or C++ knows no errno."""
+    if isinstance(error, OSError):
+        return error
+    told = (number for number in OUT_OF_ROOM | OUT_OF_FILES if os.strerror(number) in str(error))
+    return next((OSError(number, os.strerror(number)) for number in told), None)
+
+
 def _cannot_write(output: Path, error: OSError, kind: type[CompileError] = CompileError) -> CompileError:
-    """What a user is told of an error of the operating system."""
+    """What a user is told of an error of the operating system, as an error of a `kind` if the request is its cause."""
     if error.errno in OUT_OF_FILES:
-        return kind(f"the process may have no more files open ({error.strerror}); raise the limit with `ulimit -n`")
+        return CompileError(f"no more files can be opened ({error.strerror}); raise the limit with `ulimit -n`")
+    kind = CompileError if error.errno in OUT_OF_ROOM else kind
     elsewhere = error.filename is not None and not str(error.filename).startswith(str(located(output).parent))
     what = f"file {shown(str(error.filename))}" if elsewhere else f"output {shown(output)}"
     advice = f"free some room or {OTHER}" if error.errno in OUT_OF_ROOM else OTHER

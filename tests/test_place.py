@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,8 @@ from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.interrupts import Signals
 from pmkvq_compiler.place import Place, claimed
 from tests.children import in_child
-from tests.folders import tree
+from tests.conftest import token_lines
+from tests.folders import model_folder, tree
 
 Claim = Callable[..., "Iterator[Place]"]
 
@@ -334,8 +339,40 @@ def test_a_mounted_disk_is_no_target_and_a_full_or_read_only_one_is_said(disk: P
     with suppress(OSError):
         for number in range(64):
             (disk / str(number)).touch()
-    with pytest.raises(UsageError, match="No space left on device"), claim(disk / "out"):
+    with pytest.raises(CompileError, match="No space left on device"), claim(disk / "out"):
         pass
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(UsageError, match="Read-only file system"), claim(disk / "out"):
         pass
+
+
+def test_what_runs_out_is_said_in_a_sentence_and_nothing_is_left(tmp_path: Path) -> None:
+    """Files of limited size, as on a full disk, and few open ones: whatever of a compile comes to its limit first."""
+    model_folder(tmp_path / "model", num_hidden_layers=1)
+    calib = token_lines(tmp_path / "tokens.jsonl")
+    (tmp_path / "place").mkdir()
+    command = [str(tmp_path / "model"), "--budget", "200%", "--max-len", "96", "--window", "64", "--calib", str(calib)]
+    command += ["--calib-samples", "1", "--calib-len", "96", "-o", str(tmp_path / "place" / "out")]
+
+    def limited(kind: int, limit: int) -> tuple[int, str]:
+        resource.setrlimit(kind, (limit, limit))
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            code = main(command)
+        return code, said.getvalue()
+
+    assert main([*command, "--dry-run"]) == 0  # all is imported
+    opened = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    limits = [(resource.RLIMIT_FSIZE, size) for size in (0, 5_000, 60_000)]
+    limits += [(resource.RLIMIT_NOFILE, opened + more) for more in range(5)]
+    for kind, limit in limits:
+        code, said = in_child(partial(limited, kind, limit))
+        assert code == 1, said
+        sentence = said.strip().splitlines()[-1]
+        expected = "File too large" if kind == resource.RLIMIT_FSIZE else r"ulimit -n|Too many open files"
+        assert re.fullmatch(rf"pmkvq-compile: .*({expected}).*", sentence), said
+        assert "Traceback" not in said
+    left = {path.name for path in (tmp_path / "place").iterdir() if not path.name.startswith("model-")}
+    assert left <= {".out.partial"}, "what cannot be opened cannot be removed"
+    assert main(command) == 0
+    assert {path.name for path in (tmp_path / "place").iterdir() if not path.name.startswith("model-")} == {"out"}
