@@ -37,6 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "factor": (1e-6, 1e6),
 }
 """Numbers of a config that no model has beyond these, whatever its architecture; `factor` is one of RoPE's."""
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -44,16 +45,13 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
-"""Sizes that some tensor has, of every model that has them."""
 OPTIONAL = frozenset({"num_experts_per_tok", "shared_expert_intermediate_size", "n_routed_experts"})
 """Those that may be 0: the model has none."""
+SLACK = 1000
+"""By how much a size may be above that of any tensor: models have some that they make nothing of."""
 
 FOREIGN = ("auto_map", "fusion_config", "transformers_weights", "distributed_config", "custom_generate")
 """What would name code or files of its own."""
@@ -125,15 +123,16 @@ def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, Stored
     """Hold the sizes of a configuration against the tensors of its checkpoint, before anything is built from them."""
     text = config.get_text_config()
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, max(largest, len(stored)))}
+    limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, SLACK * largest)}
+    limits |= dict.fromkeys(COUNTS, max(largest, len(stored)))  # each may be a module of its own, which takes time
     for size, limit in limits.items():
         value = getattr(text, size, None)
         if not isinstance(value, int) or (value == 0 and size in OPTIONAL):
             continue
         if not 1 <= value <= limit:
             raise CompileError(
-                f"{size} in config.json of {name} is {value:,} and the checkpoint holds no tensors of that size "
-                f"(at most {limit:,}); fetch config.json and the weights again"
+                f"{size} in config.json of {name} is {value:,} and the checkpoint holds no tensors for that "
+                f"(at most for {limit:,}); fetch config.json and the weights again"
             )
 
 

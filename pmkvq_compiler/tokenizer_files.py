@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
@@ -46,8 +47,9 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"[\w.-]+", template):
             raise ValueError(f"it has a chat template called {template!r}, which is no file name")
-    vocabulary = tokenizer.get_vocab()
-    if len(set(vocabulary.values())) < len(vocabulary):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else {}
+    if len(set(vocabulary.values())) < len(vocabulary):  # an added token may well take the place of another
         raise ValueError("two of its tokens have the same id, of which one would be lost")
     tokenizer.decode(tokenizer.encode(PROBE))
     with tempfile.TemporaryDirectory() as folder:

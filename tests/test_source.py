@@ -749,3 +749,18 @@ def test_a_chat_template_cannot_name_a_place_elsewhere(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil', which is no file name"):
         open_source(str(folder)).save_tokenizer(tmp_path / "a" / "b" / "c")
+
+
+def test_two_tokens_of_one_id_are_refused_and_an_added_token_may_take_a_place(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = {**tokenizer["added_tokens"][0], "id": 7, "content": "<whale>"}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({**tokenizer, "added_tokens": [*tokenizer["added_tokens"], added]})
+    )
+    assert open_source(str(folder)).tokenizer is not None
+    tokenizer["model"]["vocab"]["a"] = tokenizer["model"]["vocab"]["b"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sentence = refusal(lambda: open_source(str(folder)).tokenizer)
+    assert sentence is not None
+    assert "two of its tokens have the same id" in sentence
