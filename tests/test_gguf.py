@@ -213,6 +213,8 @@ def test_what_a_header_says_and_is_not_understood_is_refused(
     "header",
     [
         {"attention.causal": True},
+        {"general.name": "mistral"},
+        {"general.name": None, "context_length": 2048},
         {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 0.0},
         {"attention.scale": 0.25},
         {"expert_count": 0, "expert_used_count": 0},
