@@ -171,7 +171,7 @@ class Source:
         else:
             self.config = read_config(folder)
             check_causal_lm(name, self.config)
-            self._checkpoint = Checkpoint(folder)
+            self._checkpoint = Checkpoint(folder, getattr(self.config, "transformers_weights", None))
             check_sizes(name, self.config, self._checkpoint.tensors)
             settle(self.config)
             self._checkpoint_names = stored_names(name, self.config, self._checkpoint)

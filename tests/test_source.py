@@ -343,7 +343,23 @@ def tables_and_masks_of_older_models(folder: Path) -> None:
     )
 
 
+def weights_of_another_name(folder: Path) -> None:
+    tiny_folder(folder, "llama")
+    (folder / "model.safetensors").rename(folder / "newer.safetensors")
+    tiny_folder(folder / "other", "llama", seed=1)
+    (folder / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    edit_config(folder, transformers_weights="newer.safetensors")
+
+
+def index_of_another_name(folder: Path) -> None:
+    two_shards(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "newer.safetensors.index.json")
+    edit_config(folder, transformers_weights="newer.safetensors.index.json")
+
+
 LAYOUTS = [
+    weights_of_another_name,
+    index_of_another_name,
     stale_index,
     shard_that_is_not_in_the_index,
     tensor_that_the_index_leaves_out,
@@ -398,7 +414,8 @@ def test_numbers_that_transformers_would_change_are_named(tmp_path: Path, monkey
         ({"a": "sub/../../x.safetensors"}, "which is no safetensors file of its folder"),
         ({"a": "pytorch_model.bin"}, "names 'pytorch_model.bin'"),
         ({"a": "nowhere.safetensors"}, r"nowhere\.safetensors cannot be read: it is missing"),
-        ({"a": 1}, "not the index"),
+        ({"a": 1}, "names '1', which is no safetensors file"),
+        ({"a": "x.safetensors", "b": 1}, "not the index"),
         ({}, "names no file"),
         (["a"], "not the index"),
         (None, "not the index"),
@@ -428,10 +445,19 @@ def test_a_tensor_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
         open_source(str(tmp_path / "model")).load_model("eager")
 
 
-def test_an_adapter_is_not_left_out_unsaid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00000-model-00001-of-00002.safetensors"])
+def test_what_transformers_would_load_besides_is_not_left_out_unsaid(tmp_path: Path, name: str) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CompileError, match=r"holds an adapter .* merge it"):
+    (folder / name).write_text("{}")
+    with pytest.raises(CompileError, match=r"which would be left out; merge it first"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "model.bin", "", 7, {"a": 1}])
+def test_weights_that_the_config_names_elsewhere_are_refused(tmp_path: Path, name: Any) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama")
+    edit_config(folder, transformers_weights=name)
+    with pytest.raises(CompileError, match=r"config\.json \(transformers_weights\) names"):
         open_source(str(folder))
 
 
