@@ -141,8 +141,8 @@ def open_artifact(folder: Path) -> Artifact:
     data = read_json(folder / MANIFEST)
     _check_version(folder, data)
     manifest = conform(data, Manifest, MANIFEST)
-    _check_names(manifest)
     _check_plan(manifest.plan)
+    _check_names(manifest)
     inside, around = folder / manifest.package, folder.absolute().parent
     if not inside.is_dir() and around.name != manifest.package:
         raise ArtifactError(f"{inside} is missing; {AGAIN}")
