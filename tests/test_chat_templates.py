@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pmkvq_compiler.runtime.manifest import file_digest
 
+from .test_code_that_runs import python
+
 PACKAGE = "tiny_qwen"
 
 # In the styles of models' own templates, each written anew.
@@ -532,6 +534,21 @@ def test_a_template_is_told_what_it_took_too_much_of(with_template: Open, text_m
     for bomb, reason in (("a product", "it takes too much memory"), ("a long text", "it makes 100,000,000 characters")):
         with pytest.raises(text_module.ArtifactError, match=reason):
             with_template(BOMBS[bomb]).encode_chat([USER])
+
+
+def test_the_terminal_ends_in_a_sentence_where_a_template_would_hang(folder: Path, with_template: Open) -> None:
+    with_template(BOMBS["a product"])
+    start = time.monotonic()
+    done = python("", folder, "-m", PACKAGE, "--prompt", "Ahoy")
+    assert time.monotonic() - start < 20
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{PACKAGE}: the chat template does not take these messages (it takes too much memory)\n"
+
+
+def test_a_template_may_be_replaced(with_template: Open) -> None:
+    tokenizer = with_template(None)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    assert tokenizer.render_chat([{"role": "user", "content": "Ahoy"}]) == "Ahoy!"
 
 
 FAULTS = {
