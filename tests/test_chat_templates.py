@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -300,6 +302,9 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [ANSWER, USER],
     [{"role": "owl", "content": "hoo"}],
 ]  # fmt: skip
+NORMALIZED = Version(transformers.__version__) >= Version("5.23")
+"""Since then transformers drops what a message says None of, and knows reasoning by several names; so does the artifact."""
+
 ARGUMENTS: list[dict[str, Any]] = [
     {},
     {"add_generation_prompt": False},
@@ -401,7 +406,8 @@ def test_chats_are_rendered_and_encoded_as_by_transformers(
     own, theirs = with_template(TEMPLATES[name]), AutoTokenizer.from_pretrained(folder)
     rendered = refused = 0
     for messages in CONVERSATIONS:
-        for arguments in ARGUMENTS:
+        plain = not any({"reasoning", "thinking"} & message.keys() or None in message.values() for message in messages)
+        for arguments in ARGUMENTS if plain or NORMALIZED else []:
             options = {"add_generation_prompt": True, **arguments}
             try:
                 expected = theirs.apply_chat_template(messages, tokenize=False, **options)
@@ -420,7 +426,7 @@ def test_chats_are_rendered_and_encoded_as_by_transformers(
 
 def test_a_chat_is_rendered_alike_in_a_process_of_its_own(with_template: Open, folder: Path) -> None:
     own, theirs = with_template(QWEN), AutoTokenizer.from_pretrained(folder)
-    for messages, arguments in ((CONVERSATIONS[3], {}), (CONVERSATIONS[6], {"tools": [TOOL]})):
+    for messages, arguments in ((CONVERSATIONS[3], {}), (CONVERSATIONS[7], {"tools": [TOOL]})):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert own.render_chat(messages, **arguments) == expected
 
