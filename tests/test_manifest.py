@@ -127,10 +127,11 @@ CHANGES: list[tuple[Change, str]] = [
     (at("vocab_size", to=129), "has a vocab_size of 129 and model.py 128"),
     (at("vocab_size", to=96), "has a vocab_size of 96 and model.py 128"),
     (at("vocab_size", to=-1), "no size of a vocabulary"),
-    (at("weights", to=[]), "names no file"),
+    (at("weights", to=[]), "names no file beside it"),
     (at("weights", to=["model.safetensors"] * 2), "or one twice"),
     (at("weights", to=["other.safetensors"]), "without its digest or its tensors"),
     (at("weights", to="model.safetensors"), "instead of a list"),
+    (at("weights", to=[f"{PACKAGE}/constants.safetensors"]), "names no file beside it"),
     (at("tensors", to={}), "without its digest or its tensors"),
     (lambda m: m["tensors"]["model.safetensors"].pop("lm_head.weight"), "tensor lm_head.weight is F32 .* says nothing"),
     (lambda m: m["tensors"]["model.safetensors"].update(more="F32 [1]"), "tensor more is missing"),
@@ -220,6 +221,7 @@ def test_settings_that_are_no_settings_are_named(folder: Path) -> None:
         (f"{PACKAGE}/plan.py", "raise SystemError('no')\n", r"plan.py cannot be imported \(SystemError: no\)"),
         (f"{PACKAGE}/model.py", "VOCAB_SIZE = 128\n", "model.py has no bind"),
         (f"{PACKAGE}/model.py", "\0", "model.py cannot be imported"),
+        (f"{PACKAGE}/model.py", "VOCAB_SIZE = bind = 'x'\n", "a vocab_size of 128 and model.py x"),
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_text(text)
