@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline, set_seed
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny, silent
 from .folders import TEXT, model_folder
@@ -204,10 +205,56 @@ def test_drafted_tokens_that_are_wrong_are_taken_back(unquantized: Path) -> None
 
 
 def test_drafts_are_refused_where_they_would_leave_a_trace(model: Any) -> None:
-    """By transformers since 5.24, before that by the cache when the first wrong token is in a block."""
+    """At the start, whatever drafts them, before a token is made or a cache changed."""
     assert not model.new_cache().is_croppable
-    with pytest.raises(ValueError, match=r"requires a cache that can be cropped|cannot be taken back"):
-        greedy(model, prompt(100).repeat(1, 2), prompt_lookup_num_tokens=40)
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda *_, **__: seen.append("called"))
+        for drafts in (
+            {"prompt_lookup_num_tokens": 4},
+            {"assistant_model": model},
+            {"assistant_early_exit": 1},
+            {"prompt_lookup_num_tokens": 4, "past_key_values": model.new_cache()},
+            {"prompt_lookup_num_tokens": 4, "do_sample": True},
+            {"prompt_lookup_num_tokens": 4, "use_cache": False},
+        ):
+            with pytest.raises(
+                ValueError, match=r"assisted generation \(.*\) requires a cache that can be cropped|use_cache"
+            ):
+                greedy(model, prompt(20).repeat(1, 4), **drafts)
+    assert not seen
+
+
+def test_strategies_and_caches_of_others_are_refused_at_the_start(model: Any) -> None:
+    for options, words in (
+        ({"custom_generate": "somebody/dola"}, "custom_generate='somebody/dola' is not supported"),
+        ({"custom_generate": ".", "trust_remote_code": True}, "custom_generate='.' is not supported"),
+        *(
+            ({"cache_implementation": name}, "is not supported")
+            for name in ("static", "quantized", "offloaded", "paged")
+        ),
+        ({"pad_token_id": -1}, "pad_token_id=-1 is not in the vocabulary of 128 tokens"),
+        ({"pad_token_id": 128}, "pad_token_id=128 is not in the vocabulary"),
+        ({"eos_token_id": [2, 500]}, "eos_token_id=500 is not in the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            greedy(model, prompt(20, batch_size=2), **options)
+
+
+def test_defaults_that_speak_of_other_caches_mean_nothing(artifact: Path, model: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    defaults |= {"cache_implementation": "static", "use_cache": False, "pad_token_id": -1, "eos_token_id": [2, 10**6]}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    manifest = json.loads((folder / "pmkvq.json").read_text())
+    manifest["files"]["generation_config.json"] = file_digest(folder / "generation_config.json")
+    (folder / "pmkvq.json").write_text(json.dumps(manifest))
+    loaded, ids = load(folder), prompt(60, batch_size=2)
+    out = greedy(loaded, ids, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, greedy(model, ids))
+    assert type(out.past_key_values).__name__ == "PmkvqCache"
+    loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
+    assert (loaded.generation_config.pad_token_id, loaded.generation_config.eos_token_id) == (None, [2])
 
 
 def test_crop_goes_back_or_refuses(model: Any) -> None:
