@@ -64,7 +64,7 @@ class CompiledModel:
         """
         ids, mask = self.check_inputs(input_ids, attention_mask)
         columns = _own_columns(mask)
-        positions = None if position_ids is None else positions_of(position_ids, mask, self.plan.max_len)
+        positions = None if position_ids is None else self.check_positions(position_ids, mask)
         chosen = None if only is None else chosen_tokens(only, ids.shape)
         if cache is None:
             cache = self.new_cache(batch_size=ids.shape[0], max_len=int(mask.sum(-1).max()))
@@ -85,6 +85,10 @@ class CompiledModel:
         """
         ids = token_ids(input_ids, self.vocab_size)
         return ids, padding_mask(attention_mask, ids.shape)
+
+    def check_positions(self, position_ids: Any, mask: Tensor) -> Tensor:
+        """`position_ids` [B, S] as int64 on the CPU, for a mask that `check_inputs` gave. Raises `InputError`."""
+        return positions_of(position_ids, mask, self.plan.max_len)
 
     def check_cache(self, cache: Any, sequences: int) -> None:
         """Raises `InputError` where a cache is not one for this model and so many sequences. A cache that comes from a
