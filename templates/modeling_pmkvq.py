@@ -216,6 +216,19 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(f"an artifact is saved by copying its folder, {self.name_or_path}")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotImplementedError(f"a compiled model is not pickled; copy its folder, {self.name_or_path}")
+
+    def __copy__(self) -> PmkvqForCausalLM:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PmkvqForCausalLM:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
         """Move or convert the weights; constants move only. What attends is chosen for the device."""
         super()._apply(fn, recurse)
