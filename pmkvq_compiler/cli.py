@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.budget import read_budget
+from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.failures import FAILED, explain
+from pmkvq_compiler.interrupts import ignore_from_now_on, watched
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
@@ -22,7 +24,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from pmkvq_compiler.compile import CompileResult, Progress
     from pmkvq_compiler.explore import Explored
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+LONGEST_NUMBER = 18
+"""Digits of a whole number: what has more does not fit 64 bits, and nothing is ever counted in it."""
 BAR = 30
 """Characters of the longest bar."""
 
@@ -54,17 +57,28 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 128 and the signal's number
+    (130 after Ctrl-C) when a signal ended it."""
+    with watched() as signals:
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:
+            if argv is None:  # the process is this command, and about to end
+                ignore_from_now_on()
+            return _fail(signals.sentence, signals.exit_code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         request = parse(argv)
         result = _explore(request) if request.budgets else _compile(request.options)
-    except CompileError as error:
-        return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED)
-    except OSError as error:
-        return _fail(f"{error}; check that the place exists, is writable and has room", FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was changed", INTERRUPTED)
-    (_print_json if request.as_json else _print_text)(result)
+        (_print_json if request.as_json else _print_text)(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _fail(*explain(error))
     return 0
 
 
@@ -204,6 +218,8 @@ def _count_or_zero(text: str) -> int:
 
 
 def _integer(text: str, least: int) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"'{text[:LONGEST_NUMBER]}...' is too long for a number of tokens or texts")
     if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
@@ -225,8 +241,7 @@ def _targets(text: str) -> tuple[str, ...]:
 
 def _budget(text: str) -> str:
     """The text itself, if it is a budget at all; how many bytes it stands for depends on the model."""
-    parse_budget(text, original_bytes=sys.maxsize)
-    return text
+    return read_budget(text).text
 
 
 def _budgets(text: str) -> tuple[str, ...]:
