@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 import json
+import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +444,132 @@ def test_config_names_both_classes(artifact: Path) -> None:
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_compiled.Qwen2ForCausalLM"}
     assert config["max_position_embeddings"] == SHAPE["max_position_embeddings"]
     assert load(artifact).config.max_position_embeddings == 300
+
+
+def test_a_forward_that_breaks_off_leaves_the_cache_as_it_was_or_refusing(artifact: Path, monkeypatch: Any) -> None:
+    """In the first piece of a prompt, in a later one, and in what is counted after them."""
+    model = load(artifact)
+    monkeypatch.setattr(model, "prefill_chunk", 16)
+    pieces = {"first": 0, "second": 1}
+    tail = prompt(4, seed=5)
+    for count in (10, 40):
+        for broken in pieces.values():
+            past, other = model.new_cache(), model.new_cache()
+            for each in (past, other):
+                model(prompt(10), past_key_values=each)
+            logits, calls = model.compiled.logits, iter(range(10))
+
+            def break_off(hidden: Tensor, at: int = broken) -> Tensor:
+                if next(calls) == at:  # noqa: B023
+                    raise KeyboardInterrupt
+                return logits(hidden)  # noqa: B023
+
+            compiled = model.compiled
+            model.compiled = dataclasses.replace(compiled, logits=break_off)
+            if count > 16 * broken:
+                with pytest.raises(KeyboardInterrupt):
+                    model(prompt(count, seed=1), past_key_values=past)
+            model.compiled = compiled
+            if count > 16 and broken:
+                for use in (
+                    lambda: model(tail, past_key_values=past),  # noqa: B023
+                    lambda: greedy(model, prompt(60), past_key_values=past),  # noqa: B023
+                    lambda: past.reorder_cache(torch.tensor([0])),  # noqa: B023
+                    lambda: past.crop(0),  # noqa: B023
+                ):
+                    with pytest.raises(ValueError, match=r"interrupted in the middle of a call.*reset\(\) it"):
+                        use()
+                past.reset()
+                other = model.new_cache()
+            expected = model(tail, past_key_values=other).logits
+            assert torch.equal(model(tail, past_key_values=past).logits, expected)
+            assert past.get_seq_length() == other.get_seq_length()
+
+
+def test_another_thread_is_refused_while_generate_uses_a_cache(model: Any) -> None:
+    past, raised = model.new_cache(), []
+
+    class Asking:
+        def put(self, value: Tensor) -> None:
+            def ask() -> None:
+                for use in (lambda: model(prompt(3), past_key_values=past), lambda: past.crop(0), past.reset):
+                    try:
+                        use()
+                    except ValueError as error:
+                        raised.append(str(error))
+                assert "some of" in repr(past)
+
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join(60)
+
+        def end(self) -> None:
+            pass
+
+    out = greedy(model, prompt(), past_key_values=past, streamer=Asking(), max_new_tokens=3)
+    assert len(raised) == 4 * 3
+    assert all(text.startswith("this cache is in use by another thread; give each thread") for text in raised)
+    assert torch.equal(out, greedy(model, prompt(), max_new_tokens=3))
+
+
+def test_eight_threads_generate_as_each_alone(model: Any) -> None:
+    prompts = [prompt(60 + seed, seed) for seed in range(8)]
+    expected = [greedy(model, ids, max_new_tokens=8) for ids in prompts]
+    found: dict[int, Tensor] = {}
+
+    def write(number: int) -> None:
+        found[number] = greedy(model, prompts[number], max_new_tokens=8, past_key_values=model.new_cache())
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(torch.equal(found[number], one) for number, one in enumerate(expected))
+
+
+def test_a_cache_and_a_model_are_copied_or_say_why_not(model: Any) -> None:
+    past = model(prompt(120), past_key_values=model.new_cache()).past_key_values
+    expected = greedy(model, torch.cat([prompt(120), prompt(5)], 1), past_key_values=copy.deepcopy(past))
+    for twin in (copy.copy(past), pickle.loads(pickle.dumps(past))):
+        assert torch.equal(greedy(model, torch.cat([prompt(120), prompt(5)], 1), past_key_values=twin), expected)
+    assert past.get_seq_length() == 120
+    assert torch.equal(copy.copy(model)(prompt(5)).logits, model(prompt(5)).logits)
+    other = copy.deepcopy(model)
+    assert next(other.parameters()).data_ptr() != next(model.parameters()).data_ptr()
+    assert torch.equal(greedy(other, prompt()), greedy(model, prompt()))
+    assert torch.equal(greedy(other.share_memory(), prompt()), greedy(model, prompt()))
+    with torch.no_grad():
+        other.model.norm.weight.zero_()
+    assert not torch.equal(other(prompt(5)).logits, model(prompt(5)).logits), "its weights are its own"
+    for refused in (lambda: pickle.dumps(model), lambda: torch.save(model, io.BytesIO())):
+        with pytest.raises(NotImplementedError, match="a compiled model is not pickled; copy its folder, "):
+            refused()
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"input_ids": torch.ones(1, 5)}, "input_ids must be integers"),
+        ({"input_ids": [[5, 6], [7]]}, "input_ids cannot be read as numbers"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0.5, 1]])}, "attention_mask holds 0.5"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"attention_mask has shape \[1, 1, 5, 5\]"),
+        ({"attention_mask": "causal"}, "attention_mask cannot be read as numbers"),
+        ({"position_ids": torch.zeros(3, 1, 5, dtype=torch.long)}, "position_ids must be integers"),
+        ({"position_ids": torch.arange(4)}, "position_ids must be integers"),
+        ({"position_ids": torch.arange(5) + 297}, "position 301 is outside the 0 to 299"),
+        ({"position_ids": torch.arange(5) - 1}, "position -1 is outside"),
+        ({"logits_to_keep": -1}, "logits_to_keep -1 is negative"),
+        ({"logits_to_keep": 1.5}, "logits_to_keep 1.5 is not a whole number"),
+        ({"logits_to_keep": torch.tensor([5])}, "logits_to_keep does not list columns among the 5"),
+    ],
+)
+def test_odd_input_is_refused_in_a_sentence(model: Any, arguments: dict[str, Any], words: str) -> None:
+    past = model.new_cache()
+    with pytest.raises(ValueError, match=words):
+        model(**{"input_ids": prompt(5), "past_key_values": past, **arguments})
+    assert past.get_seq_length() == past.cache.length[0] == 0
+    ids = prompt(5)
+    logits = model(ids.tolist(), attention_mask=[[1.0] * 5], position_ids=torch.arange(5).int()).logits
+    assert torch.equal(logits, model(ids).logits)
