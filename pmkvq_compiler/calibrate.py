@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -142,16 +144,16 @@ def calibrate(
     walk("Measuring losses", measured, objective=_sampled_loss)
     calibration = replace(
         calibration,
-        key_loss=_averaged(measured.key, len(samples)),
-        value_loss=_averaged(measured.value, len(samples)),
+        key_loss=_averaged("keys", measured.key, len(samples)),
+        value_loss=_averaged("values", measured.value, len(samples)),
     )
     if recipe.measure == "gradient":
         product = GradientProduct(*formats[:2])
         walk("Measuring gradients", product, stretch, _text_loss)
         calibration = replace(
             calibration,
-            key_gradient=_averaged(product.key, len(samples)),
-            value_gradient=_averaged(product.value, len(samples)),
+            key_gradient=_averaged("keys", product.key, len(samples)),
+            value_gradient=_averaged("values", product.value, len(samples)),
         )
     return calibration
 
@@ -188,7 +190,9 @@ def calibration_fingerprint(
     """sha256 (hex) of everything that a calibration depends on; not the budget or the batch size."""
     facts: dict[str, Any] = {
         "measures": MEASURES,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "source": source.fingerprint,
+        "runs_in": str(source.running_dtype(pick_device(options.device))),
         "text": hashlib.sha256(_calibration_bytes(options.calib)).hexdigest(),
         "samples": options.calib_samples,
         "length": options.calib_len,
@@ -205,8 +209,10 @@ def reference_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits (float32 [N, V], CPU) of a text `input_ids` [1, N] at its plain positions."""
     input_ids = input_ids.to(model.device)
     positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0)
-    with torch.no_grad(), observed(lambda call: None):
-        return run(model, input_ids, positions)[0].float().cpu()
+    with torch.no_grad(), observed(partial(_check_operands, model)):
+        logits = run(model, input_ids, positions)[0].float()
+    _check_numbers(model, "the logits", logits)
+    return logits.cpu()
 
 
 def stretched_positions(length: int, effective_len: int) -> Tensor:
@@ -237,9 +243,12 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        usable = torch.device(name).type in ("cpu", "cuda")
+        torch.empty(0, device=name if usable else "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used here; choose auto, cpu or cuda") from error
+    if not usable:
+        raise UsageError(f"device {name!r} cannot run a calibration; choose auto, cpu or cuda")
     return name
 
 
@@ -255,6 +264,12 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
             f"calibration texts of {length} tokens hold no block of {recipe.block} to quantize; raise --calib-len"
         )
     prefix, documents = _read_tokens(source, options.calib)
+    largest, limit = max(map(max, filter(None, [prefix, *documents])), default=0), _vocabulary(source)
+    if largest >= limit:
+        raise CompileError(
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text and the model has "
+            f"{limit:,} tokens; fetch the tokenizer that belongs to this model"
+        )
     body = length - len(prefix)
     chunks, rest = [], []
     for document in documents:
@@ -270,26 +285,37 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
 
 
+def _check_tokens(source: Source, largest: int) -> None:
+    """Raise `CompileError` where the tokenizer makes tokens that the model does not have."""
+    vocab_size = source.config.get_text_config().vocab_size
+    if largest >= vocab_size:
+        raise CompileError(
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text, and the model has "
+            f"{vocab_size:,} tokens; tokenizer and weights are not of the same model"
+        )
+
+
 def _calibration_bytes(calib: str) -> bytes:
     if calib == "builtin":
         return BUILTIN_TEXT.read_bytes()
     try:
         return Path(calib).read_bytes()
-    except OSError as error:
-        raise CompileError(f"calibration text {calib!r} cannot be read: {error.strerror}; name a text file") from error
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CompileError(f"calibration text {calib!r} cannot be read: {reason}; name a text file") from error
 
 
 def _read_tokens(source: Source, calib: str) -> tuple[list[int], list[list[int]]]:
     """Tokens that begin every sample (a model's `<bos>`), and the tokens of each document."""
     try:
-        text = _calibration_bytes(calib).decode()
+        text = _calibration_bytes(calib).decode("utf-8-sig")  # editors of some systems begin a file with a mark
     except UnicodeDecodeError as error:
         raise CompileError(f"calibration text {calib!r} is not UTF-8; convert it") from error
     if calib == "builtin" or Path(calib).suffix not in (".jsonl", ".ndjson", ".json"):
         tokenizer = _needed_tokenizer(source, calib)
         return _prefix(tokenizer), [tokenizer.encode(text, add_special_tokens=False)]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside of a string
         if line.strip():
             documents.append(_read_record(source, calib, number, line))
     return (_prefix(source.tokenizer) if source.tokenizer else []), documents
@@ -300,24 +326,37 @@ def _read_record(source: Source, calib: str, number: int, line: str) -> list[int
     where = f"calibration text {calib!r}, line {number}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompileError(f"{where}, is not JSON; write one object a line, or name the file .txt") from error
     match record:
         case {"input_ids": [*ids]}:
-            limit = source.config.get_text_config().vocab_size
-            if not all(isinstance(token, int) and 0 <= token < limit for token in ids):
+            limit = _vocabulary(source)
+            if not all(type(token) is int and 0 <= token < limit for token in ids):
                 raise CompileError(f"{where}, has input_ids that are not whole numbers below {limit:,}")
             return ids
         case {"text": str(text)}:
-            return _needed_tokenizer(source, calib).encode(text, add_special_tokens=False)
+            return _encode(_needed_tokenizer(source, calib), text, where)
         case {"messages": [*messages]}:
             tokenizer = _needed_tokenizer(source, calib)
             try:
                 text = str(tokenizer.apply_chat_template(messages, tokenize=False))
             except Exception as error:  # templates raise errors of their own
                 raise CompileError(f"{where}, does not fit the model's chat template: {error}") from error
-            return tokenizer.encode(text, add_special_tokens=False)
+            return _encode(tokenizer, text, where)
     raise CompileError(f'{where}, has no "text", "messages" or "input_ids"')
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name halves of a surrogate pair, which no tokenizer takes
+        raise CompileError(f"{where}, has text that is not Unicode ({error.reason}); remove it") from error
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _vocabulary(source: Source) -> int:
+    """Tokens that the model has embeddings for."""
+    return int(source.config.get_text_config().vocab_size)
 
 
 def _needed_tokenizer(source: Source, calib: str) -> PreTrainedTokenizerBase:
@@ -349,17 +388,22 @@ def _walk(
 ) -> None:
     """Run the model on each sample under `observe`, its positions `stretch` times as far apart, and an `objective` of
     logits [S, V] and tokens [S] backwards if given."""
+
+    def checked(call: AttentionCall) -> Tensor | None:
+        _check_operands(model, call)
+        return observe(call)
+
     inputs = model.get_input_embeddings().register_forward_hook(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(observe), torch.set_grad_enabled(objective is not None):
+        with observed(checked), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(stage, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))
                 input_ids = sample.unsqueeze(0).to(model.device)
                 logits = run(model, input_ids, positions.to(model.device))[0].float()
-                _check_loss(model, F.cross_entropy(logits[:-1], input_ids[0, 1:]))
+                _check_numbers(model, "the logits", logits)
                 if objective is not None:
                     objective(logits, input_ids[0]).backward()
         progress(stage, len(samples), len(samples))
@@ -397,12 +441,32 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, chosen)[:, 0]
 
 
-def _check_loss(model: PreTrainedModel, loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        for name, value in model.state_dict().items():
-            check_finite(name, value)
-        raise CompileError(f"the model's loss on the calibration text is {loss.item()}; try --dtype float32")
+def _check_operands(model: PreTrainedModel, call: AttentionCall) -> None:
+    """Raises `CompileError` for the first layer whose attention gets numbers that are not finite."""
+    for name, operand in (("queries", call.query), ("keys", call.key), ("values", call.value)):
+        _check_numbers(model, f"the {name} of layer {call.layer}", operand)
 
 
-def _averaged(totals: Losses, samples: int) -> Losses:
+def _check_numbers(model: PreTrainedModel, what: str, numbers: Tensor) -> None:
+    """Raises `CompileError` where a number is not finite; a weight that is not is named as the cause."""
+    if bool(torch.isfinite(numbers).all()):
+        return
+    for name, value in model.state_dict().items():
+        check_finite(name, value)
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise CompileError(
+        f"on the calibration text {what} are not finite in {dtype}, though all weights are: numbers overflow inside "
+        f"the model; try --dtype float32, or fetch the checkpoint again"
+    )
+
+
+def _averaged(what: str, totals: Losses, samples: int) -> Losses:
+    """Means over the samples. Raises `CompileError` for a layer in which one is not finite."""
+    for layer in sorted(totals):
+        for kept, value in totals[layer].items():
+            if not math.isfinite(value):
+                raise CompileError(
+                    f"what layer {layer} would lose with {what} at {kept.bits} bits cannot be measured: it is {value}; "
+                    f"try --dtype float32, or other calibration texts with --calib"
+                )
     return {layer: {key: value / samples for key, value in totals[layer].items()} for layer in sorted(totals)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,6 +26,11 @@ from .source import Source
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "pmkvq_calibration"
+DIGEST_KEY = "sha256"
+DIGEST_MARK = f'"{DIGEST_KEY}":"'.encode()
+"""What stands before the digest in the file's header, once: quotes inside of the numbers' JSON are escaped."""
+NO_DIGEST = "0" * 64
+"""What stands in the digest's place while the digest is computed."""
 MATRICES = ("key_matrices", "value_matrices")
 LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
@@ -42,7 +48,7 @@ def load_or_calibrate(
             if calibration.fingerprint == fingerprint:
                 return calibration
             logger.warning("%s is of another calibration; calibrating again", path)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); calibrating again", path, error)
     calibration = calibrate(source, sites, options, max_len, progress)
     if not options.dry_run:
@@ -57,7 +63,10 @@ def calibration_path(output: Path, name: str, fingerprint: str) -> Path:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write one safetensors file, numbers as JSON in its metadata; it appears whole or not at all."""
+    """Write one safetensors file, numbers as JSON in its metadata; it appears whole or not at all.
+
+    Its metadata also has the sha256 of all of its bytes, so that damage is found before anything in it is read.
+    """
     tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
     tensors |= {f"key_maxima.{layer}": value for layer, value in calibration.key_maxima.items()}
     tensors |= {f"scales.{layer}": value for layer, value in calibration.scales.items()}
@@ -73,15 +82,21 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        unfinished.write_bytes(save(contiguous, metadata={METADATA_KEY: json.dumps(facts)}))
+        data = save(contiguous, metadata={METADATA_KEY: json.dumps(facts), DIGEST_KEY: NO_DIGEST})
+        head, mark, rest = data.partition(DIGEST_MARK)
+        digest = hashlib.sha256(data).hexdigest().encode()
+        unfinished.write_bytes(head + mark + digest + rest[len(digest) :])
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def load_calibration(path: Path) -> Calibration:
-    """The inverse of `save_calibration`. Raises `SafetensorError`, `ValueError`, `KeyError` or `TypeError` where the
-    file is damaged."""
+    """The inverse of `save_calibration`.
+
+    Raises `ValueError` where the file's bytes are not those that were written, and `OSError` where it cannot be read.
+    """
+    _check_digest(path.read_bytes())
     with safe_open(path, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
         facts = json.loads((handle.metadata() or {})[METADATA_KEY])
@@ -96,6 +111,14 @@ def load_calibration(path: Path) -> Calibration:
         check_ids=tensors["check_ids"],
         check_logits=tensors["check_logits"],
     )
+
+
+def _check_digest(data: bytes) -> None:
+    """Raises `ValueError` where the sha256 of a calibration file's bytes is not the one in its header."""
+    head, mark, rest = data.partition(DIGEST_MARK)
+    digest, rest = rest[: len(NO_DIGEST)], rest[len(NO_DIGEST) :]
+    if hashlib.sha256(head + mark + NO_DIGEST.encode() + rest).hexdigest().encode() != digest:
+        raise ValueError("its sha256 is not the one in its header")
 
 
 def _listed(losses: Losses) -> list[Any]:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.budget import read_budget
+from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import ignore_from_now_on, watched
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from pmkvq_compiler.compile import CompileResult, Progress
     from pmkvq_compiler.explore import Explored
 
-FAILED, WRONG_USAGE = 1, 2
+LONGEST_NUMBER = 18
+"""Digits of a whole number: what has more does not fit 64 bits, and nothing is ever counted in it."""
 BAR = 30
 """Characters of the longest bar."""
 
@@ -57,24 +59,21 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 128 and the signal's number
     (130 after Ctrl-C) when a signal ended it."""
-    with watched() as signals:
+    with watched():
         try:
-            return _run(argv)
-        except KeyboardInterrupt:
-            if argv is None:  # the process is this command, and about to end
+            request = parse(argv)
+            result = _explore(request) if request.budgets else _compile(request.options)
+            (_print_json if request.as_json else _print_text)(result)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except (Exception, KeyboardInterrupt) as error:
+            if argv is None and isinstance(error, KeyboardInterrupt):  # the process is this command, about to end
                 ignore_from_now_on()
-            return _fail(signals.sentence, signals.exit_code)
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    try:
-        request = parse(argv)
-        result = _explore(request) if request.budgets else _compile(request.options)
-    except CompileError as error:
-        return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED)
-    except OSError as error:
-        return _fail(f"{error}; check that the place exists, is writable and has room", FAILED)
-    (_print_json if request.as_json else _print_text)(result)
+            sentence, code = explain(error)
+            print(f"pmkvq-compile: {sentence}", file=sys.stderr)
+            return code
     return 0
 
 
@@ -102,11 +101,6 @@ def parse(argv: Sequence[str] | None) -> Request:
     if chosen["output"] is None:
         chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
     return Request(CompileOptions(**chosen), budgets, as_json)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"pmkvq-compile: {message}", file=sys.stderr)
-    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,6 +208,8 @@ def _count_or_zero(text: str) -> int:
 
 
 def _integer(text: str, least: int) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"'{text[:LONGEST_NUMBER]}...' is too long for a number of tokens or texts")
     if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
@@ -235,8 +231,7 @@ def _targets(text: str) -> tuple[str, ...]:
 
 def _budget(text: str) -> str:
     """The text itself, if it is a budget at all; how many bytes it stands for depends on the model."""
-    parse_budget(text, original_bytes=sys.maxsize)
-    return text
+    return read_budget(text).text
 
 
 def _budgets(text: str) -> tuple[str, ...]:

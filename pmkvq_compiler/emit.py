@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pmkvq_compiler.artifact import save_tensors
+from pmkvq_compiler.checkpoint import INDEX_FILE
 from pmkvq_compiler.codegen import MODEL_DTYPE
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.kernel_source import kernel_files
@@ -28,7 +29,7 @@ from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.load import MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
-from pmkvq_compiler.source import INDEX_FILE, Source
+from pmkvq_compiler.source import Source
 from pmkvq_compiler.templates import read, render
 
 Progress = Callable[[str, int, int], None]
@@ -64,6 +65,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
+        target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
             "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
@@ -95,8 +97,8 @@ def _card_metadata(source: Source) -> str:
     ).to_yaml()
 
 
-def write_for_transformers(source: Source, folder: Path, scratch: Path) -> list[Path]:
-    """Write config, generation defaults and tokenizer into `folder`; returns the files.
+def write_for_transformers(source: Source, folder: Path, scratch: Path, max_len: int) -> list[Path]:
+    """Write config, tokenizer and generation defaults (of `max_len` tokens) into `folder`; returns the files.
 
     transformers decides what they are called, so it writes into a folder of its own in `scratch`, where nothing else
     can be.
@@ -104,7 +106,7 @@ def write_for_transformers(source: Source, folder: Path, scratch: Path) -> list[
     place = scratch / "transformers"
     place.mkdir()
     _write_config(source, place)
-    source.generation_config.save_pretrained(place)
+    source.save_generation_config(place, max_len)
     source.save_tokenizer(place)
     made = {path: folder / path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()}
     for path, target in made.items():

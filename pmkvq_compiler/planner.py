@@ -30,6 +30,7 @@ from pmkvq_compiler.runtime.plan import (
 )
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 
+from .budget import LARGEST_BYTES
 from .errors import CompileError, UsageError
 from .formats import Format, Transform, by_code
 from .options import CompileOptions
@@ -121,6 +122,12 @@ def check_feasible(
 ) -> None:
     """Raise what `solve` would raise for want of sensible options or bytes: nothing of it depends on a calibration."""
     _check_options(options, budget)
+    original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
+    if original > LARGEST_BYTES:
+        raise UsageError(
+            f"the cache of {options.batch_size:,} sequence(s) of {max_len:,} tokens has {original:,} bytes at 16 bits, "
+            f"more than any machine holds; choose a smaller --batch-size or --max-len"
+        )
     smallest = _smallest(_candidate_plans(sites, options, max_len, dtype), options)
     if budget is not None and budget < smallest:
         mebibytes = math.ceil(smallest / 2**20 * 100) / 100
@@ -306,7 +313,13 @@ def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: i
         raise CompileError(
             "the CBC solver of PuLP is missing; install it again with `pip install --force-reinstall pulp`"
         )
-    program.solve(solver)
+    try:
+        program.solve(solver)
+    except pulp.PulpSolverError as error:
+        raise CompileError(
+            f"the CBC solver of PuLP did not run ({error}); see whether the machine has memory and room for temporary "
+            f"files, or install it again with `pip install --force-reinstall pulp`"
+        ) from error
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise CompileError(f"the CBC solver ended with {pulp.LpSolution[program.sol_status]!r}; try another budget")
     return [next(c for j, c in enumerate(layer) if taken[i, j].value() > 0.5) for i, layer in enumerate(layers)]

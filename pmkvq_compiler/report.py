@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pmkvq_compiler.charts import (
 )
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import LayerCache
-from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
+from pmkvq_compiler.runtime.plan import CachePlan, flushed_blocks, original_bytes
 
 CHECKS = {
     "full_precision_error": (
@@ -142,10 +142,12 @@ def layer_ranges(layers: list[int]) -> str:
 def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
     """What the cache of `plan` holds while `batch_size` sequences grow together to `max_len` tokens.
 
-    The runtime's own layer caches do the counting; they lie on the `meta` device, so nothing is allocated.
+    The runtime's own layer caches count one sequence's share, for all sequences are alike; they lie on the `meta`
+    device, so nothing is allocated.
     """
     dtype, meta = getattr(torch, plan.dtype), torch.device("meta")
-    caches = [LayerCache(layer, plan.batch_size, plan.max_len, dtype, meta) for layer in plan.layers]
+    shares = [replace(layer, arena_bytes=layer.arena_bytes // plan.batch_size) for layer in plan.layers]
+    caches = [LayerCache(share, 1, plan.max_len, dtype, meta) for share in shares]
     count = min(samples, plan.max_len)
     return [_sample(plan, caches, plan.max_len * step // count) for step in range(count + 1)]
 
@@ -153,21 +155,20 @@ def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
 def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
     for cache in caches:
         _fill(cache, tokens)
+    layer_bytes = [plan.batch_size * cache.bytes_used for cache in caches]
     return {
         "tokens": tokens,
-        "used": sum(cache.bytes_used for cache in caches),
-        "layer_bytes": [cache.bytes_used for cache in caches],
+        "used": sum(layer_bytes),
+        "layer_bytes": layer_bytes,
         "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
         "bits": [list(cache.bits) for cache in caches],
     }
 
 
 def _fill(cache: LayerCache, tokens: int) -> None:
-    """Set the counters to those of a cache whose sequences have `tokens` tokens each, no fewer than before."""
-    plan, sequences = cache.plan, len(cache.rows)
-    flushed = max(0, -(-(tokens - plan.sink - plan.window) // plan.block))
-    cache.flushed = [flushed] * sequences
-    cache.rows = [tokens - flushed * plan.block] * sequences
+    """Set the counters to those of a cache whose sequence has `tokens` tokens, no fewer than before."""
+    flushed = flushed_blocks(cache.plan, tokens)
+    cache.flushed, cache.rows = [flushed], [tokens - flushed * cache.plan.block]
     while flushed and cache.live_blocks(0) > cache.capacity():
         cache.stage += 1
 
