@@ -59,21 +59,26 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 128 and the signal's number
     (130 after Ctrl-C) when a signal ended it."""
-    with watched():
+    with watched() as signals:
         try:
-            request = parse(argv)
-            result = _explore(request) if request.budgets else _compile(request.options)
-            (_print_json if request.as_json else _print_text)(result)
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
-        except (Exception, KeyboardInterrupt) as error:
-            if argv is None and isinstance(error, KeyboardInterrupt):  # the process is this command, about to end
+            return _run(argv)
+        except KeyboardInterrupt:
+            if argv is None:  # the process is this command, and about to end
                 ignore_from_now_on()
-            sentence, code = explain(error)
-            print(f"pmkvq-compile: {sentence}", file=sys.stderr)
-            return code
+            return _fail(signals.sentence, signals.exit_code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        request = parse(argv)
+        result = _explore(request) if request.budgets else _compile(request.options)
+        (_print_json if request.as_json else _print_text)(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _fail(*explain(error))
     return 0
 
 
@@ -101,6 +106,11 @@ def parse(argv: Sequence[str] | None) -> Request:
     if chosen["output"] is None:
         chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
     return Request(CompileOptions(**chosen), budgets, as_json)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pmkvq-compile: {message}", file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -236,7 +236,7 @@ def _write_model(
     written = emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
     written += [folder / name for name in [*sizes, *([INDEX_FILE] if len(sizes) > 1 else [])]]
-    written += write_for_transformers(source, folder, place.scratch, program.plan.max_len)
+    written += write_for_transformers(source, program.plan.max_len, folder, place.scratch)
     manifest = {
         "package": package,
         "weights": list(sizes),

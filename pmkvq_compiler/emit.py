@@ -97,8 +97,9 @@ def _card_metadata(source: Source) -> str:
     ).to_yaml()
 
 
-def write_for_transformers(source: Source, folder: Path, scratch: Path, max_len: int) -> list[Path]:
-    """Write config, tokenizer and generation defaults (of `max_len` tokens) into `folder`; returns the files.
+def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: Path) -> list[Path]:
+    """Write config, generation defaults for sequences of `max_len` tokens, and tokenizer into `folder`; returns the
+    files.
 
     transformers decides what they are called, so it writes into a folder of its own in `scratch`, where nothing else
     can be.

@@ -20,12 +20,7 @@ WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the compile to end; the message says what is true by then."""
-
-    def __init__(self, number: signal.Signals, state: str) -> None:
-        super().__init__(f"{WORDS[number.name]}; {state}")
-        self.exit_code = 128 + number
-        """What a shell reports for a command that the signal has ended."""
+    """A signal asked the compile to end."""
 
 
 class Signals:
@@ -37,6 +32,15 @@ class Signals:
         """What can be told to who interrupts the compile now."""
         self._deferred = 0
 
+    @property
+    def sentence(self) -> str:
+        return f"{WORDS['SIGINT' if self.arrived is None else self.arrived.name]}; {self.state}"
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a command that the signal has ended."""
+        return 128 + (self.arrived or signal.SIGINT)
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.arrived = self.arrived or signal.Signals(number)
         self.check()
@@ -44,7 +48,7 @@ class Signals:
     def check(self) -> None:
         """Raises `Interrupted` where a signal has arrived, once more where it was swallowed."""
         if self.arrived is not None and not self._deferred:
-            raise Interrupted(self.arrived, self.state)
+            raise Interrupted(self.sentence)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
