@@ -123,8 +123,9 @@ def test_a_wheel_of_any_name_is_built_and_imported(name: str, tmp_path: Path) ->
     source = open_source(str(model_folder(tmp_path / name, num_hidden_layers=1)))
     assert source.name == name
     package, folder = package_name(name), tmp_path / "artifact"
-    write_manifest(folder, {"package": package}, emit_package(lowered("llama"), source, folder, package))
-    write_project(folder, package, name)
+    written = emit_package(lowered("llama"), source, folder, package)
+    (folder / "pmkvq.json").touch()
+    write_manifest(folder, {"package": package}, [*written, *write_project(folder, package, name)])
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == project_name(package)
     assert project["description"] == f"{one_line(name)} with a progressively quantized KV cache"

@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("/", nothing, "holds the current folder"),
     ("../home", nothing, "is the home folder"),
     ("/proc", nothing, "is the mount point /proc"),
-    ("/dev", nothing, "the mount point /dev"),
+    ("/dev", nothing, "output /dev "),
     ("models/model", nothing, "is the model"),
     ("models/model/", nothing, "is the model"),
     ("models/../models/model", nothing, "is the model"),
