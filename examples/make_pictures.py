@@ -1,6 +1,6 @@
 """Draw the pictures of the guides: an artifact's plan, its cache while it reads a text, and its report in Chromium.
 
-    python examples/make_pictures.py out/demo examples/pictures
+python examples/make_pictures.py out/demo examples/pictures
 """
 
 from __future__ import annotations

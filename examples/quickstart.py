@@ -1,7 +1,7 @@
 """Compile a model, let the artifact write, and look at its cache.
 
-    python examples/quickstart.py                                        # SmolLM2-135M-Instruct, a few minutes on a CPU
-    python examples/quickstart.py Qwen/Qwen2.5-1.5B-Instruct out/qwen    # any causal language model
+python examples/quickstart.py                                        # SmolLM2-135M-Instruct, a few minutes on a CPU
+python examples/quickstart.py Qwen/Qwen2.5-1.5B-Instruct out/qwen    # any causal language model
 """
 
 import argparse
@@ -19,8 +19,8 @@ parser.add_argument("artifact", nargs="?", type=Path, default=Path("out/quicksta
 arguments = parser.parse_args()
 
 if not arguments.artifact.exists():
-    options = CompileOptions(arguments.model, arguments.artifact, budget="25%", max_len=4096)
-    compile_model(options, progress=print)  # prints the name of each stage and how far it has come
+    # progress is told the name of each stage and how far it has come
+    compile_model(CompileOptions(arguments.model, arguments.artifact, budget="25%", max_len=4096), progress=print)
 
 model = runtime.load(arguments.artifact)
 tokenizer = AutoTokenizer.from_pretrained(arguments.artifact)

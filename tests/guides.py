@@ -14,9 +14,11 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = re.compile(r"(pmkvq-compile|python|pip|make) ")
+"""What a line of prose or of a docstring begins with when it is a command."""
 ASSIGNMENT = re.compile(r"(?:export )?([A-Z_]+)=(.*)")
-SHELL = ("", "sh", "bash")
-"""What a block of commands may say that it is written in; an indented one says nothing."""
+SHELL = ("sh", "bash")
+"""What a fenced block of commands says that it is written in; an indented one is always of commands."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def read_guide(path: Path) -> Guide:
                 guide.headings.add(anchor(token.content))
             for part in token.children or []:
                 guide.links.extend(targets(part))
-                if part.type == "code_inline" and re.match(r"(pmkvq-compile|python|make|pip) ", part.content):
+                if part.type == "code_inline" and PROGRAM.match(part.content):
                     guide.commands.extend(commands(part.content, variables))
         elif token.type == "html_block":
             guide.links.extend(re.findall(r'(?:src|srcset|href)="([^"]+)"', token.content))
@@ -75,9 +77,10 @@ def commands(text: str, variables: dict[str, str]) -> Iterator[list[str]]:
 
 
 def docstring_commands(path: Path) -> list[list[str]]:
-    """The commands in the docstring of a Python file: its indented lines."""
+    """The commands in the docstring of a Python file."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return [words for line in text.splitlines() if line.startswith("    ") for words in commands(line, {})]
+    lines = [line.strip() for line in text.splitlines()]
+    return [words for line in lines if PROGRAM.match(line) for words in commands(line, {})]
 
 
 def targets(token: Token) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Collect the programs from answers that lm-evaluation-harness has logged, for LiveCodeBench's custom evaluator.
 
-    python examples/evaluation/programs.py samples_livecodebench.jsonl > programs.json
+python examples/evaluation/programs.py samples_livecodebench.jsonl > programs.json
 """
 
 from __future__ import annotations
