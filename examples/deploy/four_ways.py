@@ -3,8 +3,8 @@
     pmkvq-compile demo --recipe uniform --bits 4 --budget 40% --max-len 4096 --onnx -o out/four
     python examples/deploy/four_ways.py out/four
 
-The first three are the same code. onnxruntime computes with kernels of its own, and with the final bits from the start:
-where the plan is progressive it is compared with the runtime at those bits. The wheel is built with hatchling.
+The first three run the same code. onnxruntime has kernels of its own and uses the final bits from the start, so it is
+compared with the runtime at those bits. The wheel is built with hatchling.
 """
 
 from __future__ import annotations
