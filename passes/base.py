@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.errors import Defect
 
 from .program import Program
 from .verify import Stage, verify
 
 
-class PassError(CompileError):
+class PassError(Defect):
     """A pass failed; the cause is chained."""
 
 

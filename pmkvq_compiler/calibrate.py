@@ -243,9 +243,12 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        usable = torch.device(name).type in ("cpu", "cuda")
+        torch.empty(0, device=name if usable else "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used here; choose auto, cpu or cuda") from error
+    if not usable:
+        raise UsageError(f"device {name!r} cannot run a calibration; choose auto, cpu or cuda")
     return name
 
 
@@ -261,6 +264,12 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
             f"calibration texts of {length} tokens hold no block of {recipe.block} to quantize; raise --calib-len"
         )
     prefix, documents = _read_tokens(source, options.calib)
+    largest, limit = max(map(max, filter(None, [prefix, *documents])), default=0), _vocabulary(source)
+    if largest >= limit:
+        raise CompileError(
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text and the model has "
+            f"{limit:,} tokens; fetch the tokenizer that belongs to this model"
+        )
     body = length - len(prefix)
     chunks, rest = [], []
     for document in documents:
@@ -276,26 +285,37 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
 
 
+def _check_tokens(source: Source, largest: int) -> None:
+    """Raise `CompileError` where the tokenizer makes tokens that the model does not have."""
+    vocab_size = source.config.get_text_config().vocab_size
+    if largest >= vocab_size:
+        raise CompileError(
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text, and the model has "
+            f"{vocab_size:,} tokens; tokenizer and weights are not of the same model"
+        )
+
+
 def _calibration_bytes(calib: str) -> bytes:
     if calib == "builtin":
         return BUILTIN_TEXT.read_bytes()
     try:
         return Path(calib).read_bytes()
-    except OSError as error:
-        raise CompileError(f"calibration text {calib!r} cannot be read: {error.strerror}; name a text file") from error
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CompileError(f"calibration text {calib!r} cannot be read: {reason}; name a text file") from error
 
 
 def _read_tokens(source: Source, calib: str) -> tuple[list[int], list[list[int]]]:
     """Tokens that begin every sample (a model's `<bos>`), and the tokens of each document."""
     try:
-        text = _calibration_bytes(calib).decode()
+        text = _calibration_bytes(calib).decode("utf-8-sig")  # editors of some systems begin a file with a mark
     except UnicodeDecodeError as error:
         raise CompileError(f"calibration text {calib!r} is not UTF-8; convert it") from error
     if calib == "builtin" or Path(calib).suffix not in (".jsonl", ".ndjson", ".json"):
         tokenizer = _needed_tokenizer(source, calib)
         return _prefix(tokenizer), [tokenizer.encode(text, add_special_tokens=False)]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside of a string
         if line.strip():
             documents.append(_read_record(source, calib, number, line))
     return (_prefix(source.tokenizer) if source.tokenizer else []), documents
@@ -306,24 +326,37 @@ def _read_record(source: Source, calib: str, number: int, line: str) -> list[int
     where = f"calibration text {calib!r}, line {number}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompileError(f"{where}, is not JSON; write one object a line, or name the file .txt") from error
     match record:
         case {"input_ids": [*ids]}:
-            limit = source.config.get_text_config().vocab_size
-            if not all(isinstance(token, int) and 0 <= token < limit for token in ids):
+            limit = _vocabulary(source)
+            if not all(type(token) is int and 0 <= token < limit for token in ids):
                 raise CompileError(f"{where}, has input_ids that are not whole numbers below {limit:,}")
             return ids
         case {"text": str(text)}:
-            return _needed_tokenizer(source, calib).encode(text, add_special_tokens=False)
+            return _encode(_needed_tokenizer(source, calib), text, where)
         case {"messages": [*messages]}:
             tokenizer = _needed_tokenizer(source, calib)
             try:
                 text = str(tokenizer.apply_chat_template(messages, tokenize=False))
             except Exception as error:  # templates raise errors of their own
                 raise CompileError(f"{where}, does not fit the model's chat template: {error}") from error
-            return tokenizer.encode(text, add_special_tokens=False)
+            return _encode(tokenizer, text, where)
     raise CompileError(f'{where}, has no "text", "messages" or "input_ids"')
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name halves of a surrogate pair, which no tokenizer takes
+        raise CompileError(f"{where}, has text that is not Unicode ({error.reason}); remove it") from error
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _vocabulary(source: Source) -> int:
+    """Tokens that the model has embeddings for."""
+    return int(source.config.get_text_config().vocab_size)
 
 
 def _needed_tokenizer(source: Source, calib: str) -> PreTrainedTokenizerBase:

@@ -23,13 +23,16 @@ from pmkvq_compiler.check import check_artifact
 from pmkvq_compiler.emit import emit_package, write_config, write_project, write_weights
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Transform
+from pmkvq_compiler.model_source import vocab_size
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
-from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.passes.rotate_keys import rotated_layers
 from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
+from pmkvq_compiler.rehearsal import locate
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
+from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
 from pmkvq_compiler.trial import Tried, best_plans
@@ -108,7 +111,7 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
         max_len = _max_len(source, options)
     with stages("capture"):
         program = capture(source.config)
-        run_passes(program, [LocateAttention()])
+        locate(program, source.config.model_type)
     return source, program, max_len
 
 
@@ -188,13 +191,15 @@ def _write_model(
     emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
     write_config(source, folder)
-    source.generation_config.save_pretrained(folder)
+    source.save_generation_config(folder, program.plan.max_len)
     source.save_tokenizer(folder)
     return {
         "package": package,
         "weights": list(sizes),
-        "vocab_size": source.config.get_text_config().vocab_size,
+        "vocab_size": vocab_size(program),
         "plan": program.plan.to_json(),
+        "key_rotations": rotated_layers(program),
+        "tensors": {name: tensor_table(folder / name) for name in (*sizes, f"{package}/constants.safetensors")},
         "options": {**asdict(options), "output": None},
         "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
     }

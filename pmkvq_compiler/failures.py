@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from .errors import CompileError, UsageError
+from .errors import CompileError, Defect, UsageError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 """Exit codes."""
@@ -23,7 +23,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     What is neither the user's request nor the machine is a defect of this program. Its traceback goes to a file, which
     the sentence names.
     """
-    if isinstance(error, CompileError):
+    if isinstance(error, CompileError) and not isinstance(error, Defect):
         return str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was changed", INTERRUPTED

@@ -6,9 +6,8 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .cubins import CompiledKernels
-from .errors import InputError
-from .plan import LayerPlan, block_bytes
+from .errors import ArtifactError, InputError
+from .manifest import AGAIN, conform, parse_json
+from .plan import CODE_BITS, LayerPlan, block_bytes
 from .quantize import narrowing_margin, step_fraction
 
 if TYPE_CHECKING:
@@ -87,17 +87,23 @@ class Tuning:
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-DEFAULT_TUNING = "default"
+TUNING, DEFAULT_TUNING = "tuning.json", "default"
 
 
 def read_tunings(text: str) -> dict[str, Tuning]:
-    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices."""
+    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices.
 
-    def tuning(entry: dict[str, Any]) -> Tuning:
-        decode = {int(bits): DecodeTuning(**values) for bits, values in entry["decode"].items()}
-        return Tuning(**{**entry, "decode": decode})
-
-    return {name: tuning(entry) for name, entry in json.loads(text).items()}
+    Raises `ArtifactError` where it is something else.
+    """
+    tunings: dict[str, Tuning] = conform(parse_json(text.encode(), TUNING), dict[str, Tuning], TUNING)
+    if DEFAULT_TUNING not in tunings:
+        raise ArtifactError(f"{TUNING} has nothing for {DEFAULT_TUNING!r}; {AGAIN}")
+    for tuning in tunings.values():
+        decode = [number for one in tuning.decode.values() for number in astuple(one)]
+        launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
+        if not tuning.decode.keys() <= {*CODE_BITS} or min(decode, default=0) < 0 or min(launch) < 1:
+            raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
+    return tunings
 
 
 def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:

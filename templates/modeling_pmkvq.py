@@ -20,19 +20,25 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-MANIFEST = "pmkvq.json"
+MANIFEST, LARGEST_MANIFEST = "pmkvq.json", 64 << 20
+AGAIN = "copy the artifact again or compile it again"
 CACHE = next(
     name for name in ("cache", "past_key_values") if name in {one.name for one in fields(CausalLMOutputWithPast)}
 )
 """What transformers calls the cache in its calls and outputs: `past_key_values` before 5.24."""
 FOREIGN_CACHE = "the cache is a {}; a compiled artifact has its own cache: make one with the model's new_cache()"
+CACHE_IMPLEMENTATIONS = (None, "dynamic")
+FOREIGN_IMPLEMENTATION = (
+    "cache_implementation={!r} is not supported: a compiled artifact has its own cache; leave it out"
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNSUPPORTED = {
     "inputs_embeds": "give input_ids",
     "labels": "compute the loss from the logits",
@@ -153,12 +159,11 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         package = _import_package(folder)
-        package_folder = Path(package.__file__).parent
         self.compiled = package.load(device, dtype, backend)
+        artifact = package.runtime.open_artifact(folder)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
-        self.kernels_on = partial(package.runtime.choose_kernels, package_folder, self.compiled.plan, backend=backend)
-        with safe_open(package_folder / "constants.safetensors", framework="pt") as constants:
-            self.constants = set(constants.keys())
+        self.kernels_on = partial(package.runtime.choose_kernels, artifact.package, self.compiled.plan, backend=backend)
+        self.constants = set(artifact.manifest.tensors[artifact.manifest.constants])
         for name in self.compiled.weights.keys() - self.constants:
             _attach(self, name, self.compiled.weights[name])
         self._apply(lambda value: value)
@@ -177,7 +182,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         config = copy.deepcopy(kwargs.get("config")) or AutoConfig.from_pretrained(folder)
         model = cls(config, folder, _device(kwargs.get("device_map")), _dtype(kwargs), kwargs.get("backend"))
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _defaults(folder, model.compiled.vocab_size)
         if getattr(config, "max_position_embeddings", None):
             config.max_position_embeddings = model.compiled.plan.max_len  # as long as the cache's budget allows
         return model.eval()
@@ -255,6 +260,19 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         past.count(mask)
         return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), **{CACHE: past if use_cache else None})
 
+    def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, without strategies that fetch their code, whose caches are of another kind."""
+        if isinstance(custom_generate, str):
+            raise ValueError(
+                f"custom_generate={custom_generate!r} is not supported: it is code for other caches; leave it out, or "
+                f"give a function that calls the model"
+            )
+        if kwargs.get("cache_implementation") not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(FOREIGN_IMPLEMENTATION.format(kwargs["cache_implementation"]))
+        if custom_generate is not None:
+            kwargs["custom_generate"] = custom_generate
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -264,27 +282,63 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Called by `generate`: the cache is ours, and a request that it cannot hold is refused before any work."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not supported: "
-                f"a compiled artifact has its own cache; leave it out"
-            )
+        if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(FOREIGN_IMPLEMENTATION.format(generation_config.cache_implementation))
+        _check_ids(generation_config, self.compiled.vocab_size)
         past = model_kwargs.get(CACHE)
+        if past is not None and not isinstance(past, PmkvqCache):
+            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._check_assisted(past)
         if past is None and generation_config.use_cache is False:
             return
         if past is None:
             sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             past = model_kwargs[CACHE] = self.new_cache(sequences)
-        elif isinstance(past, PmkvqCache):
-            past._is_user_defined = True  # as transformers marks them
         else:
-            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+            past._is_user_defined = True  # as transformers marks them
         if max_cache_length > past.get_max_length():
             raise ValueError(
                 f"{max_cache_length + 1:,} tokens, prompt and new ones together, do not fit a cache of "
                 f"{past.get_max_length():,} tokens for each of {past.batch_size} sequence(s); shorten one of them or "
                 f"compile with a larger --max-len or --batch-size"
             )
+
+    def _check_assisted(self, past: PmkvqCache | None) -> None:
+        """Raises `ValueError` where drafted tokens that turn out wrong could not be taken back without a trace."""
+        if not (self.new_cache(1, 1) if past is None else past).is_croppable:
+            raise ValueError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) requires a "
+                "cache that can be cropped, which one that quantizes or has a sliding window cannot; generate without "
+                "it, or compile with --recipe none"
+            )
+
+
+def _defaults(folder: Path, vocab_size: int) -> GenerationConfig:
+    """The artifact's own defaults. What they say of other caches, and ids beyond the vocabulary, mean nothing here."""
+    config = GenerationConfig.from_pretrained(folder)
+    config.cache_implementation = config.cache_config = None
+    config.use_cache = True
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        known = [one for one in ids if _is_token(one, vocab_size)]
+        setattr(config, name, known if isinstance(value, list) and known else next(iter(known), None))
+    return config
+
+
+def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
+    """Raises `ValueError` where tokens that `generate` writes or waits for are not in the vocabulary."""
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        value = value.tolist() if isinstance(value, Tensor) else value
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not _is_token(one, vocab_size):
+                raise ValueError(f"{name}={one!r} is not in the vocabulary of {vocab_size:,} tokens; give another one")
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -296,17 +350,37 @@ def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
 
 
 def _import_package(folder: Path) -> ModuleType:
-    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ."""
-    manifest = (folder / MANIFEST).read_bytes()
-    package = json.loads(manifest)["package"]
+    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ.
+
+    Its `__init__.py` is run from the text that was compared with its digest, and imports the rest in the same way.
+    Raises `ValueError` where the manifest or that file is damaged.
+    """
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            manifest = file.read(LARGEST_MANIFEST)
+        content = json.loads(manifest)
+        package, digest = content["package"], content["files"][f"{content['package']}/__init__.py"]
+        if not package.isidentifier():
+            raise ValueError(f"package {package[:60]!r} is no name of one")
+        path = (folder / package if (folder / package).is_dir() else folder.absolute().parent) / "__init__.py"
+        text = path.read_bytes()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from error
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise ValueError(f"{path} was changed after the compile: its sha256 is not the one in {MANIFEST}; {AGAIN}")
     name = f"{package}_{hashlib.sha256(str(folder.absolute()).encode() + manifest).hexdigest()[:16]}"
     if name not in sys.modules:
-        path = folder / package / "__init__.py"
         spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
         assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+        except ImportError as error:
+            del sys.modules[name]
+            raise ValueError(str(error)) from error
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 

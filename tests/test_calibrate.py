@@ -16,6 +16,7 @@ from pmkvq_compiler.calibrate import (
     Calibration,
     calibrate,
     effective_length,
+    pick_device,
     read_samples,
     reference_logits,
     stretched_positions,
@@ -221,6 +222,26 @@ def test_json_lines_may_hold_text_or_tokens(source: Source, tmp_path: Path) -> N
     assert [sample.tolist() for sample in samples] == [[97] * 80, [98] * 80]
 
 
+def test_json_lines_end_where_lines_end(source: Source, tmp_path: Path) -> None:
+    """A byte order mark, carriage returns, and characters that only Python's splitlines takes for line ends."""
+    path = tmp_path / "lines.jsonl"
+    body = "a" * 30 + "\u2028" + "b" * 30 + "\x85" + "c" * 30
+    path.write_bytes(b"\xef\xbb\xbf" + (json.dumps({"text": body}, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert len(read_samples(source, options(tmp_path, calib=str(path)))) == 2
+
+
+def test_a_tokenizer_of_another_model_is_named(source: Source, text: str, tmp_path: Path) -> None:
+    source.config.vocab_size = 100
+    with pytest.raises(CompileError, match=r"tokenizer of model makes token 119 .* has 100 tokens"):
+        read_samples(source, options(tmp_path, calib=text))
+
+
+@pytest.mark.parametrize("name", ["meta", "cpu:-1", "gpu", "", "mps", "privateuseone", "cuda:99", "cuda:" + "9" * 30])
+def test_a_device_that_cannot_run_a_model_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match=f"device '{name}' cannot .*choose auto, cpu or cuda"):
+        pick_device(name)
+
+
 def test_documents_of_half_a_sample_stand_alone_and_shorter_ones_are_joined(source: Source, tmp_path: Path) -> None:
     calib = token_file(tmp_path / "lines.jsonl", [[7] * 50, [8] * 30, [9] * 30, [10] * 30])
     samples = read_samples(source, options(tmp_path, calib=calib))
@@ -248,6 +269,10 @@ def test_every_sample_begins_as_the_tokenizer_begins_a_text(source: Source, text
         ("ids.jsonl", b'{"input_ids": [1, 128]}\n', "whole numbers below 128"),
         ("words.jsonl", b'{"input_ids": ["a"]}\n', "whole numbers below 128"),
         ("chat.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "chat template"),
+        ("deep.jsonl", b"[" * 100_000, "line 1, is not JSON"),
+        ("truths.jsonl", b'{"input_ids": [true, false]}\n', "whole numbers below 128"),
+        ("digits.jsonl", b'{"input_ids": [' + b"9" * 5000 + b"]}\n", "line 1, is not JSON"),
+        ("half.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2, has text that is not Unicode"),
     ],
 )
 def test_bad_calibration_data_is_named(source: Source, tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -258,8 +283,9 @@ def test_bad_calibration_data_is_named(source: Source, tmp_path: Path, name: str
 
 
 def test_a_missing_calibration_text_is_named(source: Source, tmp_path: Path) -> None:
-    with pytest.raises(CompileError, match=r"nowhere\.txt.*No such file"):
-        read_samples(source, options(tmp_path, calib="nowhere.txt"))
+    for name, reason in (("nowhere.txt", "No such file"), (str(tmp_path), "Is a directory"), ("\0", "null byte")):
+        with pytest.raises(CompileError, match=reason):
+            read_samples(source, options(tmp_path, calib=name))
 
 
 def test_a_model_without_tokenizer_needs_tokens(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pmkvq_compiler import cli
-from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.errors import CompileError, Defect, UsageError
+from pmkvq_compiler.passes.base import PostconditionError
 from tests.folders import model_folder
 
 COMMAND = ["model", "--budget", "1GiB"]
@@ -68,6 +69,7 @@ def test_what_the_user_or_the_machine_did_is_one_sentence_without_a_traceback(
 @pytest.mark.parametrize(
     "error",
     [
+        *(Defect("the figures do not add up"), PostconditionError("Fold left an invalid program")),
         *(KeyError("x"), IndexError(), AssertionError("a\nb"), RecursionError("deep"), ZeroDivisionError(), OSError()),
         *(
             RuntimeError("size mismatch\nsecond line"),
