@@ -30,6 +30,8 @@ class Guide:
     """Words of every command, in the order of the file, with the shell variables that earlier lines set in place."""
     blocks: list[tuple[int, str]] = field(default_factory=list)
     """Line number and text of every Python block."""
+    options: set[str] = field(default_factory=set)
+    """Options that prose names, such as `--budget`."""
     links: list[str] = field(default_factory=list)
     headings: set[str] = field(default_factory=set)
     """Anchors of the headings, as GitHub makes them."""
@@ -59,8 +61,10 @@ def read_guide(path: Path) -> Guide:
                 guide.headings.add(anchor(token.content))
             for part in token.children or []:
                 guide.links.extend(targets(part))
-                if part.type == "code_inline" and PROGRAM.match(part.content):
-                    guide.commands.extend(commands(part.content, variables))
+                if part.type == "code_inline":
+                    guide.options.update(re.findall(r"^--[\w-]+", part.content))
+                    if PROGRAM.match(part.content):
+                        guide.commands.extend(commands(part.content, variables))
         elif token.type == "html_block":
             guide.links.extend(re.findall(r'(?:src|srcset|href)="([^"]+)"', token.content))
     return guide

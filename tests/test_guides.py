@@ -20,6 +20,7 @@ import pytest
 from transformers.utils import import_utils
 
 from pmkvq_compiler.cli import EXAMPLES, main, parse
+from pmkvq_compiler.options import RECIPE_NAMES, TARGETS
 
 from .folders import TEXT, model_folder
 from .guides import ROOT, Guide, commands, docstring_commands, guides
@@ -32,6 +33,8 @@ FILLED_IN = {"SIZE": "25%", "PACKAGE": PACKAGE}
 """What stands for the words that a reader is to replace."""
 ELSEWHERE = {"hf", "lcb_runner", "pre-commit"}
 """Programs of others, whose arguments are not looked at."""
+OPTIONS_ELSEWHERE = {"--help", "--model_args"}
+"""Options that argparse adds, or that programs of others have."""
 Check = Callable[[Sequence[str]], None]
 
 
@@ -165,6 +168,19 @@ def test_a_command_that_would_be_refused_is_noticed(line: str, check: Check) -> 
     (words,) = commands(line, {})
     with pytest.raises((Exception, SystemExit)):
         check(words)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_options_that_a_guide_names_exist(guide: Guide) -> None:
+    programs = [ROOT / "pmkvq_compiler" / "cli.py", ROOT / "templates" / "chat.py", *SCRIPTS]
+    known = {flag for path in programs for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
+    assert guide.options - known <= OPTIONS_ELSEWHERE
+
+
+def test_guides_name_every_recipe_and_every_target() -> None:
+    for words, name in ((RECIPE_NAMES, "budget"), (TARGETS, "aot")):
+        text = (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
+        assert [word for word in words if f"| `{word}` |" not in text] == []
 
 
 @pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide.blocks], ids=str)
