@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = (".ci", ".github", "examples", "passes", "pmkvq_compiler", "runtime", "templates", "tests")
 PROGRAM = re.compile(r"(pmkvq-compile|python|pip|make) ")
 """What a line of prose or of a docstring begins with when it is a command."""
 ASSIGNMENT = re.compile(r"(?:export )?([A-Z_]+)=(.*)")
@@ -32,6 +33,8 @@ class Guide:
     """Line number and text of every Python block."""
     options: set[str] = field(default_factory=set)
     """Options that prose names, such as `--budget`."""
+    files: list[str] = field(default_factory=list)
+    """Files and folders of the project that prose names, such as `runtime/plan.py`."""
     links: list[str] = field(default_factory=list)
     headings: set[str] = field(default_factory=set)
     """Anchors of the headings, as GitHub makes them."""
@@ -42,8 +45,7 @@ class Guide:
 
 def guides() -> list[Guide]:
     """Every Markdown file of the project."""
-    folders = [ROOT / name for name in (".github", "examples", "passes", "pmkvq_compiler", "runtime", "templates")]
-    nested = [path for folder in folders for path in folder.rglob("*.md")]
+    nested = [path for name in FOLDERS for path in (ROOT / name).rglob("*.md")]
     return [read_guide(path) for path in sorted([*ROOT.glob("*.md"), *nested])]
 
 
@@ -63,6 +65,7 @@ def read_guide(path: Path) -> Guide:
                 guide.links.extend(targets(part))
                 if part.type == "code_inline":
                     guide.options.update(re.findall(r"^--[\w-]+", part.content))
+                    guide.files.extend(re.findall(rf"^(?:{'|'.join(FOLDERS)})/[\w./-]*$", part.content))
                     if PROGRAM.match(part.content):
                         guide.commands.extend(commands(part.content, variables))
         elif token.type == "html_block":

@@ -177,6 +177,12 @@ def test_options_that_a_guide_names_exist(guide: Guide) -> None:
     assert guide.options - known <= OPTIONS_ELSEWHERE
 
 
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide.path.name != "CHANGELOG.md"], ids=str)
+def test_files_that_a_guide_names_exist(guide: Guide) -> None:
+    """A changelog may name what is gone, and instructions what a reader is to write."""
+    assert [name for name in guide.files if "my_" not in name and not (ROOT / name).exists()] == []
+
+
 def test_guides_name_every_recipe_and_every_target() -> None:
     for words, name in ((RECIPE_NAMES, "budget"), (TARGETS, "aot")):
         text = (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
