@@ -186,9 +186,7 @@ def test_interrupt_in_every_stage_leaves_the_target_as_it_was(model: Path, place
     stages: dict[str, None] = {}
     compile_model(compile_options(model, place / "first", text), lambda stage, done, total: stages.setdefault(stage))
     assert len(stages) >= 3
-    (place / "existing").mkdir()
-    (place / "existing" / "letter.txt").write_text("mine")
-
+    existing = tree(place / "first")
     for stage in stages:
 
         def interrupt(now: str, done: int, total: int, at: str = stage) -> None:
@@ -197,26 +195,37 @@ def test_interrupt_in_every_stage_leaves_the_target_as_it_was(model: Path, place
 
         # Another text each time, so that no calibration of an earlier compile spares a stage.
         text.write_text(f"{stage} {TEXT}")
-        for target in ("absent", "existing"):
+        for target in ("absent", "first"):
             with pytest.raises(KeyboardInterrupt):
                 compile_model(compile_options(model, place / target, text), interrupt)
         assert not (place / "absent").exists(), stage
-        assert tree(place / "existing") == {"letter.txt": b"mine"}, stage
+        assert tree(place / "first") == existing, stage
         assert [path.name for path in place.iterdir() if "partial" in path.name] == [], stage
 
 
-def test_interrupted_command_says_so_in_one_line(model: Path, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "times", "word"),
+    [
+        (signal.SIGINT, 30, "interrupted"),  # somebody is impatient
+        (signal.SIGTERM, 1, "terminated"),
+    ],
+)
+def test_interrupted_command_says_so_in_one_line(
+    model: Path, place: Path, number: signal.Signals, times: int, word: str
+) -> None:
     command = [sys.executable, "-m", "pmkvq_compiler.cli", str(model), *BUDGET, *SMALL, "-o", "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any("partial" in path.name for path in place.iterdir()):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.02)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "pmkvq-compile: interrupted; nothing was changed"
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1] == f"pmkvq-compile: {word}; nothing was changed"
     assert "Traceback" not in err
     assert out == ""
-    assert not (place / "out").exists()
+    assert tree(place) == {}
 
 
 MARK = "from pathlib import Path\nPath({!r}).write_text('it ran')\n"
