@@ -89,7 +89,8 @@ def test_the_oldest_packages_are_those_of_the_project(project: dict[str, Any]) -
 
 def test_the_pinned_versions_are_supported(project: dict[str, Any]) -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = {canonicalize_name(one.name): one.specifier for one in map(Requirement, lines[1:])}
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(one.name): one.specifier for one in pins}
     for requirement in requirements(project):
         (pin,) = pinned[canonicalize_name(requirement.name)]
         assert pin.version in requirement.specifier, requirement
