@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = (".ci", ".github", "examples", "passes", "pmkvq_compiler", "runtime", "templates", "tests")
+FOLDERS = (".ci", ".github", "examples", "passes", "pmkvq_compiler", "requirements", "runtime", "templates", "tests")
 PROGRAM = re.compile(r"(pmkvq-compile|python|pip|make) ")
 """What a line of prose or of a docstring begins with when it is a command."""
 ASSIGNMENT = re.compile(r"(?:export )?([A-Z_]+)=(.*)")

@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import import_utils
 
+from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import EXAMPLES, main, parse
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS
 
+from .conftest import CompileTiny
 from .folders import TEXT, model_folder
 from .guides import ROOT, Guide, commands, docstring_commands, guides
+from .test_emit import LATENT_ATTENTION
 from .test_huggingface import CHAT_TEMPLATE
 
 GUIDES = guides()
@@ -225,6 +229,19 @@ def test_every_guide_can_be_reached_from_the_readme() -> None:
             reached.add(path)
             waiting.extend(links.get(path, ()))
     assert {path for path in links if ROOT / "examples" in path.parents} - reached == set()
+
+
+def test_latent_attention_compiles_and_keeps_keys_and_values_of_every_head(compile_tiny: CompileTiny) -> None:
+    """As the README's limits say."""
+    artifact = compile_tiny("deepseek_v3", {**LATENT_ATTENTION, "num_hidden_layers": 1}, budget="70%")
+    model = runtime.load(artifact)
+    rotary, plain = LATENT_ATTENTION["qk_rope_head_dim"], LATENT_ATTENTION["qk_nope_head_dim"]
+    heads = {(one.num_key_value_heads, one.key_head_dim, one.value_head_dim) for one in model.plan.layers}
+    assert heads == {(LATENT_ATTENTION["num_key_value_heads"], plain + rotary, LATENT_ATTENTION["v_head_dim"])}
+    cache = model.new_cache()
+    model.generate(torch.full((1, 300), 5), max_new_tokens=100, eos_token_id=(), cache=cache)
+    assert cache.bytes_used <= model.plan.budget
+    assert cache.bits == [(layer.key_bits, layer.value_bits) for layer in model.plan.layers], "a full cache"
 
 
 def test_readme_is_read_in_a_few_minutes() -> None:
