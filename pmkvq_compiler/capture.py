@@ -332,6 +332,8 @@ def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
     if bool(row(0)[1:].any()):
         raise ValueError("tokens see those that come after them")
     window = int(row(positions - 1).sum())
+    if window == 0:
+        raise ValueError("tokens do not even see themselves")
     edges = {0, 1, window - 1, window, window + 1, 2 * window, positions // 2, positions // 3, positions - 2}
     for query in sorted(edges & set(range(positions))):
         if not torch.equal(row(query), (keys <= query) & (keys > query - window)):

@@ -17,7 +17,11 @@ from torch import Tensor
 from .errors import CompileError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_FILE = "adapter_config.json"
+OTHER_WEIGHTS = {
+    "adapter_config.json": "an adapter",
+    "shard-?????-model-*.safetensors": "a checkpoint of several processes",
+}
+"""Files by which transformers would load something else than the model's own checkpoint, or something besides."""
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Stored dtypes whose numbers are the weights themselves."""
 
@@ -34,9 +38,12 @@ class StoredTensor:
 class Checkpoint:
     """The tensors of a model's folder by the names that they are stored under."""
 
-    def __init__(self, folder: Path) -> None:
-        """Reads the headers alone. Raises `CompileError` where a file is missing, damaged or contradicts another."""
-        self.files = _weight_files(folder)
+    def __init__(self, folder: Path, named: str | None = None) -> None:
+        """Reads the headers alone; `named` is the file or index of weights that the config names, if it does.
+
+        Raises `CompileError` where a file is missing, damaged, outside of the folder, or contradicts another.
+        """
+        self.files = _weight_files(folder, named)
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             for name, tensor in _stored_tensors(file).items():
@@ -54,27 +61,37 @@ class Checkpoint:
         return {name: opened[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if (folder / ADAPTER_FILE).is_file():
-        raise CompileError(
-            f"folder {folder} holds an adapter ({ADAPTER_FILE}), which would be left out; merge it into its base model"
-        )
-    if single.is_file():
-        return [single]
-    if not index.is_file():
+def _weight_files(folder: Path, named: str | None) -> list[Path]:
+    for pattern, what in OTHER_WEIGHTS.items():
+        if any(folder.glob(pattern)):
+            raise CompileError(f"folder {folder} holds {what} ({pattern}), which would be left out; merge it first")
+    if named is not None:
+        file = _inside(folder, named, "config.json (transformers_weights)", (".safetensors", ".safetensors.index.json"))
+        return _shards(folder, file) if named.endswith(".json") else [file]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
         raise CompileError(_no_weights(folder))
+    return _shards(folder, folder / INDEX_FILE)
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The files of a folder that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [PurePosixPath(name) for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CompileError(f"{index} is not the index of a sharded checkpoint; fetch it again") from error
-    for path in paths:
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise CompileError(f"{index} names {str(path)!r}, which is no safetensors file of its folder; correct it")
-    if not paths:
+    if not names:
         raise CompileError(f"{index} names no file; fetch it again")
-    return [folder / path for path in paths]
+    return [_inside(folder, name, str(index), (".safetensors",)) for name in names]
+
+
+def _inside(folder: Path, name: Any, where: str, endings: tuple[str, ...]) -> Path:
+    """The file called `name` in a folder. Raises `CompileError` for a place elsewhere, or another kind of file."""
+    path = PurePosixPath(str(name))
+    if path.is_absolute() or ".." in path.parts or not str(name).endswith(endings):
+        raise CompileError(f"{where} names {str(name)!r}, which is no safetensors file of its folder; correct it")
+    return folder / path
 
 
 def _no_weights(folder: Path) -> str:

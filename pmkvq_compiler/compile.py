@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pmkvq_compiler.aot import check_plan, check_targets, write_cubins
 from pmkvq_compiler.artifact import remove_unlisted, write_manifest
 from pmkvq_compiler.budget import parse_budget
@@ -208,18 +211,21 @@ def _budget(program: Program, options: CompileOptions, max_len: int) -> int | No
 
 def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
     """The passes that make a program of the plan and what it multiplies K and V by."""
-    folds, scaled = Folds.of(solution, calibration), _scaled(solution)
-    return pipeline(
-        key_scales={layer: calibration.scales[layer] for layer in scaled},
-        key_rotations={layer: rotation for layer, rotation in folds.keys.items() if layer not in scaled},
-        value_transforms=folds.values,
-        plan=solution.plan,
-    )
-
-
-def _scaled(solution: Solution) -> list[int]:
-    """Layers whose key scales are folded."""
-    return [layer for layer, transform in solution.key_transforms.items() if transform == "scale"]
+    folds = Folds.of(solution, calibration)
+    scales: dict[int, Tensor] = {}
+    rotations: dict[int, Tensor] = {}
+    for layer, matrices in folds.keys.items():
+        transform, powers = solution.key_transforms.get(layer, "none"), calibration.key_matrices[layer].get("none")
+        if transform == "scale":
+            scales[layer] = calibration.scales[layer]
+        elif transform != "none":
+            rotations[layer] = matrices
+        if powers is not None:  # of two: a fold of its own, in front of a rotation
+            power = powers.diagonal(dim1=1, dim2=2)
+            scales[layer] = scales.get(layer, torch.ones_like(power)) / power
+            if layer in rotations:
+                rotations[layer] = matrices / power.unsqueeze(2)
+    return pipeline(scales, rotations, folds.values, solution.plan)
 
 
 def _write_model(
@@ -255,11 +261,12 @@ def _report(
 ) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
     solution, plan = tried.solution, tried.solution.plan
+    folded = Folds.of(solution, calibration).values
     rows = [
         {
             **asdict(row),
             "fold": _folded(site, row.key_transform),
-            "value_fold": _value_folded(site, row.value_transform),
+            "value_fold": _value_folded(site, site.layer in folded),
         }
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
@@ -293,9 +300,9 @@ def _folded(site: AttentionSite, transform: Transform) -> str:
     return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
 
 
-def _value_folded(site: AttentionSite, transform: Transform) -> str:
+def _value_folded(site: AttentionSite, folded: bool) -> str:
     """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
-    if transform != "none":
+    if folded:
         return "folded"
     if site.value is None or site.output is None:
         return "v_proj or the output projection was not found in the graph"

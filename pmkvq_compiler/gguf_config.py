@@ -209,13 +209,13 @@ def _rope(path: Path, fields: _Fields, values: dict[str, Any], partial: bool) ->
 
 def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
     """What is done to RoPE's frequencies, in transformers' words."""
-    kind = fields.get("rope.scaling.type", str, "none")
-    factor = fields.get("rope.scaling.factor", float) or fields.get("rope.scale_linear", float) or 1.0
-    fields.read.add("rope.scale_linear")
+    older = fields.get("rope.scale_linear", float, 1.0)
+    factor = fields.get("rope.scaling.factor", float) or older or 1.0
+    kind = fields.get("rope.scaling.type", str, "linear")  # what llama.cpp takes a factor for where no type is said
     original = fields.get("rope.scaling.original_context_length", default=context_length)
     beta_fast = fields.get("rope.scaling.yarn_beta_fast", float, 32.0)
     beta_slow = fields.get("rope.scaling.yarn_beta_slow", float, 1.0)
-    logarithm = fields.get("rope.scaling.yarn_log_multiplier", float)
+    logarithm = fields.get("rope.scaling.yarn_log_multiplier", float, 0.0)
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"RoPE of type {kind} is not supported: none, linear and yarn are")
     if factor < 1 or original < 1 or not beta_fast > beta_slow > 0:
@@ -223,10 +223,7 @@ def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
             f"RoPE is scaled with factor {factor:g}, {original} tokens, {beta_slow:g} to {beta_fast:g} turns"
         )
     if kind == "none" or factor == 1:
-        if factor != 1 and fields.header.fields.get(f"{fields.architecture}.rope.scaling.type") is None:
-            kind = "linear"  # what llama.cpp takes a factor for where no type is said
-        else:
-            return {}
+        return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if logarithm:
@@ -261,6 +258,8 @@ def _frequency_factors(path: Path, header: GgufHeader) -> Tensor | None:
 def _check_understood(fields: _Fields) -> None:
     for key, value in fields.header.fields.items():
         prefix, _, name = key.partition(".")
+        if prefix != fields.architecture and name in fields.read:
+            raise ValueError(f"its header has {key}, of another architecture than its own, {fields.architecture}")
         if prefix != fields.architecture or name in fields.read | HARMLESS:
             continue
         if name not in NEUTRAL or isinstance(value, (str, list)) or value not in NEUTRAL[name]:

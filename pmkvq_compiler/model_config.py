@@ -29,7 +29,15 @@ logger = logging.getLogger(__name__)
 MOST_JSON_BYTES = 64 << 20
 MOST_LAYERS = 10_000
 """More is a mistake, and takes long before it is found to be one."""
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, MOST_LAYERS)),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), (0, 1)),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq"), (1, 1e18)),
+    "factor": (1e-6, 1e6),
+}
+"""Numbers of a config that no model has beyond these, whatever its architecture; `factor` is one of RoPE's."""
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -37,16 +45,13 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
-"""Sizes that some tensor has, of every model that has them."""
 OPTIONAL = frozenset({"num_experts_per_tok", "shared_expert_intermediate_size", "n_routed_experts"})
 """Those that may be 0: the model has none."""
+SLACK = 1000
+"""By how much a size may be above that of any tensor: models have some that they make nothing of."""
 
 FOREIGN = ("auto_map", "fusion_config", "transformers_weights", "distributed_config", "custom_generate")
 """What would name code or files of its own."""
@@ -73,10 +78,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CompileError(f"folder {folder} has no config.json; name the folder of a Hugging Face model")
     raw = read_json(file)
     for values in _nested(raw):
-        for name in LAYER_COUNTS:
-            count = values.get(name)
-            if isinstance(count, (int, float)) and not 1 <= count <= MOST_LAYERS:
-                raise CompileError(f"{name} in {file} is {_short(count)}, which no model has; correct it")
+        for name, (least, most) in BOUNDS.items():
+            number = values.get(name)
+            if isinstance(number, (int, float)) and not least <= number <= most:
+                raise CompileError(f"{name} in {file} is {_short(number)}, which no model has; correct it")
     if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         raise CompileError(
             f"the model in {folder} ({_short(raw.get('model_type'))}) needs Python code of its own, and code of a "
@@ -118,15 +123,16 @@ def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, Stored
     """Hold the sizes of a configuration against the tensors of its checkpoint, before anything is built from them."""
     text = config.get_text_config()
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, max(largest, len(stored)))}
+    limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, SLACK * largest)}
+    limits |= dict.fromkeys(COUNTS, max(largest, len(stored)))  # each may be a module of its own, which takes time
     for size, limit in limits.items():
         value = getattr(text, size, None)
         if not isinstance(value, int) or (value == 0 and size in OPTIONAL):
             continue
         if not 1 <= value <= limit:
             raise CompileError(
-                f"{size} in config.json of {name} is {value:,} and the checkpoint holds no tensors of that size "
-                f"(at most {limit:,}); fetch config.json and the weights again"
+                f"{size} in config.json of {name} is {value:,} and the checkpoint holds no tensors for that "
+                f"(at most for {limit:,}); fetch config.json and the weights again"
             )
 
 

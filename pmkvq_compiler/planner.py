@@ -37,7 +37,7 @@ from .options import CompileOptions
 from .recipes import RECIPES, Recipe, resolved
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration
+    from .calibrate import Calibration, Matrices
     from .sensitivity import Losses
 
 SOLVER_SECONDS, GAP = 20, 1e-7
@@ -89,11 +89,18 @@ class Folds:
     @classmethod
     def of(cls, solution: Solution, calibration: Calibration) -> Folds:
         """Those of a plan."""
-        keys, values = calibration.key_matrices, calibration.value_matrices
-        return cls(
-            keys={layer: keys[layer][transform] for layer, transform in solution.key_transforms.items()},
-            values={layer: values[layer][transform] for layer, transform in solution.value_transforms.items()},
-        )
+        keys = {layer: key.transform for layer, (key, _) in enumerate(solution.formats) if key}
+        values = {layer: value.transform for layer, (_, value) in enumerate(solution.formats) if value}
+        return cls(_chosen(calibration.key_matrices, keys), _chosen(calibration.value_matrices, values))
+
+
+def _chosen(matrices: Matrices, transforms: Mapping[int, Transform]) -> dict[int, Tensor]:
+    """The matrices of each layer's transform; "none" has one where a power of two is needed."""
+    return {
+        layer: matrices[layer][transform]
+        for layer, transform in transforms.items()
+        if transform in matrices.get(layer, {}) or transform != "none"
+    }
 
 
 @dataclass(frozen=True)

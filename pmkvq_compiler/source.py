@@ -9,6 +9,7 @@ it makes of them is compared when the model is first loaded. Nothing is unpickle
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ def _quiet() -> Iterator[None]:
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `CompileError` where a weight has NaN or infinite numbers."""
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    if not math.isfinite(_reach(value)):
         small = " or holds more than float16 does: try --dtype bfloat16, or" if value.dtype == torch.float16 else ","
         raise CompileError(
             f"weight {name} has NaN or infinite numbers; the checkpoint is damaged{small} fetch it again"
@@ -123,11 +124,19 @@ def check_finite(name: str, value: Tensor) -> None:
 def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
     """Raise `CompileError` where a weight is not finite, or is not any more in `dtype`."""
     check_finite(name, value)
-    if value.is_floating_point() and not torch.isfinite(value.to(dtype)).all():
+    if _reach(value) > torch.finfo(dtype).max:
         raise CompileError(
-            f"weight {name} reaches {value.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
+            f"weight {name} reaches {_reach(value):.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
             f"choose --dtype bfloat16 or float32"
         )
+
+
+def _reach(value: Tensor) -> float:
+    """The largest absolute value, NaN where there is one; one walk over the numbers and no copy of them."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return 0.0
+    low, high = value.aminmax()
+    return max(-float(low), float(high))
 
 
 class Source:
@@ -158,13 +167,15 @@ class Source:
             settle(self.config)
             shapes = {own: value.shape for own, value in skeleton(name, self.config).items()}
             check_tensors(self._gguf_path, header, shapes)
+            self._has_tokenizer = "tokenizer.ggml.model" in header.fields
         else:
             self.config = read_config(folder)
             check_causal_lm(name, self.config)
-            self._checkpoint = Checkpoint(folder)
+            self._checkpoint = Checkpoint(folder, getattr(self.config, "transformers_weights", None))
             check_sizes(name, self.config, self._checkpoint.tensors)
             settle(self.config)
             self._checkpoint_names = stored_names(name, self.config, self._checkpoint)
+            self._has_tokenizer = has_tokenizer(folder)
         self.generation_config = self._generation_defaults()
         card = {} if gguf_file else read_card(folder / "README.md")
         self.base_model = base_model or card.get("base_model")
@@ -181,7 +192,7 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
-        if self._checkpoint is not None and not has_tokenizer(self._folder):
+        if not self._has_tokenizer:
             return None
         try:
             with _quiet(), self._transformers_folder() as (folder, gguf_file):
@@ -298,12 +309,15 @@ class Source:
 
     def _compare(self, model: PreTrainedModel) -> None:
         """Raise `CompileError` where a loaded model does not hold the numbers that `read` yields."""
+        tied: set[int] = set()
         for name, value in model.state_dict().items():
+            if value.data_ptr() in tied:
+                continue
+            tied.add(value.data_ptr())
+            _check_fits(name, value, self.dtype)
             if self._checkpoint_names is None:
-                _check_fits(name, value, self.dtype)
                 continue
             own = self._read(name)
-            _check_fits(name, own, self.dtype)
             if not torch.equal(own.to(value.dtype), value.cpu()):
                 raise CompileError(
                     f"tensor {name} of {self.name} is stored as {self._checkpoint_names[name]}, but transformers makes "

@@ -32,7 +32,7 @@ def skeleton(name: str, config: PretrainedConfig) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation="eager", trust_remote_code=False
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:  # whatever the code of an architecture may raise
         raise CompileError(

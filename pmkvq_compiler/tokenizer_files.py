@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
@@ -17,8 +18,9 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 """A model whose folder has none of these has no tokenizer."""
-TOKENIZER_PARTS = ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
-"""Files that say more of a tokenizer where one of `TOKENIZER_FILES` is."""
+TOKENIZER_SUFFIXES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe"})
+OTHER_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
+"""Files with such endings that are not a tokenizer's."""
 
 PROBE = "The whale, of 30 tons:\n\tit swam \u2013 on!"
 
@@ -28,8 +30,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Every file that decides which tokens a text is."""
-    return [folder / name for name in sorted({*TOKENIZER_FILES, *TOKENIZER_PARTS}) if (folder / name).is_file()]
+    """Every file that may decide which tokens a text is; none where there is no tokenizer."""
+    if not has_tokenizer(folder):
+        return []
+    files = (path for path in folder.iterdir() if path.suffix in TOKENIZER_SUFFIXES and path.is_file())
+    return sorted(path for path in files if path.name not in OTHER_FILES)
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -42,8 +47,9 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"[\w.-]+", template):
             raise ValueError(f"it has a chat template called {template!r}, which is no file name")
-    vocabulary = tokenizer.get_vocab()
-    if len(set(vocabulary.values())) < len(vocabulary):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else {}
+    if len(set(vocabulary.values())) < len(vocabulary):  # an added token may well take the place of another
         raise ValueError("two of its tokens have the same id, of which one would be lost")
     tokenizer.decode(tokenizer.encode(PROBE))
     with tempfile.TemporaryDirectory() as folder:

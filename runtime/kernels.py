@@ -120,6 +120,9 @@ class LayerKernels:
     module: ModuleType | CompiledKernels
     tuning: Tuning
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerKernels:
+        return self  # code, and how it is launched
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
     ) -> Tensor:
@@ -138,6 +141,7 @@ class LayerKernels:
         """Lower the layer until `counts` new tokens of the sequences fit, once `cache.begin` has told the device where
         it stands."""
         for stage in store.stages_until_fit(counts):
+            store.overwritten = True
             self.shrink(cache, store, stage)
             store.stage = stage
 

@@ -171,7 +171,7 @@ def _generated(artifact: Artifact) -> tuple[CachePlan, ModuleType]:
     vocab_size = _attribute(code, "VOCAB_SIZE")
     if vocab_size != artifact.manifest.vocab_size:
         raise ArtifactError(
-            f"{MANIFEST} has a vocab_size of {artifact.manifest.vocab_size:,} and model.py {vocab_size:,}; {AGAIN}"
+            f"{MANIFEST} has a vocab_size of {artifact.manifest.vocab_size} and model.py {brief(vocab_size)}; {AGAIN}"
         )
     return artifact.manifest.plan, code
 
@@ -242,8 +242,8 @@ def choose_kernels(
         raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
     files = Files(package) if isinstance(package, Path) else package
     names = _attribute(_run(files, "kernels/layers.py"), "KERNELS")
-    if len(names) != len(plan.layers):
-        raise ArtifactError(f"kernels/layers.py has {len(names)} layers and the plan {len(plan.layers)}; {AGAIN}")
+    if not isinstance(names, tuple) or len(names) != len(plan.layers):
+        raise ArtifactError(f"kernels/layers.py does not name the kernels of {len(plan.layers)} layers; {AGAIN}")
     tuning = tuning_for(device, read_tunings(files.read("kernels/tuning.json").decode("utf-8", "replace")))
     archive = None
     if compiled and device.type == "cuda":

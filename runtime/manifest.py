@@ -141,8 +141,8 @@ def open_artifact(folder: Path) -> Artifact:
     data = read_json(folder / MANIFEST)
     _check_version(folder, data)
     manifest = conform(data, Manifest, MANIFEST)
-    _check_names(manifest)
     _check_plan(manifest.plan)
+    _check_names(manifest)
     inside, around = folder / manifest.package, folder.absolute().parent
     if not inside.is_dir() and around.name != manifest.package:
         raise ArtifactError(f"{inside} is missing; {AGAIN}")
@@ -316,8 +316,8 @@ def _check_names(manifest: Manifest) -> None:
             raise ArtifactError(f"{MANIFEST}: files: {brief(name)!r} is no path inside the artifact; {AGAIN}")
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ArtifactError(f"{MANIFEST}: files: {brief(name)}: {brief(digest)!r} is no sha256; {AGAIN}")
-    if not manifest.weights or len({*manifest.weights}) < len(manifest.weights):
-        raise ArtifactError(f"{MANIFEST}: weights names no file, or one twice; {AGAIN}")
+    if not manifest.weights or len({*manifest.weights}) < len(manifest.weights) or "/" in "".join(manifest.weights):
+        raise ArtifactError(f"{MANIFEST}: weights names no file beside it, or one twice; {AGAIN}")
     for name in (*manifest.weights, manifest.constants):
         if name not in manifest.files or name not in manifest.tensors:
             raise ArtifactError(f"{MANIFEST} lists {brief(name)!r} without its digest or its tensors; {AGAIN}")

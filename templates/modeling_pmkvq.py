@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,12 +57,36 @@ class PmkvqCache(Cache):
     def __init__(self, cache: Any) -> None:
         super().__init__(layers=[])
         self.cache = cache
-        self.columns = 0
-        self.unpadded = 0
-        """How many of the last columns hold a token in every row."""
+        self._note(0, 0)
+
+    def _note(self, columns: int, unpadded: int) -> None:
+        """Columns that were fed, how many of the last hold a token in every row, and the tokens that this makes."""
+        self._counted = columns, unpadded, list(self.cache.length)
+
+    @property
+    def columns(self) -> int:
+        return self._counted[0]
+
+    @property
+    def unpadded(self) -> int:
+        return self._counted[1]
+
+    def check(self) -> None:
+        """Raises `ValueError` where the runtime's cache holds other tokens than were counted here."""
+        if self.cache.length != self._counted[2]:
+            raise ValueError(
+                "this cache was interrupted in the middle of a call, or changed behind its back: it holds "
+                f"{self.cache.length} tokens where {self._counted[2]} were counted; reset() it or make a new one"
+            )
+
+    def __copy__(self) -> PmkvqCache:
+        return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        held = f"{self.cache.bytes_used:,} of {self.cache.bytes_reserved:,} bytes"
+        try:
+            held = f"{self.cache.bytes_used:,} of {self.cache.bytes_reserved:,} bytes"
+        except ValueError:  # another thread uses it
+            held = f"some of {self.cache.bytes_reserved:,} bytes"
         return f"PmkvqCache({self.batch_size} x {self.columns:,} of {self.cache.max_len:,} columns, {held})"
 
     def __len__(self) -> int:
@@ -109,28 +134,35 @@ class PmkvqCache(Cache):
         """Note the columns of a call, whose `mask` [B, S] says which are tokens."""
         padded = (~mask).any(0).flip(0)
         trailing = int(padded.int().argmax()) if bool(padded.any()) else len(padded) + self.unpadded
-        self.columns += len(padded)
-        self.unpadded = trailing
+        self._note(self.columns + len(padded), trailing)
 
     def reset(self) -> None:
         self.cache.reset()
-        self.columns = self.unpadded = 0
+        self._note(0, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.reorder(beam_idx.tolist())
+        self.check()
+        self.cache.reorder(beam_idx)
+        self._note(self.columns, self.unpadded)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.cache = self.cache.select(torch.as_tensor(indices).tolist())
+        self.check()
+        self.cache = self.cache.select(indices)
+        self._note(self.columns, self.unpadded)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.check()
+        repeats = _whole("repeats", repeats)
         self.cache = self.cache.select([row for row in range(self.batch_size) for _ in range(repeats)])
+        self._note(self.columns, self.unpadded)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns, a number of at most 0.
 
         Raises `ValueError` where they are quantized or padding; nothing is changed then.
         """
-        count = -tokens_to_remove
+        self.check()
+        count = -_whole("tokens_to_remove", tokens_to_remove)
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}) is not supported; to take back n tokens call crop(-n)")
         if count > self.unpadded:
@@ -139,8 +171,7 @@ class PmkvqCache(Cache):
                 f"feed the tokens that you keep to a new cache"
             )
         self.cache.crop(count)
-        self.columns -= count
-        self.unpadded -= count
+        self._note(self.columns - count, self.unpadded - count)
 
 
 class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
@@ -190,6 +221,19 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(f"an artifact is saved by copying its folder, {self.name_or_path}")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotImplementedError(f"a compiled model is not pickled; copy its folder, {self.name_or_path}")
+
+    def __copy__(self) -> PmkvqForCausalLM:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PmkvqForCausalLM:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
         """Move or convert the weights; constants move only. What attends is chosen for the device."""
         super()._apply(fn, recurse)
@@ -234,34 +278,41 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         if input_ids is None:
             raise ValueError("input_ids are missing; a compiled artifact reads token ids only")
+        ids, mask = self.compiled.check_inputs(input_ids, None)
+        ids = ids.cpu()  # where each look at them is free
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         past = past_key_values if cache is None else cache
         if past is None:
-            past = self.new_cache(input_ids.shape[0], None if use_cache else input_ids.shape[1])
+            past = self.new_cache(ids.shape[0], None if use_cache else ids.shape[1])
         elif not isinstance(past, PmkvqCache):
             raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
-        mask = _new_columns(attention_mask, input_ids, past.columns)
-        columns = torch.arange(input_ids.shape[1])
-        kept = columns[-logits_to_keep:] if isinstance(logits_to_keep, int) else columns[logits_to_keep.cpu()]
-        past.cache.check_room(mask.sum(-1).tolist())
+        if attention_mask is not None:
+            ids, mask = self.compiled.check_inputs(ids, _new_columns(attention_mask, ids.shape, past.columns))
+        positions = None if position_ids is None else self.compiled.check_positions(position_ids, mask)
+        kept = _kept(logits_to_keep, ids.shape[1])
+        self.compiled.check_cache(past.cache, ids.shape[0])
         parts = []
-        for start in range(0, input_ids.shape[1], self.prefill_chunk):
-            part = slice(start, start + self.prefill_chunk)
-            wanted = kept[(kept >= start) & (kept < part.stop)] - start
-            parts.append(
-                self.compiled(
-                    input_ids[:, part],
-                    past.cache,
-                    None if position_ids is None else position_ids[..., part].expand_as(input_ids[:, part]),
-                    mask[:, part],
-                    only=_grid(input_ids.shape[0], wanted),
-                ).unflatten(0, (input_ids.shape[0], len(wanted)))
-            )
-        past.count(mask)
+        with past.cache.claims.claim():
+            past.check()
+            past.cache.check_room(mask.sum(-1).tolist())
+            for start in range(0, ids.shape[1], self.prefill_chunk):
+                part = slice(start, start + self.prefill_chunk)
+                wanted = kept[(kept >= start) & (kept < part.stop)] - start
+                parts.append(
+                    self.compiled(
+                        ids[:, part],
+                        past.cache,
+                        None if positions is None else positions[:, part],
+                        mask[:, part],
+                        only=_grid(ids.shape[0], wanted),
+                    ).unflatten(0, (ids.shape[0], len(wanted)))
+                )
+            past.count(mask)
         return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), **{CACHE: past if use_cache else None})
 
     def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`, without strategies that fetch their code, whose caches are of another kind."""
+        """As `GenerationMixin.generate`, without strategies that fetch their code, whose caches are of another kind. A
+        cache that is given is in use until the end."""
         if isinstance(custom_generate, str):
             raise ValueError(
                 f"custom_generate={custom_generate!r} is not supported: it is code for other caches; leave it out, or "
@@ -271,7 +322,11 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(FOREIGN_IMPLEMENTATION.format(kwargs["cache_implementation"]))
         if custom_generate is not None:
             kwargs["custom_generate"] = custom_generate
-        return super().generate(*args, **kwargs)
+        given = [kwargs[name] for name in ("cache", "past_key_values") if isinstance(kwargs.get(name), PmkvqCache)]
+        if not given:
+            return super().generate(*args, **kwargs)
+        with given[0].cache.claims.claim():
+            return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -409,17 +464,39 @@ def _dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
     return None if dtype == "auto" else dtype
 
 
-def _new_columns(attention_mask: Tensor | None, input_ids: Tensor, cached: int) -> Tensor:
-    """The part [B, S] of a mask over cached and new columns that is about `input_ids`, as booleans on the CPU."""
-    if attention_mask is None:
-        return torch.ones(input_ids.shape, dtype=torch.bool)
-    expected = [input_ids.shape[0], cached + input_ids.shape[1]]
-    if list(attention_mask.shape) != expected:
+def _new_columns(attention_mask: Any, shape: torch.Size, cached: int) -> Tensor:
+    """The part [B, S] of a mask over cached and new columns that is about new ones of a `shape`."""
+    expected = [shape[0], cached + shape[1]]
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"attention_mask cannot be read as numbers ({error}); give a tensor {expected}") from error
+    if list(mask.shape) != expected:
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; give {expected}, a value for each cached and "
-            f"each new column"
+            f"attention_mask has shape {list(mask.shape)}; give {expected}, a value for each cached and each new column"
         )
-    return attention_mask[:, cached:].bool().cpu()
+    return mask[:, cached:]
+
+
+def _kept(logits_to_keep: Any, count: int) -> Tensor:
+    """Which of `count` columns logits are asked for."""
+    columns = torch.arange(count)
+    if not isinstance(logits_to_keep, Tensor):
+        last = _whole("logits_to_keep", logits_to_keep)
+        if last < 0:
+            raise ValueError(f"logits_to_keep {last} is negative; give how many of the last columns, or 0 for all")
+        return columns[-last:]
+    try:
+        return columns[logits_to_keep.cpu()]
+    except IndexError as error:
+        raise ValueError(f"logits_to_keep does not list columns among the {count:,} of input_ids ({error})") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} {value!r} is not a whole number; give an int") from error
 
 
 def _grid(rows: int, columns: Tensor) -> tuple[Tensor, Tensor]:

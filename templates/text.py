@@ -41,6 +41,8 @@ CLEANED += tuple((f" {ending}", ending) for ending in ("'m", "'s", "'ve", "'re")
 class Tokenizer:
     """Encodes prompts and chats, decodes tokens, as transformers does with the same files.
 
+    `chat_template` is the template for chats, None where the model has none; it may be replaced by another one.
+
     Raises `ArtifactError` where the artifact in `folder` has no `tokenizer.json`, or its files are damaged.
     """
 
@@ -58,12 +60,8 @@ class Tokenizer:
         self.encoder.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         self.special_tokens = _special_tokens(self.settings)
         self.chat_templates = _chat_templates(artifact, self.settings)
+        self.chat_template = self.chat_templates.get("default")
         self.renderer = artifact.package.read("chat_template.py").decode("utf-8")
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template for chats, None where the model has none."""
-        return self.chat_templates.get("default")
 
     def encode(self, text: str) -> Tensor:
         """Token ids [1, S] of a text, with the special tokens that the tokenizer puts around one."""

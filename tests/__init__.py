@@ -7,5 +7,6 @@ import os
 import sys
 
 for _name in [name for name in os.environ if name.startswith(("PYTHON", "HF_", "TRANSFORMERS_", "TRITON_", "TQDM_"))]:
-    del os.environ[_name]
+    if _name != "TRITON_INTERPRET":  # with which checks of the kernels are started
+        del os.environ[_name]
 sys.dont_write_bytecode = False

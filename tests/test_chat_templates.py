@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pmkvq_compiler.runtime.manifest import file_digest
+
+from .test_code_that_runs import python
 
 PACKAGE = "tiny_qwen"
 
@@ -298,6 +302,9 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [ANSWER, USER],
     [{"role": "owl", "content": "hoo"}],
 ]  # fmt: skip
+NORMALIZED = Version(transformers.__version__) >= Version("5.23")
+"""Since then transformers drops what a message says None of, and knows reasoning by several names; so does the artifact."""
+
 ARGUMENTS: list[dict[str, Any]] = [
     {},
     {"add_generation_prompt": False},
@@ -399,7 +406,8 @@ def test_chats_are_rendered_and_encoded_as_by_transformers(
     own, theirs = with_template(TEMPLATES[name]), AutoTokenizer.from_pretrained(folder)
     rendered = refused = 0
     for messages in CONVERSATIONS:
-        for arguments in ARGUMENTS:
+        plain = not any({"reasoning", "thinking"} & message.keys() or None in message.values() for message in messages)
+        for arguments in ARGUMENTS if plain or NORMALIZED else []:
             options = {"add_generation_prompt": True, **arguments}
             try:
                 expected = theirs.apply_chat_template(messages, tokenize=False, **options)
@@ -418,7 +426,7 @@ def test_chats_are_rendered_and_encoded_as_by_transformers(
 
 def test_a_chat_is_rendered_alike_in_a_process_of_its_own(with_template: Open, folder: Path) -> None:
     own, theirs = with_template(QWEN), AutoTokenizer.from_pretrained(folder)
-    for messages, arguments in ((CONVERSATIONS[3], {}), (CONVERSATIONS[6], {"tools": [TOOL]})):
+    for messages, arguments in ((CONVERSATIONS[3], {}), (CONVERSATIONS[7], {"tools": [TOOL]})):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert own.render_chat(messages, **arguments) == expected
 
@@ -532,6 +540,21 @@ def test_a_template_is_told_what_it_took_too_much_of(with_template: Open, text_m
     for bomb, reason in (("a product", "it takes too much memory"), ("a long text", "it makes 100,000,000 characters")):
         with pytest.raises(text_module.ArtifactError, match=reason):
             with_template(BOMBS[bomb]).encode_chat([USER])
+
+
+def test_the_terminal_ends_in_a_sentence_where_a_template_would_hang(folder: Path, with_template: Open) -> None:
+    with_template(BOMBS["a product"])
+    start = time.monotonic()
+    done = python("", folder, "-m", PACKAGE, "--prompt", "Ahoy")
+    assert time.monotonic() - start < 20
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{PACKAGE}: the chat template does not take these messages (it takes too much memory)\n"
+
+
+def test_a_template_may_be_replaced(with_template: Open) -> None:
+    tokenizer = with_template(None)
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    assert tokenizer.render_chat([{"role": "user", "content": "Ahoy"}]) == "Ahoy!"
 
 
 FAULTS = {

@@ -172,9 +172,9 @@ def test_an_artifact_that_python_has_imported_from_loads_again(original: Path, c
     """Python makes `__pycache__`, a user compiles the folder: neither is an error, and neither is looked at."""
     subprocess.run([sys.executable, "-m", "compileall", "-q", copy / PACKAGE], check=True)
     moved = Path(shutil.copytree(copy, tmp_path / "moved"))
-    for _ in range(2):
-        assert python(USE.replace("ARTIFACT", repr(str(moved))), tmp_path).stdout == expected(original)
-        runtime.load(moved)
+    runtime.load(moved)
+    assert python(USE.replace("ARTIFACT", repr(str(moved))), tmp_path).stdout == expected(original)
+    runtime.load(moved)
     assert (moved / PACKAGE / "__pycache__").is_dir()
 
 
@@ -187,11 +187,15 @@ def test_a_changed_module_is_not_run(copy: Path, marker: Path, name: str) -> Non
     with pytest.raises(Exception, match=f"{name} was changed after the compile"):
         AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
     if name in ("runtime/load.py", "text.py"):
+        wrong = "was changed after the compile"
+        if name == "text.py":
+            path.unlink()
+            wrong = "is missing"
         done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy")
         assert done.returncode == 1
         assert done.stderr.startswith(f"{PACKAGE}: ")
         assert done.stderr.count("\n") == 1, done.stderr
-        assert f"{name} was changed after the compile" in done.stderr
+        assert f"{name} {wrong}" in done.stderr
     assert not marker.exists(), marker.read_text()
 
 
@@ -224,7 +228,10 @@ def test_a_manifest_that_lists_nothing_is_refused(copy: Path, marker: Path, tmp_
             path.write_text(payload(marker))
     with pytest.raises(runtime.ArtifactError):
         runtime.load(copy)
-    assert python(USE.replace("ARTIFACT", repr(str(copy))), tmp_path).returncode == 1
+    if not isinstance(files, list):
+        done = python("", copy, "-m", PACKAGE, "--prompt", "Ahoy")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
     assert not marker.exists(), marker.read_text()
 
 
@@ -273,7 +280,7 @@ def test_weights_elsewhere_are_refused(copy: Path, place: str) -> None:
     files = {**manifest["files"], place: file_digest(copy / "model.safetensors")}
     tensors = {**manifest["tensors"], place: manifest["tensors"].pop("model.safetensors")}
     rewrite(copy, weights=[place], files=files, tensors=tensors)
-    with pytest.raises(runtime.ArtifactError, match="no path inside the artifact"):
+    with pytest.raises(runtime.ArtifactError, match=r"no path inside the artifact|names no file beside it"):
         runtime.load(copy)
 
 

@@ -14,6 +14,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.gguf_config import LLAMA3, llama3_factors
 from pmkvq_compiler.source import open_source
 from tests.gguf_files import gguf_file, logits
+from tests.refusals import is_one_sentence, refusal
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
@@ -192,6 +193,7 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         ({"context_length": "many"}, "context_length is 'many'"),
         ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
         ({"tokenizer.ggml.tokens": ["x"] * 129}, "more than the 128 tokens"),
+        ({"tokenizer.rope.freq_base": 5e5}, "of another architecture than its own, llama"),
         ({"general.type": "adapter"}, "not a whole model"),
         ({"split.count": 3}, "one part of several files"),
     ],
@@ -211,6 +213,8 @@ def test_what_a_header_says_and_is_not_understood_is_refused(
     "header",
     [
         {"attention.causal": True},
+        {"general.name": "mistral"},
+        {"general.name": None, "context_length": 2048},
         {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 0.0},
         {"attention.scale": 0.25},
         {"expert_count": 0, "expert_used_count": 0},
@@ -237,6 +241,33 @@ def test_frequency_factors_of_nobody_are_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "model.gguf"))
     gguf_file(tmp_path / "model.gguf", tensors={"rope_freqs.weight": torch.ones(8)})
     assert open_source(str(tmp_path / "model.gguf")).config.rope_parameters["rope_type"] == "default"
+
+
+def test_a_gguf_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    gguf_file(tmp_path / "model.gguf")
+    assert open_source(str(tmp_path / "model.gguf")).tokenizer is None
+    gguf_file(tmp_path / "model.gguf", tokenizer=True)
+    tokenizer = open_source(str(tmp_path / "model.gguf")).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer.encode("the inner")) == "the inner"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"tokenizer.ggml.model": "whale"},
+        {"tokenizer.ggml.tokens": None},
+        {"tokenizer.ggml.merges": ["t"]},
+        {"tokenizer.ggml.merges": ["t h e"]},
+        {"tokenizer.ggml.bos_token_id": 4000},
+        {"tokenizer.ggml.token_type": "x"},
+        {"tokenizer.chat_template": 7},
+    ],
+)
+def test_a_damaged_tokenizer_in_a_header_is_one_sentence_or_no_damage(tmp_path: Path, header: dict[str, Any]) -> None:
+    gguf_file(tmp_path / "model.gguf", tokenizer=True, header=header)
+    sentence = refusal(lambda: open_source(str(tmp_path / "model.gguf")).tokenizer)
+    assert sentence is None or is_one_sentence(sentence)
 
 
 def test_files_beside_a_gguf_file_or_in_the_current_folder_are_not_read(

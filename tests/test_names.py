@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from pmkvq_compiler.artifact import write_manifest
 from pmkvq_compiler.emit import emit_package, write_project
 from pmkvq_compiler.names import in_markdown, one_line, package_name, project_name
 from pmkvq_compiler.source import open_source
@@ -122,8 +123,7 @@ def test_a_wheel_of_any_name_is_built_and_imported(name: str, tmp_path: Path) ->
     source = open_source(str(model_folder(tmp_path / name, num_hidden_layers=1)))
     assert source.name == name
     package, folder = package_name(name), tmp_path / "artifact"
-    emit_package(lowered("llama"), source, folder, package)
-    (folder / "pmkvq.json").write_text("{}")
+    write_manifest(folder, {"package": package}, emit_package(lowered("llama"), source, folder, package))
     write_project(folder, package, name)
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == project_name(package)

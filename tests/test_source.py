@@ -343,7 +343,23 @@ def tables_and_masks_of_older_models(folder: Path) -> None:
     )
 
 
+def weights_of_another_name(folder: Path) -> None:
+    tiny_folder(folder, "llama")
+    (folder / "model.safetensors").rename(folder / "newer.safetensors")
+    tiny_folder(folder / "other", "llama", seed=1)
+    (folder / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    edit_config(folder, transformers_weights="newer.safetensors")
+
+
+def index_of_another_name(folder: Path) -> None:
+    two_shards(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "newer.safetensors.index.json")
+    edit_config(folder, transformers_weights="newer.safetensors.index.json")
+
+
 LAYOUTS = [
+    weights_of_another_name,
+    index_of_another_name,
     stale_index,
     shard_that_is_not_in_the_index,
     tensor_that_the_index_leaves_out,
@@ -398,7 +414,8 @@ def test_numbers_that_transformers_would_change_are_named(tmp_path: Path, monkey
         ({"a": "sub/../../x.safetensors"}, "which is no safetensors file of its folder"),
         ({"a": "pytorch_model.bin"}, "names 'pytorch_model.bin'"),
         ({"a": "nowhere.safetensors"}, r"nowhere\.safetensors cannot be read: it is missing"),
-        ({"a": 1}, "not the index"),
+        ({"a": 1}, "names '1', which is no safetensors file"),
+        ({"a": "x.safetensors", "b": 1}, "not the index"),
         ({}, "names no file"),
         (["a"], "not the index"),
         (None, "not the index"),
@@ -428,10 +445,19 @@ def test_a_tensor_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
         open_source(str(tmp_path / "model")).load_model("eager")
 
 
-def test_an_adapter_is_not_left_out_unsaid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00000-model-00001-of-00002.safetensors"])
+def test_what_transformers_would_load_besides_is_not_left_out_unsaid(tmp_path: Path, name: str) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CompileError, match=r"holds an adapter .* merge it"):
+    (folder / name).write_text("{}")
+    with pytest.raises(CompileError, match=r"which would be left out; merge it first"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "model.bin", "", 7, {"a": 1}])
+def test_weights_that_the_config_names_elsewhere_are_refused(tmp_path: Path, name: Any) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama")
+    edit_config(folder, transformers_weights=name)
+    with pytest.raises(CompileError, match=r"config\.json \(transformers_weights\) names"):
         open_source(str(folder))
 
 
@@ -498,10 +524,24 @@ def test_weights_beyond_the_chosen_dtype_are_named(tmp_path: Path, model_type: s
         ("head_dim", 0),
         ("head_dim", 24),
         ("max_position_embeddings", "far"),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", -1),
+        ("max_position_embeddings", 10**18),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": -5.0}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", [1e4]),
+        ("rms_norm_eps", -1e-6),
+        ("rms_norm_eps", float("nan")),
+        ("hidden_act", "whale"),
+        ("dtype", "float8_e4m3fn"),
+        ("dtype", "int8"),
+        ("dtype", "banana"),
         ("rms_norm_eps", "small"),
     ],
 )
-def test_sizes_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+def test_numbers_that_are_not_of_the_checkpoint_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     edit_config(folder, **{name: value})
     with pytest.raises(CompileError) as caught:
@@ -667,9 +707,10 @@ def other_special_tokens(folder: Path) -> None:
         other_special_tokens,
         lambda folder: (folder / "added_tokens.json").write_text("{}"),
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda folder: (folder / "whale.tiktoken").write_text("YQ== 0"),
         lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 7e4}),
     ],
-    ids=["middle of the weights", "tokenizer", "special tokens", "added tokens", "chat template", "config"],
+    ids=["middle of the weights", "tokenizer", "special tokens", "added tokens", "chat template", "tiktoken", "config"],
 )
 def test_the_fingerprint_follows_every_file_that_decides(tmp_path: Path, change: Callable[[Path], Any]) -> None:
     folder = model_folder(tmp_path / "model", intermediate_size=4096)
@@ -734,3 +775,18 @@ def test_a_chat_template_cannot_name_a_place_elsewhere(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil', which is no file name"):
         open_source(str(folder)).save_tokenizer(tmp_path / "a" / "b" / "c")
+
+
+def test_two_tokens_of_one_id_are_refused_and_an_added_token_may_take_a_place(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = {**tokenizer["added_tokens"][0], "id": 7, "content": "<whale>"}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({**tokenizer, "added_tokens": [*tokenizer["added_tokens"], added]})
+    )
+    assert open_source(str(folder)).tokenizer is not None
+    tokenizer["model"]["vocab"]["a"] = tokenizer["model"]["vocab"]["b"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sentence = refusal(lambda: open_source(str(folder)).tokenizer)
+    assert sentence is not None
+    assert "two of its tokens have the same id" in sentence

@@ -98,6 +98,19 @@ def test_a_manifest_that_asks_for_other_code_is_refused(copy: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_config_that_names_code_runs_none(copy: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    listed(copy, "configuration_owl.py", f"open({str(marker)!r}, 'w').close()\nclass OwlConfig: ...\n")
+    config = json.loads((copy / "config.json").read_text())
+    for model_type in ("owl", config["model_type"]):
+        named = {"AutoConfig": "configuration_owl.OwlConfig", "AutoModelForCausalLM": "configuration_owl.OwlConfig"}
+        listed(copy, "config.json", json.dumps({**config, "model_type": model_type, "auto_map": named}))
+        with pytest.raises(runtime.ArtifactError, match=r"cannot be written anew|is not what this version") as caught:
+            runtime.load(copy, trust_code=False)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
 def test_machine_code_is_not_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be written anew in a few seconds; Triton compiles its kernels instead."""
     loading = sys.modules[runtime.load.__module__]

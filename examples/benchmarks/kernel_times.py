@@ -280,7 +280,7 @@ def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float
         kernels._append(k, v, cache, store)
 
     taken = microseconds(work)
-    store.rows, store.flushed = rows, flushed
+    store.rows, store.flushed, store.overwritten = rows, flushed, False
     return taken
 
 
