@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
-MEASURES = 3
+MEASURES = 4
 """To be raised where what is measured changes, so that no older calibration is taken for a new one."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16

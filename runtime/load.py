@@ -26,7 +26,7 @@ from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
 from .model import CompiledModel
 from .plan import CachePlan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Backend = Literal["reference", "triton"]
 MANIFEST = "pmkvq.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

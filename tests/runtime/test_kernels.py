@@ -93,8 +93,6 @@ def covering() -> list[Case]:
                 heads=1 + turn % 2,
                 dtype=(torch.float16, torch.bfloat16)[number % 2],
                 steps=LENGTHS[at % 4],
-                key_clip=(1.0, 0.8, 0.6)[at % 3],
-                value_clip=(0.6, 1.0, 0.8)[at % 3],
                 direct=turn % 2 == 0,
             )
             if turn == 3:
