@@ -75,6 +75,13 @@ def test_chains_are_right_or_wrong_and_the_artifact_decodes_them_as_scored(
     assert (tmp_path / "out" / "quality.svg").is_file()
 
 
+def test_the_own_problems_are_drawn_whatever_the_calibration_is(quality: ModuleType, tmp_path: Path) -> None:
+    arguments = quality._arguments(["--calib", str(tmp_path / "text.txt"), "--count", "3"])
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.arguments, bench.source = arguments, open_source(arguments.model, "auto")
+    assert len(bench._items()) == 3
+
+
 @torch.no_grad()
 def own_continuations(folder: Path) -> list[dict[str, str]]:
     """Prompts and the chains that the model at full precision goes on with, one character a token."""

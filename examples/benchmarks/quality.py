@@ -37,6 +37,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -179,9 +180,7 @@ class Bench:
     def _own_calibration(self) -> str:
         if self.arguments.text or self.arguments.problems:
             return "builtin"
-        sys.path.insert(0, str(OWN))
-        import problems
-
+        problems = own_problems()
         path, rng = self.arguments.output / "calibration.jsonl", random.Random(2)
         entries = problems.most_entries(self.arguments.calib_len)
         texts = ["".join(problems.ledger(rng, entries)) for _ in range(self.arguments.calib_samples)]
@@ -200,8 +199,7 @@ class Bench:
             lines = [json.loads(line) for line in arguments.problems.read_text(encoding="utf-8").splitlines()]
             pairs = [(line["prompt"], line["chain"]) for line in lines]
         else:
-            import problems
-
+            problems = own_problems()
             rng, entries = random.Random(1), problems.most_entries(4096)
             pairs = [problems.ledger(rng, entries) for _ in range(arguments.count)]
         begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -363,6 +361,14 @@ class Bench:
         attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
         with observed(attention):
             return run(self.model, ids.to(self.model.device), positions)
+
+
+def own_problems() -> ModuleType:
+    """`problems.py` of the project's own reasoner."""
+    sys.path.insert(0, str(OWN))
+    import problems
+
+    return problems
 
 
 def number_format(recipe: str) -> AbstractContextManager[None]:
