@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None]
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
-MEASURES = 4
+MEASURES = 5
 """To be raised where what is measured changes, so that no older calibration is taken for a new one."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16

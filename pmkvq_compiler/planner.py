@@ -2,7 +2,7 @@
 
 Choosing is a multiple-choice knapsack, solved as an integer program by CBC through PuLP: PM-KVQ's allocation,
 with true bytes in place of code bits, over all that a recipe lets a layer choose: widths of K and V, grouping axis of
-K, transforms, clips and the window.
+K, transforms and the window.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def candidates(
 def _candidate(
     plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
 ) -> Candidate:
-    """The best formats of the plan's widths, axis and window, and the plan with their clips."""
+    """The plan with the best formats of its widths, axis and window."""
     if not plan.quantized:
         return Candidate(plan, 0.0)
     key = min(
@@ -257,9 +257,8 @@ def _candidate(
         (kept for kept in value_costs if kept.bits == plan.value_bits),
         key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
     )
-    chosen = replace(plan, key_clip=key.clip, value_clip=value.clip)
     cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
-    return Candidate(chosen, cost, key, value)
+    return Candidate(plan, cost, key, value)
 
 
 def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: Calibration) -> list[PlanRow]:

@@ -33,7 +33,7 @@ from .plan import (
     head_bytes,
     longest,
 )
-from .quantize import encode, group_parameters, pack, shift_to, unpack
+from .quantize import encode, group_parameters, lower, pack, unpack
 
 if TYPE_CHECKING:
     from .graph import DecodeGraph
@@ -53,8 +53,6 @@ class Records:
     key_bits: int
     value_bits: int
     key_by_channel: bool
-    key_clip: float
-    value_clip: float
     key_parameters: Tensor
     value_parameters: Tensor
     key_codes: Tensor
@@ -177,8 +175,6 @@ class LayerCache:
             key_bits=key_bits,
             value_bits=value_bits,
             key_by_channel=plan.key_axis == "channel",
-            key_clip=plan.key_clip,
-            value_clip=plan.value_clip,
             key_parameters=key_parameters.view(torch.int16),
             value_parameters=value_parameters.view(torch.int16),
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
@@ -272,8 +268,8 @@ class LayerCache:
         key_parameters, value_parameters = group_parameters(keys, key_dim), group_parameters(values, -1)
         records.key_parameters.copy_(key_parameters.squeeze(key_dim))
         records.value_parameters.copy_(value_parameters.squeeze(-1))
-        key_codes = encode(keys, key_parameters, records.key_bits, records.key_clip)
-        value_codes = encode(values, value_parameters, records.value_bits, records.value_clip).transpose(-1, -2)
+        key_codes = encode(keys, key_parameters, records.key_bits)
+        value_codes = encode(values, value_parameters, records.value_bits).transpose(-1, -2)
         records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
         records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 
@@ -324,8 +320,9 @@ class LayerCache:
         return max(0, self.rows[sequence] - plan.sink - kept)
 
     def lower(self) -> None:
-        """Halve the codes of all sequences to the next stage, in place (PM-KVQ, equivalent right shift)."""
+        """Halve the codes of all sequences to the next stage, in place."""
         self.overwritten = True
+
         before, after = self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
         for sequence in range(len(self.rows)):
             live = self.live_blocks(sequence)
@@ -338,19 +335,19 @@ class LayerCache:
 def _lower_records(wide: Records, narrow: Records) -> None:
     """Rewrite records at narrower widths. They may overlap: everything is read before anything is written."""
     key_parameters, value_parameters = wide.key_parameters.clone(), wide.value_parameters.clone()
-    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits, wide.key_clip)
-    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits, wide.value_clip)
+    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits)
+    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits)
     narrow.key_parameters.copy_(key_parameters)
     narrow.value_parameters.copy_(value_parameters)
     narrow.key_codes.copy_(key_codes)
     narrow.value_codes.copy_(value_codes)
 
 
-def _lower_codes(packed: Tensor, bits: int, target: int, clip: float) -> Tensor:
+def _lower_codes(packed: Tensor, bits: int, target: int) -> Tensor:
     if bits == target:
         return packed.clone()
     codes = unpack(packed.view(torch.int16), bits)
-    return pack(shift_to(codes, bits, target, clip), target).view(torch.uint8)
+    return pack(lower(codes, bits, target), target).view(torch.uint8)
 
 
 def _is_there(device: str) -> bool:

@@ -18,7 +18,6 @@ from .cubins import CompiledKernels
 from .errors import ArtifactError, InputError
 from .manifest import AGAIN, conform, parse_json
 from .plan import CODE_BITS, LayerPlan, block_bytes
-from .quantize import narrowing_margin, step_fraction
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache
@@ -168,7 +167,6 @@ class LayerKernels:
                 k.shape[0],
                 store.plan.window,
                 store.ring,
-                *_steps(store),
                 **_widths(store),
                 MODE=mode,
                 num_warps=self.tuning.append_warps,
@@ -191,8 +189,6 @@ class LayerKernels:
                 cache.batch_size,
                 plan.window,
                 store.ring,
-                narrowing_margin(plan.key_clip),
-                narrowing_margin(plan.value_clip),
                 KEY_BITS=before[0],
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
@@ -227,7 +223,6 @@ class LayerKernels:
             pool_splits,
             splits,
             scale,
-            *_steps(store),
             **widths,
             CELLS=min(tuning.cells, self.largest_cells(widths["VALUE_BITS"])),
             PREFETCH=tuning.prefetch,
@@ -296,7 +291,6 @@ class LayerKernels:
                 plan.window,
                 store.ring,
                 capacity,
-                *_steps(store),
                 **_widths(store),
                 ROWS=ROWS_COPIED,
                 num_warps=4,
@@ -368,12 +362,6 @@ def _widths(store: LayerCache) -> dict[str, Any]:
     """Present widths; any that the kernels know where nothing is quantized."""
     key_bits, value_bits = store.bits if store.plan.quantized else (8, 8)
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
-
-
-def _steps(store: LayerCache) -> tuple[float, float]:
-    """A step of a code of K and of V, in units of its group's range."""
-    plan, widths = store.plan, _widths(store)
-    return step_fraction(widths["KEY_BITS"], plan.key_clip), step_fraction(widths["VALUE_BITS"], plan.value_clip)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -25,7 +25,7 @@ import torch
 from .errors import ArtifactError
 from .plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "pmkvq.json"
 LARGEST_JSON = 64 << 20
 """Bytes of a JSON file beyond which it is not read: a model of a hundred thousand tensors takes a tenth."""
