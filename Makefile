@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint venv
+.PHONY: demo test fuzz lint venv
 
 demo: venv
 	$(BIN)/pmkvq-compile demo --budget 22MiB --max-len 4096 -o out/demo --force
@@ -13,7 +13,11 @@ demo: venv
 
 # Tests run with what every shell has: a variable of this one could hide a fault that others would meet.
 test: venv
-	env -i HOME="$$HOME" PATH="$$PATH" $(BIN)/pytest -q
+	env -i HOME="$$HOME" PATH="$$PATH" $(BIN)/pytest -q -n auto --dist loadfile
+
+# Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
+fuzz: venv
+	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto tests/fuzz
 
 lint: venv
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from pmkvq_compiler.runtime.load import file_digest
 from .children import in_child
 from .conftest import silent
 from .environments import environment, install
-from .folders import TEXT, model_folder, tree
+from .folders import TEXT, model_folder, open_to_others, tree
 from .test_huggingface import CHAT_TEMPLATE
 
 PACKAGE = "tiny_qwen"
@@ -151,11 +150,16 @@ WAYS: list[Callable[[Path, Path], Path]] = [
 ]
 
 
+def forget_modules() -> None:
+    """Let the artifact's code be found anew, wherever its copies lie."""
+    for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, "transformers_modules")]:
+        del sys.modules[name]
+
+
 def load_everyhow(folder: Path, modules: Path) -> list[list[int]]:
     """The tokens that follow a prompt, from the runtime, from the package and from transformers, which copies code into
     the folder `modules`."""
-    for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, "transformers_modules")]:
-        del sys.modules[name]
+    forget_modules()
     sys.path[:0] = [str(folder), str(modules)]
     dynamic_module_utils.HF_MODULES_CACHE = str(modules)
     ids = torch.arange(3, 33).unsqueeze(0)
@@ -178,6 +182,7 @@ def tokens(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", "")
         ways = load_everyhow(copied(artifact, folder), folder / "modules")
+    forget_modules()
     assert ways[0] == ways[1] == ways[2]
     return ways[0]
 
@@ -187,9 +192,7 @@ def test_an_artifact_elsewhere_loads_twice_in_every_way(
     artifact: Path, tokens: list[int], tmp_path: Path, way: Callable[[Path, Path], Path]
 ) -> None:
     """Each time in a process of its own, which shares nothing with the first but what the first wrote."""
-    for folder in (tmp_path, *tmp_path.parents):  # pytest's folders are for their owner alone
-        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
-            folder.chmod(0o755)
+    open_to_others(tmp_path)
     place = way(artifact, tmp_path)
     modules = tmp_path / "modules"
     modules.mkdir()

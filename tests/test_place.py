@@ -23,7 +23,7 @@ from pmkvq_compiler.interrupts import Signals
 from pmkvq_compiler.place import Place, claimed
 from tests.children import in_child
 from tests.conftest import token_lines
-from tests.folders import model_folder, tree
+from tests.folders import model_folder, open_to_others, tree
 
 Claim = Callable[..., "Iterator[Place]"]
 
@@ -287,10 +287,7 @@ def test_a_compile_killed_between_two_renames_is_undone_by_the_next(tmp_path: Pa
 
 
 def test_a_folder_that_this_user_may_not_write_to_is_refused_at_the_start(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        with suppress(PermissionError):
-            parent.chmod(0o755)
+    open_to_others(tmp_path)
     artifact(tmp_path / "old")
     tmp_path.chmod(0o555)
 
