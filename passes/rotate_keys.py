@@ -46,6 +46,16 @@ class RotateKeys(Pass):
         return bool(self.rotations)
 
 
+def rotated_layers(program: Program) -> list[int]:
+    """Layers whose keys are rotated, outlined or not."""
+    found = {node.args[4] for node in cached_attentions(program) if node.kwargs.get("key_rotation") is not None}
+    for call in program.graph.find_nodes(op="call_module"):
+        nodes = program.graph_module.get_submodule(call.target).graph.nodes
+        if any(node.kwargs.get("key_rotation") is not None for node in nodes):
+            found.add(call.args[0])
+    return sorted(found)
+
+
 def _check(layer: int, rotation: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(rotation.shape) != expected:
         raise ValueError(

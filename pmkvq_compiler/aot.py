@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pmkvq_compiler.children import isolated
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.kernel_source import TUNING
 from pmkvq_compiler.options import TARGETS
@@ -278,8 +279,8 @@ class Cubin:
         return hashlib.sha256(self.code).hexdigest()[:16] + ".cubin"
 
 
-def write_cubins(package: Path, checkpoint: Sequence[Path], targets: Sequence[str], progress: Progress) -> None:
-    """Compile every kernel of the artifact in `package` for the targets, into `kernels/aot/` there.
+def write_cubins(package: Path, checkpoint: Sequence[Path], targets: Sequence[str], progress: Progress) -> list[Path]:
+    """Compile every kernel of the artifact in `package` for the targets, into `kernels/aot/` there; returns the files.
 
     Raises `CompileError` where a kernel cannot be compiled.
     """
@@ -291,10 +292,12 @@ def write_cubins(package: Path, checkpoint: Sequence[Path], targets: Sequence[st
         for key, launched in recorder.launches.items()
     }
     cubins = compile_all(jobs, progress)
+    files = {target: package / "kernels" / "aot" / f"{target}.zip" for target in targets}
     (package / "kernels" / "aot").mkdir()
-    for target in targets:
+    for target, file in files.items():
         of_target = {(name, key): cubin for (other, name, key), cubin in cubins.items() if other == target}
-        _write_archive(package / "kernels" / "aot" / f"{target}.zip", recorders, of_target)
+        _write_archive(file, recorders, of_target)
+    return list(files.values())
 
 
 def _write_archive(path: Path, recorders: dict[str, Recorder], cubins: dict[tuple[str, str], Cubin]) -> None:
@@ -320,6 +323,7 @@ def _write_archive(path: Path, recorders: dict[str, Recorder], cubins: dict[tupl
             archive.writestr(entry, content)
 
 
+@isolated()
 def compile_all(jobs: dict[Any, Work], progress: Progress) -> dict[Any, Cubin]:
     """What the jobs make, in processes of their own: none of them has the interpreter turned on.
 

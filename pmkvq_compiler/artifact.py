@@ -1,67 +1,99 @@
-"""The artifact folder: written beside its target, renamed when it is whole, never half there."""
+"""What an artifact is on the disk: a manifest, and exactly the files that the manifest lists."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmkvq_compiler.errors import CompileError, UsageError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from pmkvq_compiler.runtime.load import FORMAT_VERSION, MANIFEST, file_digest
 
-
-def check_target(output: Path, force: bool) -> None:
-    """Raises `UsageError` where something is at `output` that the compile must not replace."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; choose a folder with -o")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise UsageError(f"output {output} is not empty; choose another folder with -o or replace it with --force")
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well and vanishes when it does not."""
-    output = output.absolute()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = output.parent / f".{output.name}.{os.getpid()}.partial"
-        staging.mkdir()
-    except OSError as error:
-        raise CompileError(f"output {output} cannot be written ({error}); choose another folder with -o") from error
-    try:
-        yield staging
-        _replace(output, staging)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace(output: Path, staging: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    old = staging.with_suffix(".old")
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
-
-
 MODEL_CARD = "README.md"
+"""The one file without a digest: people edit it where they publish the artifact."""
+MADE_BY_OTHERS = ("__pycache__", ".cache")
+"""Folders that Python and the hub's client make in an artifact that is in use."""
+MANIFEST_BYTES = 64 << 20
+"""No manifest is longer."""
+METADATA = {"format": "pt"}
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """`pmkvq.json`: the format version, `content` and the sha256 of every other file.
-
-    Only the model card has none: people edit it where they publish the artifact.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, MODEL_CARD))
-    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+def write_manifest(folder: Path, content: dict[str, Any], written: Iterable[Path]) -> None:
+    """`pmkvq.json`: the format version, `content` and the sha256 of the files that the compiler has `written`."""
+    listed = sorted(path for path in written if path.name != MODEL_CARD)
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in listed}
     manifest = {"format_version": FORMAT_VERSION, **content, "files": digests}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def remove_unlisted(folder: Path, written: Iterable[Path]) -> None:
+    """Remove what other programs left in a folder that is to become an artifact, such as Python's bytecode."""
+    belonging = {folder / MANIFEST, *written}
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in belonging:
+            path.unlink()
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is one that the compiler wrote, in this format or another, whole or damaged."""
+    return _listed(folder) is not None
+
+
+def foreign_files(folder: Path) -> Iterator[str]:
+    """The files in an artifact that neither its compile nor its use has put there."""
+    listed = {*(_listed(folder) or ()), MANIFEST, MODEL_CARD}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_file = path.is_symlink() or not path.is_dir()
+        if is_file and name.as_posix() not in listed and not set(MADE_BY_OTHERS) & set(name.parts[:-1]):
+            yield name.as_posix()
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """What the manifest lists; None where there is none, or something else of that name."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MANIFEST_BYTES:
+            return None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
+        return None
+    files = manifest.get("files")
+    return set(files) if isinstance(files, dict) else None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] = METADATA) -> None:
+    """`save_file` of safetensors, with errors and permissions as of any other file that Python writes.
+
+    By itself it makes files that nobody but their owner may read. Raises `OSError`.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(path)) from error
+    os.chmod(path, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """The permissions that new files are not given. Linux tells them; elsewhere to ask is to set them."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("Umask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask

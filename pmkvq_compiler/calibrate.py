@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +26,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmkvq_compiler.passes.fold_value_transform import can_transform
-from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.passes.program import AttentionSite, Projection
 from pmkvq_compiler.runtime.rotation import hadamard
 
 from .errors import CompileError, UsageError
 from .formats import Transform
 from .matching import Moments
 from .options import CompileOptions
+from .ranges import USUAL, Ranges, exponents, unusual
 from .recipes import Recipe, key_formats, resolved, value_formats
 from .recording import ATTENTION, AttentionCall, observed, run
 from .scales import ScaleSearch
 from .sensitivity import GradientProduct, Losses, OutputLoss
 from .source import Source, check_finite
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's text, the steps done and the steps in all."""
@@ -44,7 +48,7 @@ Progress = Callable[[str, int, int], None]
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
-MEASURES = 3
+MEASURES = 5
 """To be raised where what is measured changes, so that no older calibration is taken for a new one."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
@@ -60,7 +64,8 @@ class Calibration:
 
     `key_maxima` float32 [Hkv, dk]: largest |K| of each channel, after RoPE. `alphas`, `scales` float64 [Hkv, dk]: the
     reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_matrices` and
-    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by.
+    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by, powers of two
+    included that bring them to where codes are good (`ranges`); "none" is among them in the layers that need it.
 
     `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
     format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
@@ -128,10 +133,14 @@ def calibrate(
     moments = Moments()
     if "match" in (*recipe.key_transforms, *recipe.value_transforms):
         walk("Measuring moments", moments, objective=_sampled_loss)
+    ranges = Ranges()
+    _walk(model, samples[:1], progress, "Measuring ranges", ranges)
     calibration = replace(
         calibration,
-        key_matrices=_key_matrices(sites, recipe, calibration.scales, moments),
-        value_matrices=_value_matrices(sites, recipe, moments),
+        key_matrices=_normalized(
+            _key_matrices(sites, recipe, calibration.scales, moments), _key_powers(source, sites, ranges)
+        ),
+        value_matrices=_normalized(_value_matrices(sites, recipe, moments), _value_powers(source, sites, ranges)),
     )
 
     formats = (
@@ -182,6 +191,62 @@ def _value_matrices(sites: Sequence[AttentionSite], recipe: Recipe, moments: Mom
         if "match" in recipe.value_transforms:
             matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
     return matrices
+
+
+def _key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
+    """By layer, what each head of K is multiplied by [Hkv, dk] and its queries are divided by, where that is needed."""
+    powers = {}
+    for site in sites:
+        if not bool(unusual(ranges.key[site.layer]).any()):
+            continue
+        if site.reason is not None or site.key is None or site.query is None:
+            _tell_unusual("K", site.layer, ranges.key[site.layer], site.reason)
+            continue
+        weights = (_rows(source, site.key), _rows(source, site.query))
+        chosen = 2 ** exponents(ranges.key[site.layer], *weights, source.dtype)
+        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.key_head_dim)
+    return powers
+
+
+def _value_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
+    """By layer, what each head of V is multiplied by [Hkv, dv] and its outputs are divided by, where that is needed."""
+    powers = {}
+    for site in sites:
+        if not bool(unusual(ranges.value[site.layer]).any()):
+            continue
+        if site.value is None or site.output is None:
+            reason = "v_proj or the output projection was not found in the graph"
+            _tell_unusual("V", site.layer, ranges.value[site.layer], reason)
+            continue
+        weights = (_rows(source, site.value), source.read(site.output))
+        chosen = 2 ** exponents(ranges.value[site.layer], *weights, source.dtype)
+        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.value_head_dim)
+    return powers
+
+
+def _rows(source: Source, projection: Projection) -> Tensor:
+    return source.read(projection.weight)[projection.start : projection.start + projection.rows]
+
+
+def _tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:
+    logger.warning(
+        "%s of layer %d spans %.0e in a typical token, which codes express coarsely below %.0e and above %.0e, and it "
+        "cannot be scaled in the weights (%s): expect a loss there, or scale the model's weights",
+        tensor, layer, float(ranges[unusual(ranges)][0]), *USUAL, reason,
+    )  # fmt: skip
+
+
+def _normalized(matrices: Matrices, powers: dict[int, Tensor]) -> Matrices:
+    """Matrices whose rows are multiplied by powers of two, where there are any; "none" among them, then."""
+    normalized = dict(matrices)
+    for layer, power in powers.items():
+        plain: dict[Transform, Tensor] = {
+            "none": torch.eye(power.shape[1], dtype=torch.float64).repeat(len(power), 1, 1)
+        }
+        normalized[layer] = {
+            transform: power.unsqueeze(2) * matrix for transform, matrix in {**matrices.get(layer, {}), **plain}.items()
+        }
+    return normalized
 
 
 def calibration_fingerprint(
@@ -283,6 +348,16 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
             f"{length} need {wanted * body:,}; give more text or lower --calib-samples or --calib-len"
         )
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
+
+
+def _check_tokens(source: Source, largest: int) -> None:
+    """Raise `CompileError` where the tokenizer makes tokens that the model does not have."""
+    vocab_size = source.config.get_text_config().vocab_size
+    if largest >= vocab_size:
+        raise CompileError(
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text, and the model has "
+            f"{vocab_size:,} tokens; tokenizer and weights are not of the same model"
+        )
 
 
 def _calibration_bytes(calib: str) -> bytes:

@@ -58,7 +58,8 @@ def load_or_calibrate(
 
 def calibration_path(output: Path, name: str, fingerprint: str) -> Path:
     """The file of a calibration of the model called `name`, for an artifact at `output`."""
-    return output.parent / f"{name}-{fingerprint[:12]}.calibration.safetensors"
+    short = name.encode()[:180].decode(errors="ignore")  # a file's name has 255 bytes at most
+    return output.parent / f"{short}-{fingerprint[:12]}.calibration.safetensors"
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:

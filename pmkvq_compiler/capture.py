@@ -26,6 +26,7 @@ from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
 IMPLEMENTATION = "pmkvq"
 INPUTS = ("input_ids", "position_ids")
 HEAD_DIM_MULTIPLE = 8
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
 POSITIONS_TRIED = 1 << 20
 """A mask is compared with a plain window at positions below the model's maximum, and at most at so many."""
@@ -62,6 +63,18 @@ def _check_config(config: PretrainedConfig) -> None:
             f"{config.model_type} has layers with chunked attention, which the cache cannot represent; choose a "
             f"model with causal or sliding-window attention"
         )
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if others:
+        raise CompileError(
+            f"{config.model_type} has layers of type {', '.join(others)}, which keep something else than the keys and "
+            f"values of each token; choose a model all of whose layers are attention"
+        )
+    shared = getattr(text, "num_kv_shared_layers", None)
+    if shared:
+        raise CompileError(
+            f"the last {shared} layers of {config.model_type} share the keys and values of layers before them, and the "
+            f"cache keeps each layer's own; choose a model whose layers share none"
+        )
     moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
     if moving:
         raise CompileError(
@@ -85,7 +98,10 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=IMPLEMENTATION, dtype=torch.float32
+                copy.deepcopy(config),
+                attn_implementation=IMPLEMENTATION,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
     except Exception as error:  # whatever the code of an architecture may raise
         if IMPLEMENTATION in str(error):
@@ -96,6 +112,16 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise CompileError(
             f"{config.model_type} cannot be built as a causal language model: {_brief(error)}; choose another model"
         ) from error
+    if model._is_stateful:
+        raise CompileError(
+            f"{config.model_type} carries a recurrent state from token to token, which no KV cache holds; choose a "
+            f"model all of whose layers are attention"
+        )
+    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in _language_modules(model)):
+        raise CompileError(
+            f"{config.model_type} mixes neighbouring tokens with convolutions, which no KV cache holds; choose a model "
+            f"all of whose layers are attention"
+        )
     model.tie_weights()
     kept = set(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
@@ -177,8 +203,13 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
             return torch.export.export(_LanguageModel(model), examples, strict=False, dynamic_shapes=(shape, shape))
     except CompileError:
         raise
-    except Exception as error:
-        raise CompileError(f"{model.config.model_type} cannot be captured by torch.export: {_brief(error)}") from error
+    except Exception as error:  # whatever the code of an architecture may raise
+        torchs = type(error).__module__.startswith("torch")  # of which the words are those of its developers
+        reason = "its code takes other ways for other texts or lengths" if torchs else _brief(error)
+        raise CompileError(
+            f"{model.config.model_type} cannot be captured as one graph by torch.export: {reason}; choose another "
+            f"architecture"
+        ) from error
 
 
 def _to_program(exported: ExportedProgram, model: PreTrainedModel, buffers: dict[str, Tensor]) -> Program:
@@ -232,6 +263,11 @@ def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
     model_type, count = config.model_type, config.get_text_config().num_hidden_layers
     markers = graph.find_nodes(op="call_function", target=MARKER)
     layers = [marker.args[5] for marker in markers]
+    if len(set(layers)) < len(layers):
+        raise CompileError(
+            f"{model_type} computes attention {len(layers)} times in {count} layers, and the cache keeps the keys and "
+            f"values of one attention for each; choose another architecture"
+        )
     if layers != list(range(count)):
         raise CompileError(
             f"{model_type} has {count} layers, of which {len(markers)} route their attention through transformers' "
@@ -270,12 +306,18 @@ def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: Pre
         if id(mask) not in windows:
             try:
                 windows[id(mask)] = _window_of(mask, positions)
-            except Exception as error:
+            except Exception as error:  # masks may be functions of anything
+                reason = str(error) if isinstance(error, ValueError) else "it depends on more than positions"
                 raise CompileError(
                     f"the attention mask of layer {layer} of {config.model_type} is neither causal nor a sliding "
-                    f"window, so the cache cannot represent it ({_brief(error)})"
+                    f"window, so the cache cannot represent it: {reason}; choose another model"
                 ) from error
         marker.update_arg(6, windows[id(mask)])
+
+
+def _language_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules that tokens go through: not those of towers for images or sound."""
+    return (model.get_decoder() or model).modules()
 
 
 def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
@@ -287,7 +329,11 @@ def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
     def row(query: int) -> Tensor:
         return torch.as_tensor(mask(zero, zero, torch.tensor(query), keys)).expand(positions)
 
+    if bool(row(0)[1:].any()):
+        raise ValueError("tokens see those that come after them")
     window = int(row(positions - 1).sum())
+    if window == 0:
+        raise ValueError("tokens do not even see themselves")
     edges = {0, 1, window - 1, window, window + 1, 2 * window, positions // 2, positions // 3, positions - 2}
     for query in sorted(edges & set(range(positions))):
         if not torch.equal(row(query), (keys <= query) & (keys > query - window)):

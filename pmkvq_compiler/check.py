@@ -8,15 +8,19 @@ into a cache whose layers are all at their final bits.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import pmkvq_compiler.runtime as runtime
+from pmkvq_compiler.artifact import save_tensors
+from pmkvq_compiler.children import isolated
 from pmkvq_compiler.errors import CompileError
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -27,24 +31,28 @@ ROWS = 256
 """Rows of logits that are compared at a time: vocabularies are large."""
 
 
-def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
     """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the
-    last N of `input_ids` [1, S].
+    last N of `input_ids` [1, S]. What the two processes tell each other is written into `scratch`.
 
     Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
     """
-    reference = folder / ".reference.safetensors"
-    save_file({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
-    try:
-        command = [sys.executable, "-m", "pmkvq_compiler.check", str(folder), str(reference)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    finally:
-        reference.unlink()
-    if done.returncode != 0:
-        raise CompileError(
-            f"the artifact does not load in a fresh process; this is a defect of the compiler:\n{done.stderr}"
-        )
-    figures: dict[str, float] = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory(dir=scratch) as place:  # a name that no process of a killed compile writes to
+        reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
+        save_tensors({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
+        command = [sys.executable, "-m", "pmkvq_compiler.check", *map(str, (folder, reference, found))]
+        with isolated():
+            done = subprocess.run(
+                command,
+                cwd=place,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise CompileError(_why_it_ended(done.returncode, done.stderr.decode(errors="replace")))
+        figures: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
     tolerance = TOLERANCE[dtype]
     if not figures["full_precision_error"] <= tolerance:
         raise CompileError(
@@ -54,6 +62,22 @@ def check_artifact(folder: Path, dtype: str, input_ids: Tensor, logits: Tensor) 
     if not figures["planned_precision_kl"] < float("inf"):
         raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
     return figures
+
+
+def _why_it_ended(code: int, said: str) -> str:
+    """What to tell of a process that could not load the artifact; all that it said is in a file that this names."""
+    if code < 0:
+        return (
+            f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
+            f"want of memory; free some and compile again"
+        )
+    with tempfile.NamedTemporaryFile("w", prefix="pmkvq-check-", suffix=".txt", delete=False, encoding="utf-8") as log:
+        log.write(said)
+    reason = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return (
+        f"the artifact does not load in a fresh process ({reason}); this is a defect of the compiler: please report it "
+        f"with {log.name}"
+    )
 
 
 def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
@@ -92,5 +116,7 @@ def divergences(out: Tensor, reference: Tensor, dtype: torch.dtype = torch.float
 
 
 if __name__ == "__main__":
-    reference = load_file(sys.argv[2])
-    print(json.dumps(measure(runtime.load(sys.argv[1]), reference["input_ids"], reference["logits"])))
+    artifact, tensors, output = sys.argv[1:]
+    reference = load_file(tensors)
+    measured = measure(runtime.load(artifact), reference["input_ids"], reference["logits"])
+    Path(output).write_text(json.dumps(measured), encoding="utf-8")

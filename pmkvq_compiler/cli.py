@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pmkvq_compiler.budget import read_budget
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
+from pmkvq_compiler.interrupts import ignore_from_now_on, watched
 from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
@@ -56,7 +57,18 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 1 for a failed compile, 2 for wrong usage, 128 and the signal's number
+    (130 after Ctrl-C) when a signal ended it."""
+    with watched() as signals:
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:
+            if argv is None:  # the process is this command, and about to end
+                ignore_from_now_on()
+            return _fail(signals.sentence, signals.exit_code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         request = parse(argv)
         result = _explore(request) if request.budgets else _compile(request.options)
@@ -65,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (Exception, KeyboardInterrupt) as error:
-        sentence, code = explain(error)
-        print(f"pmkvq-compile: {sentence}", file=sys.stderr)
-        return code
+    except Exception as error:
+        return _fail(*explain(error))
     return 0
 
 
@@ -98,6 +108,11 @@ def parse(argv: Sequence[str] | None) -> Request:
     if chosen["output"] is None:
         chosen["output"] = Path(f"{Path(chosen['model']).name.removesuffix('.gguf') or 'model'}-pmkvq")
     return Request(CompileOptions(**chosen), budgets, as_json)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pmkvq-compile: {message}", file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import builtins
 import itertools
 import keyword
 import operator
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -36,11 +37,25 @@ RESERVED = frozenset(
         "torch",
         "math",
         "F",
+        "Cache",
+        "Callable",
+        "Mapping",
+        "TYPE_CHECKING",
+        "Tensor",
+        "Weights",
+        "annotations",
+        "bind",
         "cached_attention",
+        "hidden_states",
+        "logits",
+        "partial",
         *keyword.kwlist,
         *dir(builtins),
     }
 )
+"""Names that mean something else in a generated module."""
+LAYER_FUNCTION = "decoder_layer"
+"""What the names of the functions of layers begin with."""
 LINE = 120
 EXPRESSION = 88
 """Operands get lines of their own where an expression would be longer."""
@@ -300,7 +315,7 @@ class Body:
             return "size"
         own = relative_module(node, self.module)
         if own and _is_result(node) and self.results[module_of(node)] == 1:
-            return own.rpartition(".")[2]
+            return own
         if node.target is aten.to.dtype and node.args[0].op == "call_function":
             return self._hint(node.args[0])
         if isinstance(node.target, OpOverload):
@@ -308,6 +323,8 @@ class Body:
         return node.target.__name__
 
     def unique(self, hint: str) -> str:
+        """A name that nothing else has, after `hint`: a word, or the path of a module."""
+        hint = identifier(hint)
         candidates = itertools.chain([hint], (f"{hint}_{number}" for number in itertools.count(1)))
         name = next(candidate for candidate in candidates if candidate not in self.names)
         self.names.add(name)
@@ -319,6 +336,13 @@ class Body:
         if isinstance(node.meta["val"], torch.Tensor) and heading and heading != self.heading:
             self.lines += ["", f"# {heading}"] if self.lines else [f"# {heading}"]
             self.heading = heading
+
+
+def identifier(hint: str) -> str:
+    """The end of a dotted path as a Python name: `self_attn.q_norm` gives `q_norm`, `norms.0` gives `norms_0`."""
+    found = re.search(r"[^\W\d]\w*(\W+\d+)*\W*$", hint)
+    name = re.sub(r"\W+", "_", found[0]).rstrip("_") if found else ""
+    return name if name.isidentifier() and not name.startswith(LAYER_FUNCTION) else f"value_{name}".rstrip("_")
 
 
 def wrap(start: str, call: str, indent: int = 4) -> list[str]:

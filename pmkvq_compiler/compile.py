@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import importlib
-import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pmkvq_compiler.aot import check_plan, check_targets, write_cubins
-from pmkvq_compiler.artifact import check_target, staged, write_manifest
+from pmkvq_compiler.artifact import remove_unlisted, write_manifest
 from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate import Calibration
-from pmkvq_compiler.calibration_file import load_or_calibrate
+from pmkvq_compiler.calibration_file import calibration_path, load_or_calibrate
 from pmkvq_compiler.capture import capture
 from pmkvq_compiler.check import check_artifact
-from pmkvq_compiler.emit import emit_package, write_config, write_project, write_weights
+from pmkvq_compiler.checkpoint import INDEX_FILE
+from pmkvq_compiler.emit import emit_package, weight_bytes, write_for_transformers, write_project, write_weights
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Transform
+from pmkvq_compiler.interrupts import Signals, watched
+from pmkvq_compiler.model_source import vocab_size
+from pmkvq_compiler.names import package_name
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.dump import write_dump
-from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.passes.rotate_keys import rotated_layers
+from pmkvq_compiler.place import Place, claimed
 from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
+from pmkvq_compiler.rehearsal import locate
 from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
+from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import Source, open_source
 from pmkvq_compiler.trial import Tried, best_plans
@@ -41,6 +50,8 @@ Progress = Callable[[str, int, int], None]
 MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_MAX_LEN = 4096
 """Tokens a sequence, for models whose configuration sets no limit."""
+BESIDE_WEIGHTS = 16 * 2**20
+"""Bytes of an artifact that are no weights, roughly: a tokenizer, code, a report."""
 
 
 @dataclass(frozen=True)
@@ -59,47 +70,87 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met;
     `options.output` is then absent or as it was.
     """
-    stages = Stages(progress)
     onnx_export = _onnx_export() if options.onnx else None
     check_targets(options.aot)
-    if not options.dry_run:
-        check_target(options.output, options.force)
+    with watched() as signals:
+        stages = Stages(signals.checking(progress))
+        place = nullcontext() if options.dry_run else claimed(options.output, options.force, _inputs(options), signals)
+        with place as claim:
+            return _compile(options, onnx_export, stages, claim, signals)
+
+
+def _inputs(options: CompileOptions) -> dict[str, Path]:
+    """What is read from files, which an artifact must not replace: their paths by what they are."""
+    model, calib = Path(options.model).expanduser(), Path(options.calib)
+    inputs = {"the model": model} if model.exists() else {}
+    return inputs if options.calib == "builtin" else {**inputs, "the calibration text": calib}
+
+
+def _compile(
+    options: CompileOptions, onnx_export: ModuleType | None, stages: Stages, place: Place | None, signals: Signals
+) -> CompileResult:
     source, program, max_len = captured(options, stages)
     if onnx_export is not None:
         onnx_export.check_expressible(program)
+    if place is not None:
+        place.check_room(weight_bytes(program, source.dtype) + BESIDE_WEIGHTS)
     with stages("calibrate"):
         budget = _budget(program, options, max_len)
         check_feasible(program.sites, options, budget, max_len, source.dtype)
-        calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
+        calibration = load_or_calibrate(source, program.sites, options, max_len, stages.progress)
+    kept = calibration_path(options.output, source.name, calibration.fingerprint)
+    if place is not None and kept.exists() and kept.stat().st_mtime >= stages.began:
+        signals.state = f"nothing was changed, and the calibration is kept in {kept}"
     with stages("plan"):
-        (tried,) = best_plans(source, program.sites, calibration, options, [budget], max_len, progress)
+        (tried,) = best_plans(source, program.sites, calibration, options, [budget], max_len, stages.progress)
         plan = tried.solution.plan
         if options.aot:
             check_plan(plan)
     report = _report(source, program, calibration, options, tried)
-    if options.dry_run:
+    if place is None:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
         run_passes(program, _pipeline(tried.solution, calibration), options.dump_passes)
-    with staged(options.output) as folder:
-        with stages("emit"):
-            manifest = _write_model(source, program, calibration, options, folder, progress)
-            write_manifest(folder, manifest)
-        if options.aot:
-            with stages("aot"):
-                checkpoint = [folder / name for name in manifest["weights"]]
-                write_cubins(folder / manifest["package"], checkpoint, options.aot, progress)
-                write_manifest(folder, manifest)
-        if onnx_export is not None:
-            with stages("onnx"):
-                onnx_export.write_onnx(program, folder, manifest["weights"])
-        with stages("check"):
-            report["check"] = check_artifact(folder, plan.dtype, calibration.check_ids, calibration.check_logits)
-        report["seconds"] = stages.seconds
-        write_report(report, folder)
-        write_project(folder, manifest["package"], source.name)
-        write_manifest(folder, manifest)
+    _write_artifact(source, program, calibration, options, onnx_export, report, stages, place)
+    with signals.deferred():
+        place.take(options.force)
+        signals.state = f"{options.output} is the new artifact, whole"
+    signals.check()
     return CompileResult(options.output, plan, report["rows"], report)
+
+
+def _write_artifact(
+    source: Source,
+    program: Program,
+    calibration: Calibration,
+    options: CompileOptions,
+    onnx_export: ModuleType | None,
+    report: dict[str, Any],
+    stages: Stages,
+    place: Place,
+) -> None:
+    """Write and check the artifact in the folder of `place`. The manifest, which loading needs, is written before the
+    check and again when all is there."""
+    folder = place.folder
+    with stages("emit"):
+        manifest, written = _write_model(source, program, calibration, options, place, stages.progress)
+        write_manifest(folder, manifest, written)
+    if options.aot:
+        with stages("aot"):
+            checkpoint = [folder / name for name in manifest["weights"]]
+            written += write_cubins(folder / manifest["package"], checkpoint, options.aot, stages.progress)
+            write_manifest(folder, manifest, written)
+    if onnx_export is not None:
+        with stages("onnx"):
+            written += onnx_export.write_onnx(program, folder, manifest["weights"])
+    with stages("check"):
+        check_ids, check_logits = calibration.check_ids, calibration.check_logits
+        report["check"] = check_artifact(folder, place.scratch, report["dtype"], check_ids, check_logits)
+    report["seconds"] = stages.seconds
+    written += write_report(report, folder)
+    remove_unlisted(folder, written)
+    written += write_project(folder, manifest["package"], source.name)
+    write_manifest(folder, manifest, written)
 
 
 def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, int]:
@@ -111,7 +162,7 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
         program = capture(source.config)
         if options.dump_passes is not None:
             write_dump(program, options.dump_passes)
-        run_passes(program, [LocateAttention()], options.dump_passes)
+        locate(program, source.config.model_type, options.dump_passes)
     return source, program, max_len
 
 
@@ -121,6 +172,7 @@ class Stages:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self.began = time.time()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -162,18 +214,21 @@ def _budget(program: Program, options: CompileOptions, max_len: int) -> int | No
 
 def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
     """The passes that make a program of the plan and what it multiplies K and V by."""
-    folds, scaled = Folds.of(solution, calibration), _scaled(solution)
-    return pipeline(
-        key_scales={layer: calibration.scales[layer] for layer in scaled},
-        key_rotations={layer: rotation for layer, rotation in folds.keys.items() if layer not in scaled},
-        value_transforms=folds.values,
-        plan=solution.plan,
-    )
-
-
-def _scaled(solution: Solution) -> list[int]:
-    """Layers whose key scales are folded."""
-    return [layer for layer, transform in solution.key_transforms.items() if transform == "scale"]
+    folds = Folds.of(solution, calibration)
+    scales: dict[int, Tensor] = {}
+    rotations: dict[int, Tensor] = {}
+    for layer, matrices in folds.keys.items():
+        transform, powers = solution.key_transforms.get(layer, "none"), calibration.key_matrices[layer].get("none")
+        if transform == "scale":
+            scales[layer] = calibration.scales[layer]
+        elif transform != "none":
+            rotations[layer] = matrices
+        if powers is not None:  # of two: a fold of its own, in front of a rotation
+            power = powers.diagonal(dim1=1, dim2=2)
+            scales[layer] = scales.get(layer, torch.ones_like(power)) / power
+            if layer in rotations:
+                rotations[layer] = matrices / power.unsqueeze(2)
+    return pipeline(scales, rotations, folds.values, solution.plan)
 
 
 def _write_model(
@@ -181,26 +236,27 @@ def _write_model(
     program: Program,
     calibration: Calibration,
     options: CompileOptions,
-    folder: Path,
+    place: Place,
     progress: Progress,
-) -> dict[str, Any]:
-    """Write everything but report and manifest into `folder`; what the manifest says beside the digests."""
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write everything but report and manifest; what the manifest says beside the digests, and the files."""
     assert program.plan is not None
-    package = re.sub(r"\W", "_", source.name.lower()).strip("_")
-    package = package if package[:1].isalpha() else f"model_{package}"
-    emit_package(program, source, folder, package)
+    package, folder = package_name(source.name), place.folder
+    written = emit_package(program, source, folder, package)
     sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
-    write_config(source, folder)
-    source.generation_config.save_pretrained(folder)
-    source.save_tokenizer(folder)
-    return {
+    written += [folder / name for name in [*sizes, *([INDEX_FILE] if len(sizes) > 1 else [])]]
+    written += write_for_transformers(source, program.plan.max_len, folder, place.scratch)
+    manifest = {
         "package": package,
         "weights": list(sizes),
-        "vocab_size": source.config.get_text_config().vocab_size,
+        "vocab_size": vocab_size(program),
         "plan": program.plan.to_json(),
+        "key_rotations": rotated_layers(program),
+        "tensors": {name: tensor_table(folder / name) for name in (*sizes, f"{package}/constants.safetensors")},
         "options": {**asdict(options), "output": None, "dump_passes": None},
         "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
     }
+    return manifest, written
 
 
 def _report(
@@ -208,11 +264,12 @@ def _report(
 ) -> dict[str, Any]:
     """What `report.json` holds, but for check and times."""
     solution, plan = tried.solution, tried.solution.plan
+    folded = Folds.of(solution, calibration).values
     rows = [
         {
             **asdict(row),
             "fold": _folded(site, row.key_transform),
-            "value_fold": _value_folded(site, row.value_transform),
+            "value_fold": _value_folded(site, site.layer in folded),
         }
         for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
     ]
@@ -246,9 +303,9 @@ def _folded(site: AttentionSite, transform: Transform) -> str:
     return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
 
 
-def _value_folded(site: AttentionSite, transform: Transform) -> str:
+def _value_folded(site: AttentionSite, folded: bool) -> str:
     """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
-    if transform != "none":
+    if folded:
         return "folded"
     if site.value is None or site.output is None:
         return "v_proj or the output projection was not found in the graph"

@@ -7,20 +7,24 @@ import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pmkvq_compiler.artifact import save_tensors
+from pmkvq_compiler.checkpoint import INDEX_FILE
 from pmkvq_compiler.codegen import MODEL_DTYPE
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.kernel_source import kernel_files
 from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.names import in_markdown, one_line, project_name
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.load import MANIFEST
@@ -31,11 +35,12 @@ from pmkvq_compiler.templates import read, render
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what there is to do."""
 
-METADATA = {"format": "pt"}
+TAGS = ["kv-cache-quantization", "pm-kvq", "custom_code"]
 
 
-def emit_package(program: Program, source: Source, folder: Path, package: str) -> None:
+def emit_package(program: Program, source: Source, folder: Path, package: str) -> list[Path]:
     """Write the outlined `program` into `folder`: the Python package `package` and what makes it a hub repository.
+    Returns the files.
 
     The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime; it needs torch
     and safetensors alone. For text it needs tokenizers, too; only the module for transformers beside it needs those.
@@ -46,9 +51,8 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
     values: dict[str, Any] = {
         "package": package,
         "version": importlib.metadata.version("pmkvq-compiler"),
-        "name": source.name,
-        "base_model": source.base_model,
-        "license": source.license,
+        "name": in_markdown(source.name),
+        "metadata": _card_metadata(source),
         "architecture": _architecture(source),
         "plan": plan,
     }
@@ -61,23 +65,58 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
+        target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
             "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
         ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
+    kernels = kernel_files(program.sites, plan.layers)
+    pages |= {target / "kernels" / name: text for name, text in kernels.items()}
+    pages |= {target / "runtime" / name: text for name, text in _runtime_files().items()}
+    (target / "kernels").mkdir()
+    (target / "runtime").mkdir()
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
-    (target / "kernels").mkdir()
-    for name, text in kernel_files(program.sites, plan.layers).items():
-        (target / "kernels" / name).write_text(text, encoding="utf-8")
     constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
-    save_file(constants, target / "constants.safetensors", metadata=METADATA)
-    _copy_runtime(target / "runtime")
+    save_tensors(constants, target / "constants.safetensors")
+    return [*pages, target / "constants.safetensors"]
 
 
-def write_config(source: Source, folder: Path) -> None:
+def _card_metadata(source: Source) -> str:
+    """What the hub reads of a model card, as YAML. The names in it come from outside."""
+    return ModelCardData(
+        model_name=source.name,
+        base_model=source.base_model,
+        base_model_relation="quantized" if source.base_model else None,
+        license=source.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    ).to_yaml()
+
+
+def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: Path) -> list[Path]:
+    """Write config, generation defaults for sequences of `max_len` tokens, and tokenizer into `folder`; returns the
+    files.
+
+    transformers decides what they are called, so it writes into a folder of its own in `scratch`, where nothing else
+    can be.
+    """
+    place = scratch / "transformers"
+    place.mkdir()
+    _write_config(source, place)
+    source.save_generation_config(place, max_len)
+    source.save_tokenizer(place)
+    made = {path: folder / path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()}
+    for path, target in made.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return list(made.values())
+
+
+def _write_config(source: Source, folder: Path) -> None:
     """Write `config.json`: the source model's, of the stored dtype, so that plain transformers loads the weights; with
     remote code trusted it leads to the compiled model."""
     config = copy.deepcopy(source.config)
@@ -93,18 +132,21 @@ def _architecture(source: Source) -> str:
     return str(model_class.__name__)
 
 
-def write_project(folder: Path, package: str, name: str) -> None:
-    """Write `pyproject.toml`, the last file but the manifest: it lists everything that a wheel must carry."""
-    project = "pyproject.toml"
-    files = {path.name for path in folder.iterdir()} | {project, MANIFEST}
+def write_project(folder: Path, package: str, name: str) -> list[Path]:
+    """Write `pyproject.toml`, the last file but the manifest: it lists everything that a wheel must carry. Returns the
+    file."""
+    project = folder / "pyproject.toml"
+    files = {path.name for path in folder.iterdir()} | {project.name, MANIFEST}
     text = render(
         "pyproject.toml.j2",
         package=package,
-        name=name,
+        project=project_name(package),
+        description=f"{one_line(name)} with a progressively quantized KV cache",
         version=importlib.metadata.version("pmkvq-compiler"),
         files=sorted(files - {package}),
     )
-    (folder / project).write_text(text, encoding="utf-8")
+    project.write_text(text, encoding="utf-8")
+    return [project]
 
 
 def plan_source(plan: CachePlan) -> str:
@@ -117,11 +159,10 @@ def plan_source(plan: CachePlan) -> str:
     return render("plan.py.j2", plan=plan, shared=shared, lines=lines)
 
 
-def _copy_runtime(target: Path) -> None:
-    target.mkdir()
-    for file in importlib.resources.files("pmkvq_compiler.runtime").iterdir():
-        if file.name.endswith(".py"):
-            (target / file.name).write_bytes(file.read_bytes())
+def _runtime_files() -> dict[str, str]:
+    """The text of each file of the runtime, by its name."""
+    files = importlib.resources.files("pmkvq_compiler.runtime").iterdir()
+    return {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")}
 
 
 @dataclass(frozen=True)
@@ -145,7 +186,7 @@ def write_weights(
     max_shard_bytes: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Stream every tensor of the checkpoint through its edits into `folder`; returns the bytes of each file written.
+    """Stream every tensor of the checkpoint through its edits into `folder`; returns the bytes of each file of weights.
 
     Edits are made in float64. What the model keeps in float32 whatever its dtype stays so, the rest becomes `dtype`.
     Tensors go to `model.safetensors`, or to shards of up to `max_shard_bytes` with an index; one shard is held at a
@@ -164,14 +205,20 @@ def write_weights(
             tensors[planned.name] = _edited(planned, read(planned.name), program)
             done += 1
             progress("weights", done, total)
-        save_file(tensors, folder / name, metadata=METADATA)
+        save_tensors(tensors, folder / name)
         del tensors
     sizes = {name: sum(planned.bytes for planned in shard) for name, shard in zip(names, shards, strict=True)}
     if len(shards) > 1:
         files = {planned.name: name for name, shard in zip(names, shards, strict=True) for planned in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return sizes
+
+
+def weight_bytes(program: Program, dtype: torch.dtype) -> int:
+    """Bytes of all tensors of the checkpoint to be."""
+    (shard,) = _plan_shards(program, dtype, sys.maxsize)
+    return sum(planned.bytes for planned in shard)
 
 
 def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> list[list[_Planned]]:

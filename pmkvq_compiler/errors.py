@@ -11,3 +11,11 @@ class UsageError(CompileError):
 
 class Defect(CompileError):
     """This program is wrong, not the request; the command line keeps the traceback in a file and asks for a report."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error, for a message of one sentence; after a colon at its end the next one, too."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0][:300].rstrip(".: ") if lines else type(error).__name__

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from .errors import CompileError, Defect, UsageError
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USAGE = 1, 2
 """Exit codes."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def explain(error: Exception) -> tuple[str, int]:
     """The sentence for an exception that ended the command, and the exit code.
 
     What is neither the user's request nor the machine is a defect of this program. Its traceback goes to a file, which
@@ -25,8 +25,6 @@ def explain(error: BaseException) -> tuple[str, int]:
     """
     if isinstance(error, CompileError) and not isinstance(error, Defect):
         return str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was changed", INTERRUPTED
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error), FAILED
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
@@ -63,7 +61,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _kept_traceback(error: BaseException) -> str:
+def _kept_traceback(error: Exception) -> str:
     """Where the traceback was put: a file for temporary things, or standard error where none can be written."""
     text = "".join(traceback.format_exception(error))
     try:

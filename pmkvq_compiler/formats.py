@@ -19,12 +19,11 @@ Hadamard matrix, or the matrix that `matching` makes of the calibration."""
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep K or V: code width, what shares a group, transform, clip of 2-bit codes, window in tokens."""
+    """One way to keep K or V: code width, what shares a group, transform, window in tokens."""
 
     bits: int
     axis: KeyAxis
     transform: Transform
-    clip: float
     window: int
 
 
@@ -42,17 +41,17 @@ def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | No
     `matrices` [H, d, d] (float64) are those of the format's transform, None where it has none.
     """
     if matrices is None:
-        return as_cached(x, kept.bits, kept.axis, sink, block, kept.clip)
-    transformed = as_cached(x @ matrices.to(x), kept.bits, kept.axis, sink, block, kept.clip)
+        return as_cached(x, kept.bits, kept.axis, sink, block)
+    transformed = as_cached(x @ matrices.to(x), kept.bits, kept.axis, sink, block)
     return transformed @ torch.linalg.inv(matrices).to(x)
 
 
-def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int, clip: float = 1.0) -> Tensor:
+def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:
     """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
 
     The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
     """
     blocks = max(0, x.shape[-2] - sink) // block
     quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
-    quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2, clip).flatten(-3, -2)
+    quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2).flatten(-3, -2)
     return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)

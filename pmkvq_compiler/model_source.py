@@ -53,7 +53,20 @@ def model_source(program: Program) -> str:
     layers = [_layer_function(program, kind, calls, names[kind]) for kind, calls in kinds.items()]
     functions = [*layers, model, _head_function(program, result, head)]
     text = "\n".join(line for function in functions for line in function.lines)
-    return render("model.py.j2", functions=functions, uses_math="math." in text, uses_torch="torch." in text)
+    return render(
+        "model.py.j2",
+        functions=functions,
+        vocab_size=vocab_size(program),
+        uses_math="math." in text,
+        uses_torch="torch." in text,
+    )
+
+
+def vocab_size(program: Program) -> int:
+    """Tokens that a logit is made for."""
+    (output,) = program.graph.find_nodes(op="output")
+    (logits,) = output.args
+    return int(logits.meta["val"].shape[-1])
 
 
 def _split_head(graph: Graph) -> tuple[Node, list[Node]]:

@@ -28,7 +28,6 @@ from pmkvq_compiler.runtime.quantize import (
     MIDS_PER_RANGE,
     levels,
     range_of,
-    step_fraction,
 )
 
 DOMAIN = "pmkvq"
@@ -239,11 +238,9 @@ def _quantized_blocks(
         return _float(op, op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape))
 
     key_blocks = op.Transpose(blocks(keys, plan.key_head_dim), perm=[0, 1, 2, 4, 3])
-    key_codes, key_parameters = _quantize(
-        op, key_blocks, plan.key_bits, plan.key_clip, axis=3 if plan.key_axis == "token" else 4
-    )
+    key_codes, key_parameters = _quantize(op, key_blocks, plan.key_bits, axis=3 if plan.key_axis == "token" else 4)
     value_blocks = blocks(values, plan.value_head_dim)
-    value_codes, value_parameters = _quantize(op, value_blocks, plan.value_bits, plan.value_clip, axis=4)
+    value_codes, value_parameters = _quantize(op, value_blocks, plan.value_bits, axis=4)
     return {
         "key_codes": _pack(op, key_codes, plan.key_bits, axis=3),
         "key_parameters": key_parameters,
@@ -252,19 +249,17 @@ def _quantized_blocks(
     }
 
 
-def _quantize(op: OpBuilder, x: ir.Value, bits: int, clip: float, axis: int) -> tuple[ir.Value, ir.Value]:
+def _quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Value, ir.Value]:
     """Codes (uint8, shape of `x`) of blocks [B, H, n, ., .] in groups along `axis`, and their parameters
     [B, H, n, 2, groups] (uint8): the bytes of middles and of ranges, see `quantize`."""
-    top = levels(bits)
     mid_byte, range_byte = _group_parameters(op, op.ReduceMin(x, [axis]), op.ReduceMax(x, [axis]))
     mid, value_range = _mid_and_range(op, mid_byte, range_byte)
-    step = op.Mul(value_range, step_fraction(bits, clip))
-    steps_per_unit = op.Where(op.Greater(step, 0.0), op.Reciprocal(step), 0.0)
-    codes = op.Round(op.Add(op.Mul(op.Sub(x, mid), steps_per_unit), top / 2))
+    cells_per_unit = op.Where(op.Greater(value_range, 0.0), op.Div(float(1 << bits), value_range), 0.0)
+    cells = op.Add(op.Mul(op.Sub(x, mid), cells_per_unit), (1 << bits) / 2)
     parameters = op.Cast(op.Concat(mid_byte, range_byte, axis=axis), to=ir.DataType.UINT8)
     if axis == 4:
         parameters = op.Transpose(parameters, perm=[0, 1, 2, 4, 3])
-    return op.Cast(op.Clip(codes, 0.0, float(top)), to=ir.DataType.UINT8), parameters
+    return op.Cast(op.Clip(cells, 0.0, float(levels(bits))), to=ir.DataType.UINT8), parameters
 
 
 def _group_parameters(op: OpBuilder, low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -306,11 +301,11 @@ def _mid_and_range(op: OpBuilder, mid_byte: ir.Value, range_byte: ir.Value) -> t
     return op.Mul(op.Sub(_float(op, mid_byte), 128.0), op.Mul(value_range, 1 / MIDS_PER_RANGE)), value_range
 
 
-def _step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int, clip: float) -> tuple[ir.Value, ir.Value]:
+def _step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
     """`step` and `zero` (float32) with `x = zero + c * step`, of parameters [B, H, n, 2, groups]."""
     mid_byte, range_byte = op.Split(parameters, axis=3, num_outputs=2, _outputs=2)
-    step = _range(op, range_byte, step_fraction(bits, clip))
-    sixteenth = 1 / (MIDS_PER_RANGE * step_fraction(bits, clip))  # of a range, in steps
+    step = _range(op, range_byte, 2.0**-bits)
+    sixteenth = (1 << bits) / MIDS_PER_RANGE  # of a range, in steps
     first_code = op.Sub(op.Mul(_float(op, mid_byte), sixteenth), 128 * sixteenth + levels(bits) / 2)
     return step, op.Mul(step, first_code)
 
@@ -404,7 +399,7 @@ def _key_scores(
     op: OpBuilder, plan: LayerPlan, queries: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """q . k of scaled `queries` [B, H, R, key_head_dim] with the pool's keys: [B, H, R, pooled]."""
-    step, zero = _step_and_zero(op, pool["key_parameters"], plan.key_bits, plan.key_clip)
+    step, zero = _step_and_zero(op, pool["key_parameters"], plan.key_bits)
     codes = _unpack(op, pool["key_codes"], plan.key_bits, axis=3)
     if plan.key_axis == "channel":
         offsets = op.MatMul(op.Squeeze(zero, [3]), op.Transpose(queries, perm=[0, 1, 3, 2]))
@@ -421,7 +416,7 @@ def _value_sums(
     op: OpBuilder, plan: LayerPlan, weights: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """Sum of the pool's values under `weights` [B, H, R, pooled]: [B, H, R, value_head_dim]."""
-    step, zero = _step_and_zero(op, pool["value_parameters"], plan.value_bits, plan.value_clip)
+    step, zero = _step_and_zero(op, pool["value_parameters"], plan.value_bits)
     codes = _unpack(op, pool["value_codes"], plan.value_bits, axis=4)
 
     def by_token(x: ir.Value, last: int) -> ir.Value:

@@ -41,8 +41,9 @@ PLACE = "Attention"
 """What stands for an attention until its function is called there; its attribute is the layer's index."""
 
 
-def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> None:
-    """Write `model.onnx` for an outlined `program` into `folder`, where its weights lie in `weight_files`.
+def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> list[Path]:
+    """Write `model.onnx` for an outlined `program` into `folder`, where its weights lie in `weight_files`; returns the
+    files.
 
     The weights stay there: the model names their places. Its metadata carries the plan. Raises `CompileError` where an
     op of the program, or its cache, cannot be expressed.
@@ -67,6 +68,7 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> N
     model.metadata_props["pmkvq.plan"] = json.dumps(plan.to_json())
     ir.save(model, folder / FILE)
     onnx.checker.check_model(folder / FILE, full_check=True)
+    return [folder / FILE]
 
 
 def check_expressible(program: Program) -> None:

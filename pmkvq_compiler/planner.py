@@ -2,7 +2,7 @@
 
 Choosing is a multiple-choice knapsack, solved as an integer program by CBC through PuLP: PM-KVQ's allocation,
 with true bytes in place of code bits, over all that a recipe lets a layer choose: widths of K and V, grouping axis of
-K, transforms, clips and the window.
+K, transforms and the window.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .options import CompileOptions
 from .recipes import RECIPES, Recipe, resolved
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration
+    from .calibrate import Calibration, Matrices
     from .sensitivity import Losses
 
 SOLVER_SECONDS, GAP = 20, 1e-7
@@ -89,11 +89,18 @@ class Folds:
     @classmethod
     def of(cls, solution: Solution, calibration: Calibration) -> Folds:
         """Those of a plan."""
-        keys, values = calibration.key_matrices, calibration.value_matrices
-        return cls(
-            keys={layer: keys[layer][transform] for layer, transform in solution.key_transforms.items()},
-            values={layer: values[layer][transform] for layer, transform in solution.value_transforms.items()},
-        )
+        keys = {layer: key.transform for layer, (key, _) in enumerate(solution.formats) if key}
+        values = {layer: value.transform for layer, (_, value) in enumerate(solution.formats) if value}
+        return cls(_chosen(calibration.key_matrices, keys), _chosen(calibration.value_matrices, values))
+
+
+def _chosen(matrices: Matrices, transforms: Mapping[int, Transform]) -> dict[int, Tensor]:
+    """The matrices of each layer's transform; "none" has one where a power of two is needed."""
+    return {
+        layer: matrices[layer][transform]
+        for layer, transform in transforms.items()
+        if transform in matrices.get(layer, {}) or transform != "none"
+    }
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ def candidates(
 def _candidate(
     plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
 ) -> Candidate:
-    """The best formats of the plan's widths, axis and window, and the plan with their clips."""
+    """The plan with the best formats of its widths, axis and window."""
     if not plan.quantized:
         return Candidate(plan, 0.0)
     key = min(
@@ -250,9 +257,8 @@ def _candidate(
         (kept for kept in value_costs if kept.bits == plan.value_bits),
         key=lambda kept: (abs(kept.window - plan.window), value_costs[kept]),
     )
-    chosen = replace(plan, key_clip=key.clip, value_clip=value.clip)
     cost = key_costs[key] + value_costs[value] if blocks_needed(plan, max_len) else 0.0
-    return Candidate(chosen, cost, key, value)
+    return Candidate(plan, cost, key, value)
 
 
 def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: Calibration) -> list[PlanRow]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pmkvq_compiler.runtime.plan import KeyAxis
-from pmkvq_compiler.runtime.quantize import CLIPS, NARROWEST
 
 from .formats import Format, Transform
 from .options import CompileOptions
@@ -16,7 +15,7 @@ from .options import CompileOptions
 class Recipe:
     """What a plan may be made of.
 
-    `key_axes`, `key_transforms`, `value_transforms` and `clips` span the formats of K and V; "scale" is meant for K
+    `key_axes`, `key_transforms` and `value_transforms` span the formats of K and V; "scale" is meant for K
     grouped by token and is left out by channel, whose own group does not mind a scale. `measure` is what
     the planner minimizes: the predicted loss of the output ("output"), or PM-KVQ's measure ("gradient").
     `same_bits`: K and V share a width. `per_layer`: layers may differ. `progressive`: codes begin at 16 bits.
@@ -27,7 +26,6 @@ class Recipe:
     key_axes: tuple[KeyAxis, ...] = ("token",)
     key_transforms: tuple[Transform, ...] = ("none",)
     value_transforms: tuple[Transform, ...] = ("none",)
-    clips: tuple[float, ...] = (1.0,)
     windows: tuple[int, ...] = (128,)
     sink: int = 4
     block: int = 64
@@ -40,11 +38,10 @@ class Recipe:
 
 RECIPES = {
     "best": Recipe(
-        "what measures best: K and V apart, K by token or channel, clips, windows, matched transforms",
+        "what measures best: K and V apart, K by token or channel, windows, matched transforms",
         key_axes=("token", "channel"),
         key_transforms=("none", "match"),
         value_transforms=("none", "match"),
-        clips=CLIPS,
         windows=(64, 96, 128, 192, 256),
         same_bits=False,
         per_layer=True,
@@ -97,11 +94,10 @@ def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[
         return dict.fromkeys("none" if one == "scale" and not scales else one for one in recipe.key_transforms)
 
     return [
-        Format(width, axis, transform, clip, window)
+        Format(width, axis, transform, window)
         for width in bits
         for axis in recipe.key_axes
         for transform in transforms(axis)
-        for clip in (recipe.clips if width == NARROWEST else (1.0,))
         for window in recipe.windows
     ]
 
@@ -112,9 +108,8 @@ def value_formats(recipe: Recipe, bits: tuple[int, ...], can_transform: bool) ->
         one if can_transform else "none" for one in recipe.value_transforms
     )
     return [
-        Format(width, "token", transform, clip, window)
+        Format(width, "token", transform, window)
         for width in bits
         for transform in transforms
-        for clip in (recipe.clips if width == NARROWEST else (1.0,))
         for window in recipe.windows
     ]

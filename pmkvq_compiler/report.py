@@ -56,8 +56,8 @@ FOLDS = {
 """What is folded into the weights, by the key of a row that says whether and why not."""
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write `report.json` and `report.html` into `folder`."""
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `report.json` and `report.html` into `folder`; returns the files."""
     templates = Environment(
         loader=PackageLoader("pmkvq_compiler.templates", ""),
         autoescape=True,
@@ -77,8 +77,10 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         readable_bytes=readable_bytes,
         figure=figure,
     )
-    (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    pages = {folder / "report.json": json.dumps(report) + "\n", folder / "report.html": page}
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)
 
 
 def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:

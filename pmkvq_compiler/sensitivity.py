@@ -170,5 +170,5 @@ class GradientProduct:
         paired = alike[-1 - alike.index(layer)]
         x = tensors[paired]
         for kept in losses[paired]:
-            error = fake_quantize(x, kept.bits, dim=-1, clip=kept.clip) - x
+            error = fake_quantize(x, kept.bits, dim=-1) - x
             losses[paired][kept] += (error * gradient).abs().sum(dtype=torch.float64).item()

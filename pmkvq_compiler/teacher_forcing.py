@@ -97,8 +97,8 @@ class _Layer:
         """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them, errors magnified."""
         if stage not in self.stored:
             layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
-            key = Format(key_bits, layer.key_axis, "none", layer.key_clip, layer.window)
-            value = Format(value_bits, "token", "none", layer.value_clip, layer.window)
+            key = Format(key_bits, layer.key_axis, "none", layer.window)
+            value = Format(value_bits, "token", "none", layer.window)
             keys = stored(self.call.key, key, layer.sink, layer.block, self.key_matrices)
             values = stored(self.call.value, value, layer.sink, layer.block, self.value_matrices)
             self.stored[stage] = (

@@ -3,7 +3,8 @@
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
 from .generate import PREFILL_CHUNK
-from .load import FORMAT_VERSION, Backend, choose_kernels, load
+from .load import Backend, choose_kernels, load
+from .manifest import FORMAT_VERSION, open_artifact
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
 
@@ -20,4 +21,5 @@ __all__ = [
     "LayerPlan",
     "choose_kernels",
     "load",
+    "open_artifact",
 ]

@@ -8,14 +8,18 @@ shorter, from the front of the pool; what that frees at the end takes new blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .claims import Claims, Use
 from .errors import CacheFull, InputError
+from .inputs import whole_number, whole_numbers
 from .plan import (
     ALIGNMENT,
     PARAMETER_BYTES,
@@ -29,7 +33,7 @@ from .plan import (
     head_bytes,
     longest,
 )
-from .quantize import encode, group_parameters, pack, shift_to, unpack
+from .quantize import encode, group_parameters, lower, pack, unpack
 
 if TYPE_CHECKING:
     from .graph import DecodeGraph
@@ -49,8 +53,6 @@ class Records:
     key_bits: int
     value_bits: int
     key_by_channel: bool
-    key_clip: float
-    value_clip: float
     key_parameters: Tensor
     value_parameters: Tensor
     key_codes: Tensor
@@ -67,18 +69,55 @@ class LayerCache:
         self.ring = blocks_needed(plan, max_len)
         """Blocks that are ever alive at once; a sliding-window layer reuses the slots of passed ones."""
         size = head_bytes(plan, max_len, batch_size, dtype.itemsize)
-        self.arena = torch.empty(batch_size, plan.num_key_value_heads, size, dtype=torch.uint8, device=device)
-        rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
-        buffers = buffer_bytes(plan, dtype.itemsize)
-        self.keys = self.arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
-        self.values = self.arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
-        self.pool = self.arena[..., buffers:]
-        # the whole arena as words of parameters and codes, and as rows, which is how kernels address it
-        self.words, self.buffers = self.arena.view(torch.int16), self.arena.view(dtype)
-        self.head_units = self.arena.shape[-1] // ALIGNMENT
+        self._look_into(
+            torch.empty(batch_size, plan.num_key_value_heads, size, dtype=torch.uint8, device=device), dtype
+        )
         self.stage = 0
         self.rows = [0] * batch_size
         self.flushed = [0] * batch_size
+        self.overwritten = False
+        """Whether a change that is under way wrote over what was there before it: rows of the window, codes."""
+
+    def _look_into(self, arena: Tensor, dtype: torch.dtype) -> None:
+        """Hold an arena, and the views of it that everything else reads and writes."""
+        plan, self.arena = self.plan, arena
+        rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
+        buffers = buffer_bytes(plan, dtype.itemsize)
+        self.keys = arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
+        self.values = arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
+        self.pool = arena[..., buffers:]
+        # the whole arena as words of parameters and codes, and as rows, which is how kernels address it
+        self.words, self.buffers = arena.view(torch.int16), arena.view(dtype)
+        self.head_units = arena.shape[-1] // ALIGNMENT
+
+    def copy_on(self, device: torch.device) -> LayerCache:
+        """The same layer with an arena of its own on a device."""
+        twin = LayerCache.__new__(LayerCache)
+        vars(twin).update(vars(self), rows=list(self.rows), flushed=list(self.flushed))
+        twin._look_into(self.arena.to(device, copy=True), self.keys.dtype)
+        return twin
+
+    def __copy__(self) -> LayerCache:
+        return self.copy_on(self.arena.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        return self.copy_on(self.arena.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arena goes as bytes: a tensor would be shared with the process that it is sent to, and written by both.
+        Views are made anew."""
+        arena, counted = io.BytesIO(), ("plan", "ring", "stage", "rows", "flushed", "overwritten")
+        torch.save(self.arena.cpu(), arena)
+        place = {"arena": arena.getvalue(), "dtype": self.keys.dtype, "device": str(self.arena.device)}
+        return {**{name: getattr(self, name) for name in counted}, **place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On the device that it was on, or on the CPU where that is not there."""
+        state = dict(state)
+        arena, dtype, device = (state.pop(name) for name in ("arena", "dtype", "device"))
+        vars(self).update(state)
+        loaded = torch.load(io.BytesIO(arena), weights_only=True)
+        self._look_into(loaded.to(device) if _is_there(device) else loaded, dtype)
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -136,8 +175,6 @@ class LayerCache:
             key_bits=key_bits,
             value_bits=value_bits,
             key_by_channel=plan.key_axis == "channel",
-            key_clip=plan.key_clip,
-            value_clip=plan.value_clip,
             key_parameters=key_parameters.view(torch.int16),
             value_parameters=value_parameters.view(torch.int16),
             key_codes=key_codes.unflatten(-1, (plan.block, -1)),
@@ -165,13 +202,16 @@ class LayerCache:
 
     def grow(self, counts: Sequence[int]) -> int:
         """Count new tokens that kernels put into the arena; returns the most blocks that a sequence has flushed."""
-        most = 0
-        for sequence, count in enumerate(counts):
-            length = self.length(sequence) + count
-            flushed = self._flushed_after(sequence, count)
-            most = max(most, flushed - self.flushed[sequence])
+        before = list(self.flushed)
+        self.grow_to([self.length(sequence) + count for sequence, count in enumerate(counts)])
+        return max(after - flushed for after, flushed in zip(self.flushed, before, strict=True))
+
+    def grow_to(self, lengths: Sequence[int]) -> None:
+        """Count tokens that kernels put into the arena, up to `lengths` of the sequences. It may be done twice."""
+        for sequence, length in enumerate(lengths):
+            flushed = max(self.flushed[sequence], flushed_blocks(self.plan, length))
+            self.overwritten |= flushed > self.flushed[sequence]
             self.flushed[sequence], self.rows[sequence] = flushed, length - flushed * self.plan.block
-        return most
 
     def _flushed_after(self, sequence: int, count: int) -> int:
         return max(self.flushed[sequence], flushed_blocks(self.plan, self.length(sequence) + count))
@@ -192,6 +232,7 @@ class LayerCache:
     def _flush(self, sequence: int, keys: Tensor, values: Tensor) -> None:
         """Append tokens to a full window: its oldest blocks, and if need be the oldest of the new, go to the pool."""
         plan, sink = self.plan, self.plan.sink
+        self.overwritten = True
         keys = torch.cat([self.keys[sequence, :, sink:], keys.to(self.keys.dtype)], dim=1)
         values = torch.cat([self.values[sequence, :, sink:], values.to(self.values.dtype)], dim=1)
         blocks = -(-(keys.shape[1] - plan.window) // plan.block)
@@ -227,8 +268,8 @@ class LayerCache:
         key_parameters, value_parameters = group_parameters(keys, key_dim), group_parameters(values, -1)
         records.key_parameters.copy_(key_parameters.squeeze(key_dim))
         records.value_parameters.copy_(value_parameters.squeeze(-1))
-        key_codes = encode(keys, key_parameters, records.key_bits, records.key_clip)
-        value_codes = encode(values, value_parameters, records.value_bits, records.value_clip).transpose(-1, -2)
+        key_codes = encode(keys, key_parameters, records.key_bits)
+        value_codes = encode(values, value_parameters, records.value_bits).transpose(-1, -2)
         records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
         records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 
@@ -242,6 +283,7 @@ class LayerCache:
         """Let every sequence i hold what `sequences[i]` held, packed codes and all."""
         moved = [sequence for sequence, source in enumerate(sequences) if sequence != source]
         if moved:
+            self.overwritten = True
             pooled = max(map(self.live_blocks, range(len(self.rows)))) * block_bytes(self.plan, *self.bits)
             used = slice(0, self.arena.shape[-1] - self.pool.shape[-1] + pooled)
             self.arena[moved, :, used] = self.arena[[sequences[sequence] for sequence in moved], :, used]
@@ -278,7 +320,9 @@ class LayerCache:
         return max(0, self.rows[sequence] - plan.sink - kept)
 
     def lower(self) -> None:
-        """Halve the codes of all sequences to the next stage, in place (PM-KVQ, equivalent right shift)."""
+        """Halve the codes of all sequences to the next stage, in place."""
+        self.overwritten = True
+
         before, after = self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
         for sequence in range(len(self.rows)):
             live = self.live_blocks(sequence)
@@ -291,23 +335,70 @@ class LayerCache:
 def _lower_records(wide: Records, narrow: Records) -> None:
     """Rewrite records at narrower widths. They may overlap: everything is read before anything is written."""
     key_parameters, value_parameters = wide.key_parameters.clone(), wide.value_parameters.clone()
-    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits, wide.key_clip)
-    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits, wide.value_clip)
+    key_codes = _lower_codes(wide.key_codes, wide.key_bits, narrow.key_bits)
+    value_codes = _lower_codes(wide.value_codes, wide.value_bits, narrow.value_bits)
     narrow.key_parameters.copy_(key_parameters)
     narrow.value_parameters.copy_(value_parameters)
     narrow.key_codes.copy_(key_codes)
     narrow.value_codes.copy_(value_codes)
 
 
-def _lower_codes(packed: Tensor, bits: int, target: int, clip: float) -> Tensor:
+def _lower_codes(packed: Tensor, bits: int, target: int) -> Tensor:
     if bits == target:
         return packed.clone()
     codes = unpack(packed.view(torch.int16), bits)
-    return pack(shift_to(codes, bits, target, clip), target).view(torch.uint8)
+    return pack(lower(codes, bits, target), target).view(torch.uint8)
+
+
+def _is_there(device: str) -> bool:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):  # what torch raises for a device that it was not built for
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a cache counted when a change began that has not ended: a call, a new order. It goes back to this where the
+    change breaks off, which it does with its `use`, and has overwritten nothing."""
+
+    use: Use | None
+    length: list[int]
+    ahead: bool
+    layers: list[tuple[list[int], list[int], int]]
+    """Rows, flushed blocks and stage."""
+
+    @property
+    def goes_on(self) -> bool:
+        return self.use is not None and self.use.goes_on
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Method = Callable[Concatenate["Cache", Arguments], Result]
+
+
+def _claims(to_read: bool = False) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
+    """A method for which the cache is claimed as long as it runs."""
+
+    def claiming(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
+        @wraps(method)
+        def claimed(cache: Cache, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            with cache.claims.claim(to_read):
+                return method(cache, *args, **kwargs)
+
+        return claimed
+
+    return claiming
 
 
 class Cache:
     """The key/value cache of a model: a `LayerCache` a layer and the length of every sequence.
+
+    One thread uses it at a time; another one is refused, not kept waiting. A call that breaks off leaves the cache as
+    it was, or, where it had overwritten something, a cache that refuses all but `reset`. What `copy`, `deepcopy` and
+    `pickle` make has memory of its own.
 
     Raises `InputError` where `batch_size` sequences of `max_len` tokens do not fit the plan's bytes.
     """
@@ -321,7 +412,8 @@ class Cache:
         device: torch.device,
         kernels: Sequence[LayerKernels] | None = None,
     ) -> None:
-        self.plan = plan
+        batch_size = whole_number("batch_size", batch_size)
+        max_len = None if max_len is None else whole_number("max_len", max_len)
         largest = longest(plan, batch_size, dtype.itemsize)
         if batch_size < 1 or largest < 1:
             raise InputError(
@@ -329,26 +421,47 @@ class Cache:
                 f"{plan.batch_size} sequence(s) of {plan.max_len:,} tokens; "
                 f"compile with a larger --budget or --batch-size"
             )
-        self.max_len = largest if max_len is None else max_len
-        if not 1 <= self.max_len <= largest:
+        tokens = largest if max_len is None else max_len
+        if not 1 <= tokens <= largest:
             raise InputError(
                 f"max_len {max_len} is not between 1 and {largest:,}, the tokens that {batch_size} sequence(s) may "
                 f"have within this artifact's budget; compile with a larger --max-len or --budget"
             )
-        self.layers = [LayerCache(layer, batch_size, self.max_len, dtype, device) for layer in plan.layers]
-        self.batch_size = batch_size
-        self._length = [0] * batch_size
+        layers = [LayerCache(layer, batch_size, tokens, dtype, device) for layer in plan.layers]
+        self._hold(plan, tokens, layers, [0] * batch_size)
+        self.attend_by(kernels)
+
+    def _hold(self, plan: CachePlan, max_len: int, layers: list[LayerCache], length: list[int]) -> None:
+        """Begin with these layers and what they hold; nobody uses the cache yet, and the reference path attends."""
+        self.plan = plan
+        self.max_len = max_len
+        self.batch_size = len(length)
+        self.layers = layers
+        self._length = length
         self.columns: list[slice] = []
         """Columns of each sequence's own tokens in the call under way; the rest is padding."""
-        self.kernels = kernels
-        """What attends, a set of kernels a layer; the reference path where there are none."""
-        self.state = None if kernels is None else torch.zeros(4, batch_size, dtype=torch.int32, device=device)
-        """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
-        length that it has had and that says how many blocks every layer has flushed."""
         self.ahead = False
         """Whether steps ran whose tokens only `state` has counted; `settle` counts them here, too."""
         self.graph: DecodeGraph | None = None
         """The captured decode step of the model that decoded last."""
+        self.change: Change | None = None
+        """The change that is under way, or broke off."""
+        self.claims = Claims()
+        """Who uses the cache."""
+        self.attend_by(None)
+
+    def attend_by(self, kernels: Sequence[LayerKernels] | None) -> None:
+        """Let these kernels attend, a set of them a layer; the reference path where there are none."""
+        self.kernels = kernels
+        self.state = None
+        """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
+        length that it has had and that says how many blocks every layer has flushed."""
+        if kernels is not None:
+            self.state = torch.zeros(4, self.batch_size, dtype=torch.int32, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].arena.device
 
     @property
     def length(self) -> list[int]:
@@ -360,21 +473,62 @@ class Cache:
     def length(self, tokens: list[int]) -> None:
         self._length = tokens
 
+    # ---- who uses the cache, and changes that end or do not ----
+
+    def begin_change(self) -> None:
+        """Note what to go back to. Raises `InputError` where the change before broke off and cannot be taken back."""
+        self._ready()
+        self.note_change()
+
+    def note_change(self) -> None:
+        """`begin_change` where no change broke off; what the device has counted alone stays so."""
+        for layer in self.layers:
+            layer.overwritten = False
+        self.change = Change(
+            self.claims.current(),
+            self._length,
+            self.ahead,
+            [(list(layer.rows), list(layer.flushed), layer.stage) for layer in self.layers],
+        )
+
+    def end_change(self) -> None:
+        """From here on the change is made; before, it is not."""
+        self.change = None
+
+    def _ready(self) -> None:
+        """Take back a change that broke off."""
+        change = self.change
+        if change is None:
+            self.settle()
+            return
+        if change.goes_on:
+            raise InputError("this cache is in the middle of a call; use it again when that has ended")
+        change = self.change = replace(change, use=None)  # whose frame would keep a call's tensors alive
+        if change.ahead or any(layer.overwritten for layer in self.layers):
+            raise InputError(
+                "this cache was interrupted in the middle of a call and holds half of it; reset() it or make a new one"
+            )
+        for layer, (rows, flushed, stage) in zip(self.layers, change.layers, strict=True):
+            layer.rows, layer.flushed, layer.stage = rows, flushed, stage
+        self._length = change.length
+        self.ahead = False
+        self.change = None
+
+    @_claims(to_read=True)
     def settle(self) -> None:
         """Count the tokens of steps that ran on the device alone, as if each had been a call.
 
         The cache does it by itself before anything that needs it; `rows` and `flushed` of its layers are right after
         it.
         """
-        if not self.ahead:
+        if not self.ahead or self.change is not None:
             return
         assert self.state is not None
-        self.ahead = False
         lengths = (self.state[0] + self.state[2]).tolist()
-        counts = [length - before for length, before in zip(lengths, self._length, strict=True)]
         for layer in self.layers:
-            layer.grow(counts)
+            layer.grow_to(lengths)
         self._length = lengths
+        self.ahead = False
 
     @property
     def bits(self) -> list[tuple[int, int]]:
@@ -403,15 +557,17 @@ class Cache:
 
     def begin(self, columns: list[slice]) -> None:
         """Announce a call's tokens. Raises `CacheFull` where they do not fit, before anything is changed."""
+        self._ready()
         self.check_room([own.stop - own.start for own in columns])
+        self.begin_change()
         self.columns = columns
         if self.state is not None:
             starts, counts = [own.start for own in columns], [own.stop - own.start for own in columns]
             reached = [
                 max(length, *(layer.reached(sequence) for layer in self.layers))
-                for sequence, length in enumerate(self.length)
+                for sequence, length in enumerate(self._length)
             ]
-            self.state.copy_(torch.tensor([self.length, starts, counts, reached], dtype=torch.int32))
+            self.state.copy_(torch.tensor([self._length, starts, counts, reached], dtype=torch.int32))
 
     def steps_until_lowering(self, counts: Sequence[int]) -> int:
         """How often so many tokens (0 or 1 of a sequence) fit before a layer must be lowered or the cache is full."""
@@ -421,15 +577,25 @@ class Cache:
 
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
-        self.length = [length + own.stop - own.start for length, own in zip(self.length, self.columns, strict=True)]
+        if self.change is None:
+            raise InputError("this cache was used while a call was under way, which is lost; reset() it")
+        self._length = [length + own.stop - own.start for length, own in zip(self._length, self.columns, strict=True)]
+        self.end_change()
 
+    @_claims()
     def reset(self) -> None:
         """Forget all tokens and start again at the widest codes, in the same memory."""
-        self.ahead = False
-        self.length = [0] * self.batch_size
+        if self.change is None:
+            self.note_change()
+        elif self.change.goes_on:
+            self._ready()  # which refuses
         for layer in self.layers:
             layer.reset()
+        self._length = [0] * self.batch_size
+        self.ahead = False
+        self.end_change()
 
+    @_claims()
     @torch.inference_mode()
     def reorder(self, sequences: Sequence[int]) -> None:
         """Let every sequence i hold what sequence `sequences[i]` held, as beam search asks for.
@@ -437,49 +603,110 @@ class Cache:
         Packed codes are copied as they are, one layer at a time. Raises `InputError` for other sequences than the
         cache's; nothing is changed then.
         """
-        self.settle()
-        self._check_sequences(sequences)
-        if len(sequences) != self.batch_size:
+        order = self._checked(sequences)
+        if len(order) != self.batch_size:
             raise InputError(
-                f"{len(sequences)} sequences cannot take the places of {self.batch_size}; "
+                f"{len(order)} sequences cannot take the places of {self.batch_size}; "
                 f"for another number of them make a new cache with select"
             )
+        self.begin_change()
         for layer in self.layers:
-            layer.reorder(sequences)
-        self.length = [self.length[sequence] for sequence in sequences]
+            layer.reorder(order)
+        self._length = [self._length[sequence] for sequence in order]
+        self.end_change()
 
+    @_claims(to_read=True)
     def select(self, sequences: Sequence[int]) -> Cache:
         """A new cache of these sequences, in any number and order, within the same budget.
 
         More sequences have less room each, so that layers may be lowered; this cache stays as it is. Raises
         `InputError` where so many sequences of `max_len` tokens do not fit the budget.
         """
-        self.settle()
-        self._check_sequences(sequences)
-        buffer = self.layers[0].keys
-        chosen = Cache(self.plan, len(sequences), self.max_len, buffer.dtype, buffer.device, self.kernels)
+        order = self._checked(sequences)
+        self._ready()
+        chosen = Cache(self.plan, len(order), self.max_len, self.layers[0].keys.dtype, self.device, self.kernels)
         for layer, source in zip(chosen.layers, self.layers, strict=True):
-            layer.take(source, sequences)
-        chosen.length = [self.length[sequence] for sequence in sequences]
+            layer.take(source, order)
+        chosen.length = [self._length[sequence] for sequence in order]
         return chosen
 
+    @_claims()
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens of every sequence.
 
         Only tokens that were not quantized yet can be taken back; earlier ones that they pushed out of the window stay
         quantized. Raises `InputError` for more than that; nothing is changed then.
         """
-        self.settle()
+        count = whole_number("count", count)
+        self._ready()
         limit = min(layer.croppable(sequence) for layer in self.layers for sequence in range(self.batch_size))
         if not 0 <= count <= limit:
             raise InputError(
                 f"{count:,} tokens cannot be taken back from this cache: its last {limit:,} are not quantized yet; "
                 f"feed the tokens that you keep to a new cache"
             )
-        self.length = [length - count for length in self.length]
+        self.begin_change()
         for layer in self.layers:
             layer.rows = [rows - count for rows in layer.rows]
+        self._length = [length - count for length in self._length]
+        self.end_change()
 
-    def _check_sequences(self, sequences: Sequence[int]) -> None:
-        if not sequences or not all(0 <= sequence < self.batch_size for sequence in sequences):
-            raise InputError(f"sequences {list(sequences)} are not all among the cache's 0 to {self.batch_size - 1}")
+    # ---- copies: the plan, the arenas' bytes and what is counted; each has memory of its own ----
+
+    @_claims(to_read=True)
+    def to(self, device: str | torch.device) -> Cache:
+        """A copy on another device, for a model there; this cache where it is on that device.
+
+        Raises `InputError` for what is no device: a cache keeps its dtype.
+        """
+        try:
+            place = torch.empty(0, device=device).device
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"a cache cannot be moved to {device!r} ({str(error).splitlines()[0]}); name a device that PyTorch has"
+            ) from error
+        return self if place == self.device else self._copy_on(place)
+
+    def cpu(self) -> Cache:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self) -> Cache:
+        """`to("cuda")`."""
+        return self.to("cuda")
+
+    def share_memory_(self) -> None:
+        """Raises `InputError`: processes could share a cache's memory, but not what it counts."""
+        raise InputError(
+            "a cache cannot be shared between processes; send it to one, which pickles it, and go on there"
+        )
+
+    @_claims(to_read=True)
+    def __copy__(self) -> Cache:
+        return self._copy_on(self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        return self.__copy__()
+
+    def _copy_on(self, device: torch.device) -> Cache:
+        self._ready()
+        twin = Cache.__new__(Cache)
+        twin._hold(self.plan, self.max_len, [layer.copy_on(device) for layer in self.layers], list(self._length))
+        twin.attend_by(self.kernels if device == self.device else None)
+        return twin
+
+    @_claims(to_read=True)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without kernels, which the model gives that uses the cache next."""
+        self._ready()
+        return {"plan": self.plan, "max_len": self.max_len, "layers": self.layers, "length": self._length}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._hold(**state)
+
+    def _checked(self, sequences: Sequence[int]) -> list[int]:
+        """`sequences` as a list of ints that are all among the cache's."""
+        listed = whole_numbers("sequences", sequences)
+        if not listed or not all(0 <= sequence < self.batch_size for sequence in listed):
+            raise InputError(f"sequences {listed} are not all among the cache's 0 to {self.batch_size - 1}")
+        return listed

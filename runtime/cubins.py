@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import io
 import json
+import re
 import struct
 import threading
 import zipfile
@@ -23,12 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import ArtifactError, InputError
+from .manifest import AGAIN, brief, conform, parse_json
 
 INDEX = "index.json"
+TARGET = re.compile("sm_[1-9][0-9]{1,3}")
 WARP = 32
 ALIGNMENT = 16
 """What addresses, and strides that are marked so, must be multiples of."""
+
+LARGEST_FILE = 64 << 20
+"""Bytes of a file of an archive beyond which it is not unpacked."""
 
 DEFAULT_SHARED_BYTES = 48 << 10
 """Shared memory that a kernel may take without having asked for it."""
@@ -87,20 +93,81 @@ def runs_on(target: str, capability: tuple[int, int]) -> bool:
 
 def archives(package: Path) -> dict[str, Path]:
     """The archives of the artifact whose package lies in `package`, by target."""
-    return {path.stem: path for path in sorted((package / "kernels" / "aot").glob("*.zip"))}
+    paths = sorted((package / "kernels" / "aot").glob("sm_*.zip"))
+    return {path.stem: path for path in paths if TARGET.fullmatch(path.stem)}
+
+
+@dataclass(frozen=True)
+class _Cubin:
+    """Machine code: its function, the bytes of shared memory and warps that it runs with, and how many null pointers
+    follow its parameters."""
+
+    symbol: str
+    shared: int
+    num_warps: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What answers a launch: a file of machine code, and which of its arguments must be aligned."""
+
+    cubin: str
+    divisible: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """A module of kernels: its constants, and what was compiled of it, by `variant`."""
+
+    constants: dict[str, int | float | bool]
+    variants: dict[str, _Variant]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The schema of an archive's index."""
+
+    modules: dict[str, _Kernels]
+    cubins: dict[str, _Cubin]
 
 
 class Archive:
-    """The code for one target on one device."""
+    """The code for one target on one device. `content` is the archive's, where it was read and compared before.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    Raises `ArtifactError` where it is damaged.
+    """
+
+    def __init__(self, path: Path, device: torch.device, content: bytes | None = None) -> None:
         self.target = path.stem
+        self.path = path
         self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-        self.files = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
-        self.index: dict[str, Any] = json.loads(self.files.read(INDEX))
+        try:
+            self.files = zipfile.ZipFile(io.BytesIO(path.read_bytes() if content is None else content))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
+        self.index: dict[str, Any] = parse_json(self.read(INDEX), f"{path}: {INDEX}")
+        known = conform(self.index, _Index, f"{path}: {INDEX}")
+        lacking = {one.cubin for module in known.modules.values() for one in module.variants.values()}
+        lacking -= known.cubins.keys() & {*self.files.namelist()}
+        if lacking:
+            raise ArtifactError(f"{path} lacks the code {brief(min(lacking))}; {AGAIN}")
+
+    def read(self, name: str) -> bytes:
+        """A file of the archive."""
+        try:
+            if self.files.getinfo(name).file_size > LARGEST_FILE:
+                raise ValueError(f"{name} has more than {LARGEST_FILE >> 20} MiB")
+            return self.files.read(name)
+        except Exception as error:  # zipfile raises many kinds for damaged archives
+            raise ArtifactError(
+                f"{self.path} cannot be read ({type(error).__name__}: {brief(error)}); {AGAIN}"
+            ) from error
 
     def kernels(self, name: str) -> CompiledKernels:
         """What stands for the module of kernels `name`."""
+        if name not in self.index["modules"]:
+            raise ArtifactError(f"{self.path} has no kernels for {name}; {AGAIN}")
         entry = self.index["modules"][name]
         return CompiledKernels(self, entry["constants"], entry["variants"])
 
@@ -110,7 +177,7 @@ class Archive:
         about = self.index["cubins"][name]
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().synchronize()  # there is a context from here on
-            return load_function(self.files.read(name), about["symbol"], about["shared"], about["num_warps"])
+            return load_function(self.read(name), about["symbol"], about["shared"], about["num_warps"])
 
 
 class CompiledKernels:

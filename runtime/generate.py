@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from .cache import Cache
 from .errors import InputError
 from .graph import GraphDecoder
+from .inputs import real_number, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     from .model import CompiledModel
@@ -42,34 +45,61 @@ def generate(
     `streamer` is called with every new column [B]. With a `cache` of earlier turns, `input_ids` are the tokens that
     follow it.
 
+    The cache is in use until this ends, and a streamer may only look at it. What breaks it off, a streamer's exception
+    or an interrupt, leaves in the cache the tokens that were fed.
+
     Raises `InputError` before anything is changed where the prompt is empty or the cache cannot hold what is asked for.
     """
-    _check_sampling(max_new_tokens, temperature, top_p, top_k)
-    mask = model.check_inputs(input_ids, attention_mask)
+    sampling = _sampling(model, do_sample, temperature, top_k, top_p, seed)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} generates nothing; ask for at least 1")
+    ends = model.eos_token_ids if eos_token_id is None else _ends(eos_token_id, model.vocab_size)
+    if streamer is not None and not callable(streamer):
+        raise InputError(f"the streamer is a {type(streamer).__name__}; give a function of the new tokens [B]")
+    ids, mask = model.check_inputs(input_ids, attention_mask)
     if bool((mask.sum(-1) == 0).any()):
         raise InputError("a prompt is empty; give every sequence at least one token")
-    cache = model.new_cache(batch_size=input_ids.shape[0]) if cache is None else cache
-    _check_room(cache, mask, max_new_tokens)
-    ends = model.eos_token_ids if eos_token_id is None else _as_set(eos_token_id)
-    pad = model.pad_token_id if model.pad_token_id is not None else min(ends, default=0)
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    cache = model.new_cache(batch_size=ids.shape[0]) if cache is None else cache
+    model.check_cache(cache, ids.shape[0])
+    with cache.claims.claim():
+        _check_room(cache, mask, max_new_tokens)
+        return _continue(model, ids.to(model.device), mask, cache, max_new_tokens, sampling, ends, streamer)
 
-    logits = _prefill(model, input_ids.to(model.device), mask, cache)
-    running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=model.device)
-    columns = [input_ids.to(model.device)]
+
+def _continue(
+    model: CompiledModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    ends: frozenset[int],
+    streamer: Streamer | None,
+) -> Tensor:
+    """The prompts `ids` [B, S] and what follows them [B, S + new]."""
+    pad = model.pad_token_id if model.pad_token_id is not None else min(ends, default=0)
+    logits = _prefill(model, ids, mask, cache)
+    running = torch.ones(ids.shape[0], dtype=torch.bool, device=model.device)
+    columns = [ids]
     decode = decoder(model, cache)
     for step in range(max_new_tokens):
-        chosen = _choose(logits, temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
+        chosen = logits.argmax(-1) if sampling is None else _choose(logits, sampling)
         chosen = torch.where(running, chosen, pad)
         columns.append(chosen.unsqueeze(-1))
         if streamer is not None:
-            streamer(chosen)
+            _tell(streamer, chosen, cache)
         for end in ends:
             running &= chosen != end
         if step + 1 == max_new_tokens or (ends and not bool(running.any())):
             break
         logits = decode(chosen, running)
     return torch.cat(columns, dim=-1)
+
+
+def _tell(streamer: Streamer, chosen: Tensor, cache: Cache) -> None:
+    with cache.claims.watch():
+        streamer(chosen)
 
 
 def decoder(model: CompiledModel, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
@@ -80,19 +110,55 @@ def decoder(model: CompiledModel, cache: Cache) -> Callable[[Tensor, Tensor], Te
     return lambda tokens, running: model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
 
 
-def _as_set(eos_token_id: int | Sequence[int]) -> frozenset[int]:
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; `top_k` 0 and `top_p` 1 change nothing."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    generator: torch.Generator
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} generates nothing; ask for at least 1")
-    if temperature <= 0:
-        raise InputError(f"temperature {temperature} is not above 0; for greedy decoding leave do_sample=False")
+def _sampling(
+    model: CompiledModel, do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any
+) -> Sampling | None:
+    """None where tokens are not drawn. What is given is checked in either case."""
+    temperature, top_p = real_number("temperature", temperature), real_number("top_p", top_p)
+    top_k, smallest = whole_number("top_k", top_k), torch.finfo(torch.float32).tiny
+    if temperature < smallest:
+        raise InputError(
+            f"temperature {temperature} is not above 0 (from {smallest:.0e} on); for greedy decoding leave "
+            f"do_sample=False"
+        )
     if not 0 < top_p <= 1:
         raise InputError(f"top_p {top_p} is not in (0, 1]; 1 switches it off")
     if top_k < 0:
         raise InputError(f"top_k {top_k} is negative; 0 switches it off")
+    seed = None if seed is None else whole_number("seed", seed)
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed {seed} does not fit 64 bits; give a smaller one")
+    if not do_sample:
+        return None
+    # A generator of its own also without a seed: a graph that another thread captures holds torch's for the device.
+    drawn = int(torch.randint(sys.maxsize, ())) if seed is None else seed
+    return Sampling(temperature, top_k, top_p, torch.Generator(model.device).manual_seed(drawn))
+
+
+def _ends(eos_token_id: Any, vocab_size: int) -> frozenset[int]:
+    several = (
+        isinstance(eos_token_id, set | frozenset)
+        or bool(getattr(eos_token_id, "shape", ()))
+        or (isinstance(eos_token_id, Sequence) and not isinstance(eos_token_id, str | bytes))
+    )
+    listed = whole_numbers("eos_token_id", eos_token_id if several else [eos_token_id])
+    for token in listed:
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"eos_token_id {token} is outside the vocabulary of {vocab_size:,} tokens (0 to {vocab_size - 1:,}); "
+                f"an empty list lets a sequence go on to the end"
+            )
+    return frozenset(listed)
 
 
 def _check_room(cache: Cache, mask: Tensor, max_new_tokens: int) -> None:
@@ -124,15 +190,16 @@ def _prefill(model: CompiledModel, input_ids: Tensor, mask: Tensor, cache: Cache
     return found
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
     """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order."""
-    scores = logits.float() / temperature
-    if 0 < top_k < scores.shape[-1]:
-        smallest = scores.topk(top_k, dim=-1).values[:, -1:]
+    scores = logits.float()
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the likeliest stays finite
+    if 0 < sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, float("-inf"))
-    if top_p < 1:
+    if sampling.top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(-1)
+    return torch.multinomial(scores.softmax(-1), 1, generator=sampling.generator).squeeze(-1)

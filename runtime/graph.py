@@ -8,6 +8,7 @@ of the kernels, so a lowering makes a new graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,9 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .model import CompiledModel
 
+_CAPTURING = Lock()
+"""Threads capture one after another: torch has one stream for it."""
+
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
 """From work on the device to what does it again; the tensor that it returns is the same each time."""
@@ -29,7 +33,7 @@ def capture_cuda_graph(step: Step) -> Step:
     step()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = step()
     except torch.OutOfMemoryError:
         raise
@@ -66,14 +70,23 @@ class DecodeGraph:
 
 
 def _step(model: CompiledModel, cache: Cache, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Count the tokens of the step before, announce this one's, and run the model: all of it on the device."""
+    """Count the tokens of the step before, announce this one's, and run the model: all of it on the device.
+
+    A replay is a single launch, whole or not at all. Run step by step, this is a change of the cache as any call is.
+    """
     assert cache.state is not None
+    captured = cache.change is not None
+    if not captured:
+        cache.note_change()
     length, _, new, reached = cache.state
     length += new
     torch.maximum(reached, length, out=reached)
     new.copy_(counts)
     hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache)
-    return model.logits(hidden[:, -1])
+    logits = model.logits(hidden[:, -1])
+    if not captured:
+        cache.end_change()
+    return logits
 
 
 class GraphDecoder:
@@ -95,7 +108,7 @@ class GraphDecoder:
         the tokens do not fit, before anything is changed.
         """
         cache = self.cache
-        if not cache.ahead or not self.steps:
+        if cache.change is not None or not cache.ahead or not self.steps:
             self._prepare(running.int().tolist())
         assert cache.graph is not None
         cache.graph.tokens.copy_(tokens)
@@ -115,4 +128,5 @@ class GraphDecoder:
         if cache.graph is None or not cache.graph.serves(self.model, cache):
             cache.graph = None  # gives its memory back to the next one
             cache.graph = DecodeGraph(self.model, cache, self.capture)
+        cache.end()
         self.steps = cache.steps_until_lowering(counts)

@@ -6,9 +6,8 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .cubins import CompiledKernels
-from .errors import InputError
-from .plan import LayerPlan, block_bytes
-from .quantize import narrowing_margin, step_fraction
+from .errors import ArtifactError, InputError
+from .manifest import AGAIN, conform, parse_json
+from .plan import CODE_BITS, LayerPlan, block_bytes
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache
@@ -87,17 +86,23 @@ class Tuning:
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
 
 
-DEFAULT_TUNING = "default"
+TUNING, DEFAULT_TUNING = "tuning.json", "default"
 
 
 def read_tunings(text: str) -> dict[str, Tuning]:
-    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices."""
+    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices.
 
-    def tuning(entry: dict[str, Any]) -> Tuning:
-        decode = {int(bits): DecodeTuning(**values) for bits, values in entry["decode"].items()}
-        return Tuning(**{**entry, "decode": decode})
-
-    return {name: tuning(entry) for name, entry in json.loads(text).items()}
+    Raises `ArtifactError` where it is something else.
+    """
+    tunings: dict[str, Tuning] = conform(parse_json(text.encode(), TUNING), dict[str, Tuning], TUNING)
+    if DEFAULT_TUNING not in tunings:
+        raise ArtifactError(f"{TUNING} has nothing for {DEFAULT_TUNING!r}; {AGAIN}")
+    for tuning in tunings.values():
+        decode = [number for one in tuning.decode.values() for number in astuple(one)]
+        launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
+        if not tuning.decode.keys() <= {*CODE_BITS} or min(decode, default=0) < 0 or min(launch) < 1:
+            raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
+    return tunings
 
 
 def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:
@@ -113,6 +118,9 @@ class LayerKernels:
 
     module: ModuleType | CompiledKernels
     tuning: Tuning
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerKernels:
+        return self  # code, and how it is launched
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
@@ -132,6 +140,7 @@ class LayerKernels:
         """Lower the layer until `counts` new tokens of the sequences fit, once `cache.begin` has told the device where
         it stands."""
         for stage in store.stages_until_fit(counts):
+            store.overwritten = True
             self.shrink(cache, store, stage)
             store.stage = stage
 
@@ -158,7 +167,6 @@ class LayerKernels:
                 k.shape[0],
                 store.plan.window,
                 store.ring,
-                *_steps(store),
                 **_widths(store),
                 MODE=mode,
                 num_warps=self.tuning.append_warps,
@@ -181,8 +189,6 @@ class LayerKernels:
                 cache.batch_size,
                 plan.window,
                 store.ring,
-                narrowing_margin(plan.key_clip),
-                narrowing_margin(plan.value_clip),
                 KEY_BITS=before[0],
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
@@ -217,7 +223,6 @@ class LayerKernels:
             pool_splits,
             splits,
             scale,
-            *_steps(store),
             **widths,
             CELLS=min(tuning.cells, self.largest_cells(widths["VALUE_BITS"])),
             PREFETCH=tuning.prefetch,
@@ -286,7 +291,6 @@ class LayerKernels:
                 plan.window,
                 store.ring,
                 capacity,
-                *_steps(store),
                 **_widths(store),
                 ROWS=ROWS_COPIED,
                 num_warps=4,
@@ -358,12 +362,6 @@ def _widths(store: LayerCache) -> dict[str, Any]:
     """Present widths; any that the kernels know where nothing is quantized."""
     key_bits, value_bits = store.bits if store.plan.quantized else (8, 8)
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
-
-
-def _steps(store: LayerCache) -> tuple[float, float]:
-    """A step of a code of K and of V, in units of its group's range."""
-    plan, widths = store.plan, _widths(store)
-    return step_fraction(widths["KEY_BITS"], plan.key_clip), step_fraction(widths["VALUE_BITS"], plan.value_clip)
 
 
 def multiprocessors(device: torch.device) -> int:

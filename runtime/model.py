@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from torch import Tensor
 from .cache import Cache
 from .errors import InputError
 from .generate import Streamer, generate
+from .inputs import chosen_tokens, padding_mask, positions_of, token_ids
 from .kernels import LayerKernels
 from .plan import CachePlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CompiledModel:
-    """Call it for logits, or let it generate.
+    """Call it for logits, or let it generate. Threads may share it; each needs a cache of its own.
 
     `hidden_states(input_ids, position_ids, cache) -> [B, S, hidden_size]` and `logits(hidden) -> [..., vocab_size]` are
     the artifact's `model.py` with the `weights` bound: tensors by their names in the checkpoint, and constants.
@@ -57,46 +59,57 @@ class CompiledModel:
         and its logits mean nothing. `position_ids` [B, S] follow each sequence's length unless given. Without a
         `cache` a temporary one is used. `only=(rows, columns)` asks for the logits [N, vocab_size] of some tokens.
 
-        Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then.
+        Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then. A
+        call that anything else breaks off leaves the cache as it was, or one that refuses all but `reset`.
         """
-        mask = self.check_inputs(input_ids, attention_mask)
-        if cache is None:
-            cache = self.new_cache(batch_size=input_ids.shape[0], max_len=int(mask.sum(-1).max()))
-        if cache.batch_size != input_ids.shape[0]:
-            raise InputError(
-                f"input_ids have {input_ids.shape[0]} rows and the cache {cache.batch_size} sequences; "
-                f"make a cache with new_cache(batch_size={input_ids.shape[0]})"
-            )
+        ids, mask = self.check_inputs(input_ids, attention_mask)
         columns = _own_columns(mask)
-        if position_ids is None:
-            position_ids = _following_positions(cache.length, columns, input_ids.shape[1])
-        cache.begin(columns)
-        hidden = self.hidden_states(input_ids.to(self.device), position_ids.to(self.device), cache)
-        cache.end()
-        return self.logits(hidden if only is None else hidden[only])
+        positions = None if position_ids is None else self.check_positions(position_ids, mask)
+        chosen = None if only is None else chosen_tokens(only, ids.shape)
+        if cache is None:
+            cache = self.new_cache(batch_size=ids.shape[0], max_len=int(mask.sum(-1).max()))
+        self.check_cache(cache, ids.shape[0])
+        with cache.claims.claim():
+            cache.begin(columns)
+            if positions is None:
+                positions = _following_positions(cache.length, columns, ids.shape[1])
+            hidden = self.hidden_states(ids.to(self.device), positions.to(self.device), cache)
+            logits = self.logits(hidden if chosen is None else hidden[chosen])
+            cache.end()
+        return logits
 
-    def check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The attention mask as booleans [B, S], after a check of both. Raises `InputError`."""
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+    def check_inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
+        """The token ids [B, S] as int64 and the attention mask as booleans on the CPU, after a check of both.
+
+        Ids may be of any integer dtype, and arrays or lists of lists. Raises `InputError`.
+        """
+        ids = token_ids(input_ids, self.vocab_size)
+        return ids, padding_mask(attention_mask, ids.shape)
+
+    def check_positions(self, position_ids: Any, mask: Tensor) -> Tensor:
+        """`position_ids` [B, S] as int64 on the CPU, for a mask that `check_inputs` gave. Raises `InputError`."""
+        return positions_of(position_ids, mask, self.plan.max_len)
+
+    def check_cache(self, cache: Any, sequences: int) -> None:
+        """Raises `InputError` where a cache is not one for this model and so many sequences. A cache that comes from a
+        file, another process or another device gets the model's kernels."""
+        if not isinstance(cache, Cache):
+            raise InputError(f"the cache is a {type(cache).__name__}; make one with the model's new_cache()")
+        if cache.plan is not self.plan and _shapes(cache.plan) != _shapes(self.plan):
+            raise InputError("the cache is another model's: its layers differ; make one with this model's new_cache()")
+        here = self.device.type, cache.device.index if self.device.index is None else self.device.index
+        if here != (cache.device.type, cache.device.index):
             raise InputError(
-                f"input_ids must be integers [batch, tokens], got {input_ids.dtype} {list(input_ids.shape)}"
+                f"the cache is on {cache.device} and the model on {self.device}; move it with the cache's "
+                f'to("{self.device}") or make a new one'
             )
-        if input_ids.numel() == 0:
-            raise InputError("the prompt is empty; give at least one token")
-        low, high = (int(bound) for bound in torch.aminmax(input_ids))
-        if low < 0 or high >= self.vocab_size:
+        if cache.batch_size != sequences:
             raise InputError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size:,} tokens "
-                f"(0 to {self.vocab_size - 1:,}); was the text encoded with this model's tokenizer?"
+                f"input_ids have {sequences} rows and the cache {cache.batch_size} sequences; "
+                f"make a cache with new_cache(batch_size={sequences})"
             )
-        if attention_mask is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"attention_mask has shape {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}; "
-                f"give one mask value for each new token"
-            )
-        return attention_mask.bool()
+        if cache.kernels is None and self.kernels is not None and cache.plan == self.plan:
+            cache.attend_by(self.kernels)
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
         """An empty cache for sequences of up to `max_len` tokens (as many as the budget allows unless given)."""
@@ -129,6 +142,29 @@ class CompiledModel:
             "cache": cache,
         }
         return generate(self, input_ids, max_new_tokens, **options)
+
+    def __copy__(self) -> CompiledModel:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A model with weights of its own."""
+        own = {name: copy.deepcopy(getattr(self, name), memo) for name in ("weights", "hidden_states", "logits")}
+        memo[id(self)] = twin = replace(self, **own)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InputError(
+            "a loaded model cannot be pickled or saved, for its code is the artifact's; pass the artifact's folder on "
+            "and load it there"
+        )
+
+
+def _shapes(plan: CachePlan) -> list[tuple[int, int, int, int | None]]:
+    """What of every layer's cache is the model's, not the plan's choice."""
+    return [
+        (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim, layer.sliding_window)
+        for layer in plan.layers
+    ]
 
 
 def _own_columns(mask: Tensor) -> list[slice]:

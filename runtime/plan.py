@@ -28,8 +28,7 @@ class LayerPlan:
     none`).
 
     `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
-    ("channel"). V is always grouped by token. `key_clip` and `value_clip` narrow the step of 2-bit codes (see
-    `quantize`). A `sliding_window` layer keeps only what its window can still see.
+    ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see.
     `arena_bytes` is the layer's whole share of the budget, for all sequences of the plan.
     """
 
@@ -45,8 +44,6 @@ class LayerPlan:
     sliding_window: int | None
     stages: tuple[tuple[int, int], ...]
     arena_bytes: int
-    key_clip: float = 1.0
-    value_clip: float = 1.0
 
     @property
     def quantized(self) -> bool:

@@ -2,21 +2,16 @@
 
 A group has a middle, a range and codes `c` in `[0, 2^b - 1]`:
 
-    x = mid + (c - (2^b - 1) / 2) * range / (2^b - 1)
+    x = mid + (c - (2^b - 1) / 2) * range / 2^b
 
-Neither depends on b, so lowering the bits touches codes only (PM-KVQ, section 3.2, "equivalent right
-shift"). A shift from 2n to n bits divides by the odd number 2^n + 1, whose rounding boundaries are rounding boundaries
-of the wider codes too: shifted codes equal codes quantized at the narrow width at once.
+The range is cut into 2^b cells of one width and a code stands for the middle of its cell. Cells of narrower codes are
+cells of wider ones put together, so the upper bits of a code are the code of a narrower width: lowering the bits drops
+the lower ones, touches nothing else, and gives exactly what quantizing at the narrow width at once gives.
 
-Both are stored in one 16-bit word. Its low byte is the range, the upper bits of an fp16 number: five of exponent, three
-of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are made with what is stored, so
-that these few bits cost no precision: only a range is up to a quarter wider than it need be, and at least an eighth of
-its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits, for groups of 64.
-
-Four levels spread over the whole range of a group waste two of them on its rare extremes. At 2 bits the step is
-therefore `clip * range / 3`, the outer levels standing for all that lies beyond them. `clip` is 1, 4/5 or 3/5, a
-constant of a layer: the thresholds between its levels, at 0 and +-5 clip steps of the 4-bit codes, then still lie
-between 4-bit codes, and lowering stays exact.
+Middle and range are stored in one 16-bit word. Its low byte is the range, the upper bits of an fp16 number: five of
+exponent, three of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are made with what
+is stored, so that these few bits cost no precision: only a range is up to a quarter wider than it need be, and at least
+an eighth of its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits, for groups of 64.
 """
 
 from __future__ import annotations
@@ -25,8 +20,6 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 16
-NARROWEST = 2
-CLIPS = (1.0, 0.8, 0.6)
 LARGEST = 61440.0
 """The largest range, and middle, that is stored; its byte is `LARGEST_RANGE`."""
 LARGEST_RANGE = 0xF7
@@ -81,66 +74,36 @@ def mid_and_range(parameters: Tensor) -> tuple[Tensor, Tensor]:
     return sixteenths * (value_range / MIDS_PER_RANGE), value_range
 
 
-def step_fraction(bits: int, clip: float) -> float:
-    """A group's step as a fraction of its range; `clip` narrows that of 2-bit codes."""
-    return (clip if bits == NARROWEST else 1.0) / levels(bits)
-
-
-def encode(x: Tensor, parameters: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+def encode(x: Tensor, parameters: Tensor, bits: int) -> Tensor:
     """Codes (int32, shape of `x`) of `x` in groups of the given words, which broadcast against `x`."""
-    top, (mid, value_range) = levels(bits), mid_and_range(parameters)
-    steps_per_unit = torch.where(value_range > 0, 1 / (value_range * step_fraction(bits, clip)), 0.0)
-    codes = (x.to(torch.float32) - mid) * steps_per_unit + top / 2
-    return codes.round_().clamp_(0, top).to(torch.int32)
+    mid, value_range = mid_and_range(parameters)
+    cells_per_unit = torch.where(value_range > 0, (1 << bits) / value_range, 0.0)
+    cells = (x.to(torch.float32) - mid) * cells_per_unit + (1 << bits) / 2
+    return cells.clamp_(0, levels(bits)).to(torch.int32)
 
 
-def step_and_zero(parameters: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+def step_and_zero(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`step` and `zero` (float32) with `x = zero + c * step`."""
     mid, value_range = mid_and_range(parameters)
-    step = value_range * step_fraction(bits, clip)
+    step = value_range / (1 << bits)
     return step, mid - step * (levels(bits) / 2)
 
 
-def decode(codes: Tensor, parameters: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+def decode(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
     """The numbers (float32) that codes stand for."""
     mid, value_range = mid_and_range(parameters)
-    return mid + (codes.to(torch.float32) - levels(bits) / 2) * (value_range * step_fraction(bits, clip))
+    return mid + (codes.to(torch.float32) - levels(bits) / 2) * (value_range / (1 << bits))
 
 
-def fake_quantize(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> Tensor:
+def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
     """`x` after a round trip through codes of `bits` bits, groups along `dim`; shape and dtype of `x`."""
     parameters = group_parameters(x, dim)
-    return decode(encode(x, parameters, bits, clip), parameters, bits, clip).to(x.dtype)
+    return decode(encode(x, parameters, bits), parameters, bits).to(x.dtype)
 
 
-def shift(codes: Tensor, bits: int) -> Tensor:
-    """Equivalent right shift from `bits` = 2n to n bits: `round(c / (2^n + 1))` by shifts and adds (any integer
-    dtype)."""
-    n = bits // 2
-    wide = codes.to(torch.int64)
-    scaled = (wide << 2 * n) - (wide << n) + wide
-    half = (1 << (3 * n - 1)) - (1 << (2 * n - 1)) + (1 << (n - 1))
-    return ((scaled + half) >> 3 * n).to(codes.dtype)
-
-
-def shift_to(codes: Tensor, bits: int, target: int, clip: float = 1.0) -> Tensor:
-    """Codes of width `bits` lowered step by step to `target`."""
-    while bits > target:
-        codes = shift(codes, bits) if bits > 2 * NARROWEST else narrow(codes, clip)
-        bits //= 2
-    return codes
-
-
-def narrowing_margin(clip: float) -> int:
-    """4-bit codes between the middle and the outer thresholds of 2-bit codes."""
-    return round(5 * clip)
-
-
-def narrow(codes: Tensor, clip: float = 1.0) -> Tensor:
-    """4-bit codes to 2 bits: the number of the three thresholds that a code reaches. Uncut, that is `shift`."""
-    margin = narrowing_margin(clip)
-    reached = [(codes >= threshold).to(codes.dtype) for threshold in (8 - margin, 8, 8 + margin)]
-    return reached[0] + reached[1] + reached[2]
+def lower(codes: Tensor, bits: int, target: int) -> Tensor:
+    """Codes of width `bits` lowered to `target` (any integer dtype)."""
+    return codes >> (bits - target)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from typing import Any
 
 import jinja2
@@ -17,7 +18,13 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["toml"] = toml_string
     return environment.get_template(template).render(**values)
+
+
+def toml_string(text: str) -> str:
+    """A text as TOML writes strings. JSON's are the same, but that TOML has no raw DEL and no halves of characters."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read(name: str) -> str:

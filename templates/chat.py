@@ -98,6 +98,9 @@ def _chat(talk: Conversation) -> int:
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
+        except UnicodeDecodeError as error:
+            print(f"what was typed is no text ({error}); type it again", file=sys.stderr)
+            continue
         if text == "/quit":
             return 0
         if text == "/reset":
@@ -105,7 +108,7 @@ def _chat(talk: Conversation) -> int:
         elif text:
             try:
                 talk.say(text)
-            except InputError as error:  # the conversation goes on after /reset
+            except (ArtifactError, InputError) as error:  # the conversation goes on after /reset
                 print(error, file=sys.stderr)
             except KeyboardInterrupt:  # what was said of the answer is forgotten
                 talk.cache, talk.cached = talk.model.new_cache(), []

@@ -14,25 +14,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-MANIFEST = "pmkvq.json"
+MANIFEST, LARGEST_MANIFEST = "pmkvq.json", 64 << 20
+AGAIN = "copy the artifact again or compile it again"
 CACHE = next(
     name for name in ("cache", "past_key_values") if name in {one.name for one in fields(CausalLMOutputWithPast)}
 )
 """What transformers calls the cache in its calls and outputs: `past_key_values` before 5.24."""
 FOREIGN_CACHE = "the cache is a {}; a compiled artifact has its own cache: make one with the model's new_cache()"
+CACHE_IMPLEMENTATIONS = (None, "dynamic")
+FOREIGN_IMPLEMENTATION = (
+    "cache_implementation={!r} is not supported: a compiled artifact has its own cache; leave it out"
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNSUPPORTED = {
     "inputs_embeds": "give input_ids",
     "labels": "compute the loss from the logits",
@@ -50,12 +57,36 @@ class PmkvqCache(Cache):
     def __init__(self, cache: Any) -> None:
         super().__init__(layers=[])
         self.cache = cache
-        self.columns = 0
-        self.unpadded = 0
-        """How many of the last columns hold a token in every row."""
+        self._note(0, 0)
+
+    def _note(self, columns: int, unpadded: int) -> None:
+        """Columns that were fed, how many of the last hold a token in every row, and the tokens that this makes."""
+        self._counted = columns, unpadded, list(self.cache.length)
+
+    @property
+    def columns(self) -> int:
+        return self._counted[0]
+
+    @property
+    def unpadded(self) -> int:
+        return self._counted[1]
+
+    def check(self) -> None:
+        """Raises `ValueError` where the runtime's cache holds other tokens than were counted here."""
+        if self.cache.length != self._counted[2]:
+            raise ValueError(
+                "this cache was interrupted in the middle of a call, or changed behind its back: it holds "
+                f"{self.cache.length} tokens where {self._counted[2]} were counted; reset() it or make a new one"
+            )
+
+    def __copy__(self) -> PmkvqCache:
+        return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        held = f"{self.cache.bytes_used:,} of {self.cache.bytes_reserved:,} bytes"
+        try:
+            held = f"{self.cache.bytes_used:,} of {self.cache.bytes_reserved:,} bytes"
+        except ValueError:  # another thread uses it
+            held = f"some of {self.cache.bytes_reserved:,} bytes"
         return f"PmkvqCache({self.batch_size} x {self.columns:,} of {self.cache.max_len:,} columns, {held})"
 
     def __len__(self) -> int:
@@ -103,28 +134,35 @@ class PmkvqCache(Cache):
         """Note the columns of a call, whose `mask` [B, S] says which are tokens."""
         padded = (~mask).any(0).flip(0)
         trailing = int(padded.int().argmax()) if bool(padded.any()) else len(padded) + self.unpadded
-        self.columns += len(padded)
-        self.unpadded = trailing
+        self._note(self.columns + len(padded), trailing)
 
     def reset(self) -> None:
         self.cache.reset()
-        self.columns = self.unpadded = 0
+        self._note(0, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.reorder(beam_idx.tolist())
+        self.check()
+        self.cache.reorder(beam_idx)
+        self._note(self.columns, self.unpadded)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.cache = self.cache.select(torch.as_tensor(indices).tolist())
+        self.check()
+        self.cache = self.cache.select(indices)
+        self._note(self.columns, self.unpadded)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.check()
+        repeats = _whole("repeats", repeats)
         self.cache = self.cache.select([row for row in range(self.batch_size) for _ in range(repeats)])
+        self._note(self.columns, self.unpadded)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns, a number of at most 0.
 
         Raises `ValueError` where they are quantized or padding; nothing is changed then.
         """
-        count = -tokens_to_remove
+        self.check()
+        count = -_whole("tokens_to_remove", tokens_to_remove)
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}) is not supported; to take back n tokens call crop(-n)")
         if count > self.unpadded:
@@ -133,8 +171,7 @@ class PmkvqCache(Cache):
                 f"feed the tokens that you keep to a new cache"
             )
         self.cache.crop(count)
-        self.columns -= count
-        self.unpadded -= count
+        self._note(self.columns - count, self.unpadded - count)
 
 
 class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
@@ -153,12 +190,11 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         package = _import_package(folder)
-        package_folder = Path(package.__file__).parent
         self.compiled = package.load(device, dtype, backend)
+        artifact = package.runtime.open_artifact(folder)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
-        self.kernels_on = partial(package.runtime.choose_kernels, package_folder, self.compiled.plan, backend=backend)
-        with safe_open(package_folder / "constants.safetensors", framework="pt") as constants:
-            self.constants = set(constants.keys())
+        self.kernels_on = partial(package.runtime.choose_kernels, artifact.package, self.compiled.plan, backend=backend)
+        self.constants = set(artifact.manifest.tensors[artifact.manifest.constants])
         for name in self.compiled.weights.keys() - self.constants:
             _attach(self, name, self.compiled.weights[name])
         self._apply(lambda value: value)
@@ -177,13 +213,26 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         config = copy.deepcopy(kwargs.get("config")) or AutoConfig.from_pretrained(folder)
         model = cls(config, folder, _device(kwargs.get("device_map")), _dtype(kwargs), kwargs.get("backend"))
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _defaults(folder, model.compiled.vocab_size)
         if getattr(config, "max_position_embeddings", None):
             config.max_position_embeddings = model.compiled.plan.max_len  # as long as the cache's budget allows
         return model.eval()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(f"an artifact is saved by copying its folder, {self.name_or_path}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotImplementedError(f"a compiled model is not pickled; copy its folder, {self.name_or_path}")
+
+    def __copy__(self) -> PmkvqForCausalLM:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PmkvqForCausalLM:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
         """Move or convert the weights; constants move only. What attends is chosen for the device."""
@@ -229,31 +278,55 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         if input_ids is None:
             raise ValueError("input_ids are missing; a compiled artifact reads token ids only")
+        ids, mask = self.compiled.check_inputs(input_ids, None)
+        ids = ids.cpu()  # where each look at them is free
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         past = past_key_values if cache is None else cache
         if past is None:
-            past = self.new_cache(input_ids.shape[0], None if use_cache else input_ids.shape[1])
+            past = self.new_cache(ids.shape[0], None if use_cache else ids.shape[1])
         elif not isinstance(past, PmkvqCache):
             raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
-        mask = _new_columns(attention_mask, input_ids, past.columns)
-        columns = torch.arange(input_ids.shape[1])
-        kept = columns[-logits_to_keep:] if isinstance(logits_to_keep, int) else columns[logits_to_keep.cpu()]
-        past.cache.check_room(mask.sum(-1).tolist())
+        if attention_mask is not None:
+            ids, mask = self.compiled.check_inputs(ids, _new_columns(attention_mask, ids.shape, past.columns))
+        positions = None if position_ids is None else self.compiled.check_positions(position_ids, mask)
+        kept = _kept(logits_to_keep, ids.shape[1])
+        self.compiled.check_cache(past.cache, ids.shape[0])
         parts = []
-        for start in range(0, input_ids.shape[1], self.prefill_chunk):
-            part = slice(start, start + self.prefill_chunk)
-            wanted = kept[(kept >= start) & (kept < part.stop)] - start
-            parts.append(
-                self.compiled(
-                    input_ids[:, part],
-                    past.cache,
-                    None if position_ids is None else position_ids[..., part].expand_as(input_ids[:, part]),
-                    mask[:, part],
-                    only=_grid(input_ids.shape[0], wanted),
-                ).unflatten(0, (input_ids.shape[0], len(wanted)))
-            )
-        past.count(mask)
+        with past.cache.claims.claim():
+            past.check()
+            past.cache.check_room(mask.sum(-1).tolist())
+            for start in range(0, ids.shape[1], self.prefill_chunk):
+                part = slice(start, start + self.prefill_chunk)
+                wanted = kept[(kept >= start) & (kept < part.stop)] - start
+                parts.append(
+                    self.compiled(
+                        ids[:, part],
+                        past.cache,
+                        None if positions is None else positions[:, part],
+                        mask[:, part],
+                        only=_grid(ids.shape[0], wanted),
+                    ).unflatten(0, (ids.shape[0], len(wanted)))
+                )
+            past.count(mask)
         return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), **{CACHE: past if use_cache else None})
+
+    def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, without strategies that fetch their code, whose caches are of another kind. A
+        cache that is given is in use until the end."""
+        if isinstance(custom_generate, str):
+            raise ValueError(
+                f"custom_generate={custom_generate!r} is not supported: it is code for other caches; leave it out, or "
+                f"give a function that calls the model"
+            )
+        if kwargs.get("cache_implementation") not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(FOREIGN_IMPLEMENTATION.format(kwargs["cache_implementation"]))
+        if custom_generate is not None:
+            kwargs["custom_generate"] = custom_generate
+        given = [kwargs[name] for name in ("cache", "past_key_values") if isinstance(kwargs.get(name), PmkvqCache)]
+        if not given:
+            return super().generate(*args, **kwargs)
+        with given[0].cache.claims.claim():
+            return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -264,27 +337,63 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Called by `generate`: the cache is ours, and a request that it cannot hold is refused before any work."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not supported: "
-                f"a compiled artifact has its own cache; leave it out"
-            )
+        if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(FOREIGN_IMPLEMENTATION.format(generation_config.cache_implementation))
+        _check_ids(generation_config, self.compiled.vocab_size)
         past = model_kwargs.get(CACHE)
+        if past is not None and not isinstance(past, PmkvqCache):
+            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._check_assisted(past)
         if past is None and generation_config.use_cache is False:
             return
         if past is None:
             sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             past = model_kwargs[CACHE] = self.new_cache(sequences)
-        elif isinstance(past, PmkvqCache):
-            past._is_user_defined = True  # as transformers marks them
         else:
-            raise ValueError(FOREIGN_CACHE.format(type(past).__name__))
+            past._is_user_defined = True  # as transformers marks them
         if max_cache_length > past.get_max_length():
             raise ValueError(
                 f"{max_cache_length + 1:,} tokens, prompt and new ones together, do not fit a cache of "
                 f"{past.get_max_length():,} tokens for each of {past.batch_size} sequence(s); shorten one of them or "
                 f"compile with a larger --max-len or --batch-size"
             )
+
+    def _check_assisted(self, past: PmkvqCache | None) -> None:
+        """Raises `ValueError` where drafted tokens that turn out wrong could not be taken back without a trace."""
+        if not (self.new_cache(1, 1) if past is None else past).is_croppable:
+            raise ValueError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) requires a "
+                "cache that can be cropped, which one that quantizes or has a sliding window cannot; generate without "
+                "it, or compile with --recipe none"
+            )
+
+
+def _defaults(folder: Path, vocab_size: int) -> GenerationConfig:
+    """The artifact's own defaults. What they say of other caches, and ids beyond the vocabulary, mean nothing here."""
+    config = GenerationConfig.from_pretrained(folder)
+    config.cache_implementation = config.cache_config = None
+    config.use_cache = True
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        known = [one for one in ids if _is_token(one, vocab_size)]
+        setattr(config, name, known if isinstance(value, list) and known else next(iter(known), None))
+    return config
+
+
+def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
+    """Raises `ValueError` where tokens that `generate` writes or waits for are not in the vocabulary."""
+    for name in TOKEN_IDS:
+        value = getattr(config, name, None)
+        value = value.tolist() if isinstance(value, Tensor) else value
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not _is_token(one, vocab_size):
+                raise ValueError(f"{name}={one!r} is not in the vocabulary of {vocab_size:,} tokens; give another one")
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -296,17 +405,37 @@ def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
 
 
 def _import_package(folder: Path) -> ModuleType:
-    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ."""
-    manifest = (folder / MANIFEST).read_bytes()
-    package = json.loads(manifest)["package"]
+    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ.
+
+    Its `__init__.py` is run from the text that was compared with its digest, and imports the rest in the same way.
+    Raises `ValueError` where the manifest or that file is damaged.
+    """
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            manifest = file.read(LARGEST_MANIFEST)
+        content = json.loads(manifest)
+        package, digest = content["package"], content["files"][f"{content['package']}/__init__.py"]
+        if not package.isidentifier():
+            raise ValueError(f"package {package[:60]!r} is no name of one")
+        path = (folder / package if (folder / package).is_dir() else folder.absolute().parent) / "__init__.py"
+        text = path.read_bytes()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from error
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise ValueError(f"{path} was changed after the compile: its sha256 is not the one in {MANIFEST}; {AGAIN}")
     name = f"{package}_{hashlib.sha256(str(folder.absolute()).encode() + manifest).hexdigest()[:16]}"
     if name not in sys.modules:
-        path = folder / package / "__init__.py"
         spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
         assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+        except ImportError as error:
+            del sys.modules[name]
+            raise ValueError(str(error)) from error
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
@@ -335,17 +464,39 @@ def _dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
     return None if dtype == "auto" else dtype
 
 
-def _new_columns(attention_mask: Tensor | None, input_ids: Tensor, cached: int) -> Tensor:
-    """The part [B, S] of a mask over cached and new columns that is about `input_ids`, as booleans on the CPU."""
-    if attention_mask is None:
-        return torch.ones(input_ids.shape, dtype=torch.bool)
-    expected = [input_ids.shape[0], cached + input_ids.shape[1]]
-    if list(attention_mask.shape) != expected:
+def _new_columns(attention_mask: Any, shape: torch.Size, cached: int) -> Tensor:
+    """The part [B, S] of a mask over cached and new columns that is about new ones of a `shape`."""
+    expected = [shape[0], cached + shape[1]]
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"attention_mask cannot be read as numbers ({error}); give a tensor {expected}") from error
+    if list(mask.shape) != expected:
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; give {expected}, a value for each cached and "
-            f"each new column"
+            f"attention_mask has shape {list(mask.shape)}; give {expected}, a value for each cached and each new column"
         )
-    return attention_mask[:, cached:].bool().cpu()
+    return mask[:, cached:]
+
+
+def _kept(logits_to_keep: Any, count: int) -> Tensor:
+    """Which of `count` columns logits are asked for."""
+    columns = torch.arange(count)
+    if not isinstance(logits_to_keep, Tensor):
+        last = _whole("logits_to_keep", logits_to_keep)
+        if last < 0:
+            raise ValueError(f"logits_to_keep {last} is negative; give how many of the last columns, or 0 for all")
+        return columns[-last:]
+    try:
+        return columns[logits_to_keep.cpu()]
+    except IndexError as error:
+        raise ValueError(f"logits_to_keep does not list columns among the {count:,} of input_ids ({error})") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} {value!r} is not a whole number; give an int") from error
 
 
 def _grid(rows: int, columns: Tensor) -> tuple[Tensor, Tensor]:

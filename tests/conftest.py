@@ -14,6 +14,7 @@ from transformers import dynamic_module_utils
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 
+from .folders import TEXT, model_folder
 from .models import SHAPE, tiny_folder
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads, which wait for each other on a busy machine
@@ -60,3 +61,18 @@ def compile_tiny(tmp_path_factory: pytest.TempPathFactory) -> CompileTiny:
         return made[key]
 
     return compile_once
+
+
+@pytest.fixture(scope="session")
+def chat_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with a tokenizer and a chat template; its package is `tiny_qwen`."""
+    folder = tmp_path_factory.mktemp("chat")
+    source = model_folder(folder / "tiny-qwen", "qwen2")
+    (source / "chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+    )
+    (folder / "calib.txt").write_text(TEXT)
+    calib: dict[str, Any] = {"calib": str(folder / "calib.txt"), "calib_samples": 2, "calib_len": 128}
+    options: dict[str, Any] = {"budget": "60%", "max_len": 300, "block": 64, "window": 64}
+    compile_model(CompileOptions(str(source), folder / "artifact", **options, **calib), silent)
+    return folder / "artifact"

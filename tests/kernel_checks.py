@@ -58,8 +58,6 @@ class Case:
     heads: int = 1
     sliding_window: int | None = None
     softcap: float | None = None
-    key_clip: float = 1.0
-    value_clip: float = 1.0
     has_sinks: bool = False
     dtype: torch.dtype = torch.float16
     max_len: int = 420
@@ -73,7 +71,6 @@ class Case:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
         values |= {"window": self.window, "sliding_window": self.sliding_window, "num_key_value_heads": self.heads}
         values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
-        values |= {"key_clip": self.key_clip, "value_clip": self.value_clip}
         if self.direct:
             values["stages"] = ((self.key_bits, self.value_bits),)
         return layer_plan(self.max_len, len(self.steps[0]), self.dtype.itemsize, **values)
@@ -166,9 +163,9 @@ def compared(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([some, torch.tensor([count - 1])])
 
 
-def check_lowering(wide: int, clip: float, device: torch.device) -> None:
+def check_lowering(wide: int, device: torch.device) -> None:
     """Blocks of every code of `wide` bits, lowered in place, are those of the reference to the last bit."""
-    case = Case(key_bits=wide // 2, value_bits=wide // 2, key_clip=clip, value_clip=clip, steps=steps(1))
+    case = Case(key_bits=wide // 2, value_bits=wide // 2, steps=steps(1))
     stages = ((wide, wide), (wide // 2, wide // 2))
     max_len = case.sink + case.window + 8 * case.block
     plan = dataclasses.replace(case.plan(), stages=stages)
@@ -212,18 +209,15 @@ def copy_to_cpu(cache: Cache) -> Cache:
 
 
 def compare_stores(cache: Cache, twin: Cache) -> None:
-    """Rows and parameters are the same to the last bit, and so are codes, but for a rare tie."""
+    """Rows, parameters and codes are the same to the last bit."""
     one, other = cache.layers[0], twin.layers[0]
     assert (one.rows, one.flushed, one.stage) == (other.rows, other.flushed, other.stage)
     for b, rows in enumerate(one.rows):
         assert torch.equal(one.keys[b, :, :rows], other.keys[b, :, :rows])
         assert torch.equal(one.values[b, :, :rows], other.values[b, :, :rows])
         ours, theirs = (store.records(b, 0, store.live_blocks(b)) for store in (one, other))
-        assert torch.equal(ours.key_parameters, theirs.key_parameters)
-        assert torch.equal(ours.value_parameters, theirs.value_parameters)
-        for codes in ("key_codes", "value_codes"):
-            differ = getattr(ours, codes) != getattr(theirs, codes)
-            assert not differ.numel() or differ.float().mean() < 1e-3, f"{codes} differ"
+        for name in ("key_parameters", "value_parameters", "key_codes", "value_codes"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), f"{name} differ"
 
 
 def steps(*counts: int, batch: int = 1) -> tuple[tuple[slice, ...], ...]:
@@ -239,8 +233,8 @@ RAGGED = (
 
 SMALL = [
     Case(steps=steps(1, 67, 1, 150, 1, 1)),
-    Case(key_axis="token", key_bits=2, value_bits=4, key_clip=0.6, group=7, steps=steps(300, 1, 60, 1)),
-    Case(head_dim=80, group=3, key_bits=2, value_bits=2, value_clip=0.8, block=128, window=128, steps=steps(280, 1)),
+    Case(key_axis="token", key_bits=2, value_bits=4, group=7, steps=steps(300, 1, 60, 1)),
+    Case(head_dim=80, group=3, key_bits=2, value_bits=2, block=128, window=128, steps=steps(280, 1)),
     Case(head_dim=96, key_axis="token", key_bits=8, value_bits=16, dtype=torch.bfloat16, steps=steps(200, 1)),
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
     Case(sliding_window=230, window=128, steps=steps(200, 1, 170, 40)),
@@ -252,8 +246,8 @@ SMALL = [
     Case(steps=steps(196, 90), taken_back=64),
 ]
 
-LOWERED = [(16, 1.0), (8, 1.0), (4, 1.0), (4, 0.8), (4, 0.6)]
-"""Widths of which every code is lowered, and clips."""
+LOWERED = (16, 8, 4)
+"""Widths of which every code is lowered."""
 
 
 def repair_interpreter() -> None:
@@ -275,5 +269,5 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
-    for wide, clip in LOWERED:
-        check_lowering(wide, clip, torch.device("cpu"))
+    for wide in LOWERED:
+        check_lowering(wide, torch.device("cpu"))

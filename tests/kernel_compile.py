@@ -20,7 +20,6 @@ POINTERS = {
     "values": "*fp16",
 }
 ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
-FLOATS = {"scale", "key_step", "value_step"}
 STRIDES = {"query_strides", "key_strides", "value_strides"}
 
 
@@ -29,7 +28,7 @@ def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -
     types: dict[str, Any] = dict.fromkeys(names, "i32")
     types |= {name: kind for name, kind in POINTERS.items() if name in types}
     types |= dict.fromkeys(ROWS & set(names), "*bf16" if dtype == torch.bfloat16 else "*fp16")
-    types |= dict.fromkeys(FLOATS & set(names), "fp32")
+    types |= dict.fromkeys({"scale"} & set(names), "fp32")
     types |= dict.fromkeys(STRIDES & set(names), ("i32", "i32", "i32"))
     return types | dict.fromkeys(constants, "constexpr")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import subprocess
@@ -184,9 +186,7 @@ def test_interrupt_in_every_stage_leaves_the_target_as_it_was(model: Path, place
     stages: dict[str, None] = {}
     compile_model(compile_options(model, place / "first", text), lambda stage, done, total: stages.setdefault(stage))
     assert len(stages) >= 3
-    (place / "existing").mkdir()
-    (place / "existing" / "letter.txt").write_text("mine")
-
+    existing = tree(place / "first")
     for stage in stages:
 
         def interrupt(now: str, done: int, total: int, at: str = stage) -> None:
@@ -195,23 +195,149 @@ def test_interrupt_in_every_stage_leaves_the_target_as_it_was(model: Path, place
 
         # Another text each time, so that no calibration of an earlier compile spares a stage.
         text.write_text(f"{stage} {TEXT}")
-        for target in ("absent", "existing"):
+        for target in ("absent", "first"):
             with pytest.raises(KeyboardInterrupt):
                 compile_model(compile_options(model, place / target, text), interrupt)
         assert not (place / "absent").exists(), stage
-        assert tree(place / "existing") == {"letter.txt": b"mine"}, stage
+        assert tree(place / "first") == existing, stage
         assert [path.name for path in place.iterdir() if "partial" in path.name] == [], stage
 
 
-def test_interrupted_command_says_so_in_one_line(model: Path, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "times", "word"),
+    [
+        (signal.SIGINT, 30, "interrupted"),  # somebody is impatient
+        (signal.SIGTERM, 1, "terminated"),
+    ],
+)
+def test_interrupted_command_says_so_in_one_line(
+    model: Path, place: Path, number: signal.Signals, times: int, word: str
+) -> None:
     command = [sys.executable, "-m", "pmkvq_compiler.cli", str(model), *BUDGET, *SMALL, "-o", "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any("partial" in path.name for path in place.iterdir()):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.02)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "pmkvq-compile: interrupted; nothing was changed"
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1] == f"pmkvq-compile: {word}; nothing was changed"
     assert "Traceback" not in err
     assert out == ""
-    assert not (place / "out").exists()
+    assert tree(place) == {}
+
+
+MARK = "from pathlib import Path\nPath({!r}).write_text('it ran')\n"
+
+
+def plant_code(folder: Path, mark: Path) -> None:
+    """Put code that would leave a mark into every place of a model's folder from which code has been run."""
+    for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py", "torch.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(MARK.format(str(mark)))
+    names = {
+        "config.json": {
+            "AutoConfig": "configuration_x.XConfig",
+            "AutoModelForCausalLM": "modeling_x.XForCausalLM",
+            "AutoTokenizer": ["tokenization_x.XTokenizer", "tokenization_x.XTokenizerFast"],
+        },
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_x.XTokenizer", "tokenization_x.XTokenizerFast"]},
+        "generation_config.json": {"custom_generate": "."},
+    }
+    for name, auto_map in names.items():
+        values = json.loads((folder / name).read_text())
+        values |= {"auto_map": auto_map, "attn_implementation": "somebody/kernels", "custom_generate": str(folder)}
+        (folder / name).write_text(json.dumps(values))
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def run_command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The real command with a user's environment, who answers yes to every question."""
+    command = [sys.executable, "-m", "pmkvq_compiler.cli", *map(str, arguments)]
+    environment = {name: os.environ[name] for name in ("HOME", "PATH")} | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, input="y\n" * 50, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False
+    )
+
+
+def test_a_model_that_transformers_knows_is_compiled_without_its_own_code(model: Path, place: Path) -> None:
+    plant_code(model, place / "mark")
+    done = run_command(model, "--recipe", "none", *SMALL, "-o", place / "out", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == str(place / "out")
+    assert "code" not in done.stderr
+    assert not (place / "mark").exists()
+    assert "auto_map" not in json.loads((place / "out" / "tokenizer_config.json").read_text())
+    assert "custom_generate" not in json.loads((place / "out" / "generation_config.json").read_text())
+    assert not any((place / "out" / name).exists() for name in ("modeling_x.py", "custom_generate"))
+
+
+def test_a_model_that_needs_its_own_code_is_refused_without_a_question(model: Path, place: Path) -> None:
+    plant_code(model, place / "mark")
+    edit_json(model / "config.json", model_type="x")
+    done = run_command(model, *BUDGET, *SMALL, "-o", place / "out", "--json", cwd=place)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("pmkvq-compile: ")]
+    assert "needs Python code of its own, and code of a checkpoint is never run" in sentence
+    assert list(place.iterdir()) == []
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_refused(complaint: Complaint, model: Path, place: Path) -> None:
+    plant_code(model, place / "mark")
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (model / name).unlink(missing_ok=True)
+    edit_json(model / "tokenizer_config.json", tokenizer_class="XTokenizer")
+    sentence = complaint(model, *BUDGET, *SMALL, code=1)
+    assert "the tokenizer of tiny-llama" in sentence
+    assert "never run" in sentence
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("config.json", {"num_hidden_layers": 0}, "num_hidden_layers"),
+        ("config.json", {"vocab_size": 10**12}, "vocab_size"),
+        ("config.json", {"hidden_size": -64}, "hidden_size"),
+        ("config.json", {"model_type": "mamba"}, "mamba"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "stored quantized"),
+        ("generation_config.json", {"early_stopping": 3}, "early_stopping"),
+        ("tokenizer.json", {"model": {"type": "Whale"}}, "the tokenizer of tiny-llama"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Split"}}, "the tokenizer of tiny-llama"),
+    ],
+)
+def test_damaged_facts_of_a_model(
+    complaint: Complaint, model: Path, file: str, changes: dict[str, object], words: str
+) -> None:
+    edit_json(model / file, **changes)
+    assert words in complaint(model, *BUDGET, *SMALL, code=1)
+
+
+def test_a_tokenizer_of_another_model(complaint: Complaint, model: Path) -> None:
+    """Its tokens are beyond the vocabulary, which nothing but a text that has them would show."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 4000
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sentence = complaint(model, *BUDGET, *SMALL, code=1)
+    assert "token 4,000" in sentence
+    assert "128" in sentence
+
+
+def test_stripped_quantization(complaint: Complaint, model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.v_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+    assert f"weight {name} is stored in F8_E4M3" in complaint(model, *BUDGET, *SMALL, code=1)
+
+
+def test_weights_beyond_float16(complaint: Complaint, model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(weights, model / "model.safetensors")
+    sentence = complaint(model, *BUDGET, *SMALL, "--dtype", "float16", code=1)
+    assert "model.layers.2.mlp.down_proj.weight reaches 1e+05, more than float16 holds" in sentence

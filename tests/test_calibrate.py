@@ -145,7 +145,7 @@ def test_losses_fall_with_the_bits_and_with_the_window(source: Source, text: str
         for losses in (calibration.key_loss[layer], calibration.value_loss[layer]):
             kinds = {(kept.axis, kept.transform) for kept in losses}
             for axis, transform in kinds:
-                by_bits = [losses[Format(bits, axis, transform, 1.0, 64)] for bits in (2, 4, 8)]
+                by_bits = [losses[Format(bits, axis, transform, 64)] for bits in (2, 4, 8)]
                 assert by_bits[0] > by_bits[1] > by_bits[2] > 0
     assert total(calibration, window=96) < total(calibration, window=64)
 

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig
 
 from pmkvq_compiler.capture import capture
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.errors import CompileError, Defect
 from pmkvq_compiler.passes.locate_attention import markers
+from pmkvq_compiler.rehearsal import locate
 
 from .models import SHAPE, tiny_model
-from .programs import captured
+from .programs import captured, located
 
 
 @pytest.mark.parametrize(
@@ -78,11 +79,21 @@ def test_constants_have_the_values_of_a_float32_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "overrides", "reason"),
     [
-        ("bert", {"is_decoder": False}, "neither causal nor a sliding window"),
+        ("bert", {"is_decoder": False}, "neither causal nor a sliding window.*see those that come after them"),
+        ("mistral", {"sliding_window": 0}, "tokens do not even see themselves"),
+        ("mistral", {"sliding_window": -3}, "neither causal nor a sliding window"),
+        ("gemma3n_text", {"num_kv_shared_layers": 1}, "the last 1 layers of gemma3n_text share the keys and values"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "the last 1 layers of gemma4_text share the keys and values"),
+        ("mamba", {}, "layers of type linear_attention, which keep something else"),
+        ("qwen3_next", {"num_experts": 4}, "layers of type linear_attention"),
+        ("deepseek_v32", {}, "layers of type indexed_attention|cannot be captured as one graph"),
+        ("rwkv", {"attention_hidden_size": 64}, "carries a recurrent state"),
+        ("diffllama", {}, "computes attention 4 times in 2 layers"),
+        ("doge", {}, "its code takes other ways for other texts"),
         ("t5", {}, "t5 is an encoder-decoder model"),
         ("llama4_text", {}, "chunked attention"),
         ("bloom", {}, "of which 0 route their attention through|bloom cannot be captured"),
-        ("gptj", {}, "does not route its attention through"),
+        ("gptj", {}, "does not route its attention through|cannot be captured as one graph"),
         ("llama", {"head_dim": 12}, "12 channels, which is no multiple of 8"),
         (
             "llama",
@@ -104,6 +115,23 @@ def test_what_the_marker_cannot_express_is_refused(model_type: str, overrides: d
     config = AutoConfig.for_model(model_type, **{**shape, **overrides})
     with pytest.raises(CompileError, match=reason):
         capture(config)
+
+
+@pytest.mark.parametrize("model_type", ["jetmoe", "lfm2"])
+def test_operations_that_cannot_be_written_are_refused_before_anything_is_measured(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    with pytest.raises(CompileError, match=f"{model_type} computes something beside its attention") as caught:
+        locate(capture(config), model_type)
+    assert not isinstance(caught.value, Defect)
+    assert "LocateAttention" not in str(caught.value)
+
+
+def test_the_trial_of_the_passes_changes_nothing() -> None:
+    program, untried = captured("llama"), located("llama")
+    locate(program, "llama")
+    assert program.sites == untried.sites
+    assert program.edits == []
+    assert str(program.graph) == str(untried.graph)
 
 
 ROOT = Path(__file__).parent.parent

@@ -54,6 +54,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("granite", {"attention_multiplier": 0.25}),  # its default of 1 makes attention so sharp that rounding shows
     ("olmo2", {}),
     ("stablelm", {}),
+    ("stablelm", {"qk_layernorm": True}),  # a list of norms, called by numbers
     ("cohere", {}),
     ("mixtral", {}),
     ("qwen3_moe", {"mlp_only_layers": [1]}),

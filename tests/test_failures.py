@@ -41,7 +41,6 @@ def said(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [
         (UsageError("too many apples"), "too many apples", 2),
         (CompileError("no apples"), "no apples", 1),
-        (KeyboardInterrupt(), "interrupted", 130),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), "no room left to write .*out/x.* free some", 1),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "no room left to write", 1),
         (OSError(errno.EMFILE, "Too many open files"), "too many files are open .*ulimit", 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from examples.four_ways import same_code, with_onnxruntime
+from examples.deploy.four_ways import same_code, with_onnxruntime
 
 from .conftest import CompileTiny
 from .test_huggingface import prompt

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 import json
+import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline, set_seed
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny, silent
 from .folders import TEXT, model_folder
@@ -204,10 +209,56 @@ def test_drafted_tokens_that_are_wrong_are_taken_back(unquantized: Path) -> None
 
 
 def test_drafts_are_refused_where_they_would_leave_a_trace(model: Any) -> None:
-    """By transformers since 5.24, before that by the cache when the first wrong token is in a block."""
+    """At the start, whatever drafts them, before a token is made or a cache changed."""
     assert not model.new_cache().is_croppable
-    with pytest.raises(ValueError, match=r"requires a cache that can be cropped|cannot be taken back"):
-        greedy(model, prompt(100).repeat(1, 2), prompt_lookup_num_tokens=40)
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda *_, **__: seen.append("called"))
+        for drafts in (
+            {"prompt_lookup_num_tokens": 4},
+            {"assistant_model": model},
+            {"assistant_early_exit": 1},
+            {"prompt_lookup_num_tokens": 4, "past_key_values": model.new_cache()},
+            {"prompt_lookup_num_tokens": 4, "do_sample": True},
+            {"prompt_lookup_num_tokens": 4, "use_cache": False},
+        ):
+            with pytest.raises(
+                ValueError, match=r"assisted generation \(.*\) requires a cache that can be cropped|use_cache"
+            ):
+                greedy(model, prompt(20).repeat(1, 4), **drafts)
+    assert not seen
+
+
+def test_strategies_and_caches_of_others_are_refused_at_the_start(model: Any) -> None:
+    for options, words in (
+        ({"custom_generate": "somebody/dola"}, "custom_generate='somebody/dola' is not supported"),
+        ({"custom_generate": ".", "trust_remote_code": True}, "custom_generate='.' is not supported"),
+        *(
+            ({"cache_implementation": name}, "is not supported")
+            for name in ("static", "quantized", "offloaded", "paged")
+        ),
+        ({"pad_token_id": -1}, "pad_token_id=-1 is not in the vocabulary of 128 tokens"),
+        ({"pad_token_id": 128}, "pad_token_id=128 is not in the vocabulary"),
+        ({"eos_token_id": [2, 500]}, "eos_token_id=500 is not in the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            greedy(model, prompt(20, batch_size=2), **options)
+
+
+def test_defaults_that_speak_of_other_caches_mean_nothing(artifact: Path, model: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    defaults = json.loads((folder / "generation_config.json").read_text())
+    defaults |= {"cache_implementation": "static", "use_cache": False, "pad_token_id": -1, "eos_token_id": [2, 10**6]}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    manifest = json.loads((folder / "pmkvq.json").read_text())
+    manifest["files"]["generation_config.json"] = file_digest(folder / "generation_config.json")
+    (folder / "pmkvq.json").write_text(json.dumps(manifest))
+    loaded, ids = load(folder), prompt(60, batch_size=2)
+    out = greedy(loaded, ids, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, greedy(model, ids))
+    assert type(out.past_key_values).__name__ == "PmkvqCache"
+    loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
+    assert (loaded.generation_config.pad_token_id, loaded.generation_config.eos_token_id) == (None, [2])
 
 
 def test_crop_goes_back_or_refuses(model: Any) -> None:
@@ -393,3 +444,132 @@ def test_config_names_both_classes(artifact: Path) -> None:
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_compiled.Qwen2ForCausalLM"}
     assert config["max_position_embeddings"] == SHAPE["max_position_embeddings"]
     assert load(artifact).config.max_position_embeddings == 300
+
+
+def test_a_forward_that_breaks_off_leaves_the_cache_as_it_was_or_refusing(artifact: Path, monkeypatch: Any) -> None:
+    """In the first piece of a prompt, in a later one, and in what is counted after them."""
+    model = load(artifact)
+    monkeypatch.setattr(model, "prefill_chunk", 16)
+    pieces = {"first": 0, "second": 1}
+    tail = prompt(4, seed=5)
+    for count in (10, 40):
+        for broken in pieces.values():
+            past, other = model.new_cache(), model.new_cache()
+            for each in (past, other):
+                model(prompt(10), past_key_values=each)
+            logits, calls = model.compiled.logits, iter(range(10))
+
+            def break_off(hidden: Tensor, at: int = broken) -> Tensor:
+                if next(calls) == at:  # noqa: B023
+                    raise KeyboardInterrupt
+                return logits(hidden)  # noqa: B023
+
+            compiled = model.compiled
+            model.compiled = dataclasses.replace(compiled, logits=break_off)
+            if count > 16 * broken:
+                with pytest.raises(KeyboardInterrupt):
+                    model(prompt(count, seed=1), past_key_values=past)
+            model.compiled = compiled
+            if count > 16 and broken:
+                for use in (
+                    lambda: model(tail, past_key_values=past),  # noqa: B023
+                    lambda: greedy(model, prompt(60), past_key_values=past),  # noqa: B023
+                    lambda: past.reorder_cache(torch.tensor([0])),  # noqa: B023
+                    lambda: past.crop(0),  # noqa: B023
+                ):
+                    with pytest.raises(ValueError, match=r"interrupted in the middle of a call.*reset\(\) it"):
+                        use()
+                past.reset()
+                other = model.new_cache()
+            expected = model(tail, past_key_values=other).logits
+            assert torch.equal(model(tail, past_key_values=past).logits, expected)
+            assert past.get_seq_length() == other.get_seq_length()
+
+
+def test_another_thread_is_refused_while_generate_uses_a_cache(model: Any) -> None:
+    past, raised = model.new_cache(), []
+
+    class Asking:
+        def put(self, value: Tensor) -> None:
+            def ask() -> None:
+                for use in (lambda: model(prompt(3), past_key_values=past), lambda: past.crop(0), past.reset):
+                    try:
+                        use()
+                    except ValueError as error:
+                        raised.append(str(error))
+                assert "some of" in repr(past)
+
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join(60)
+
+        def end(self) -> None:
+            pass
+
+    out = greedy(model, prompt(), past_key_values=past, streamer=Asking(), max_new_tokens=3)
+    assert len(raised) == 4 * 3
+    assert all(text.startswith("this cache is in use by another thread; give each thread") for text in raised)
+    assert torch.equal(out, greedy(model, prompt(), max_new_tokens=3))
+
+
+def test_eight_threads_generate_as_each_alone(model: Any) -> None:
+    prompts = [prompt(60 + seed, seed) for seed in range(8)]
+    expected = [greedy(model, ids, max_new_tokens=8) for ids in prompts]
+    found: dict[int, Tensor] = {}
+
+    def write(number: int) -> None:
+        found[number] = greedy(model, prompts[number], max_new_tokens=8, past_key_values=model.new_cache())
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(torch.equal(found[number], one) for number, one in enumerate(expected))
+
+
+def test_a_cache_and_a_model_are_copied_or_say_why_not(model: Any) -> None:
+    past = model(prompt(120), past_key_values=model.new_cache()).past_key_values
+    expected = greedy(model, torch.cat([prompt(120), prompt(5)], 1), past_key_values=copy.deepcopy(past))
+    for twin in (copy.copy(past), pickle.loads(pickle.dumps(past))):
+        assert torch.equal(greedy(model, torch.cat([prompt(120), prompt(5)], 1), past_key_values=twin), expected)
+    assert past.get_seq_length() == 120
+    assert torch.equal(copy.copy(model)(prompt(5)).logits, model(prompt(5)).logits)
+    other = copy.deepcopy(model)
+    assert next(other.parameters()).data_ptr() != next(model.parameters()).data_ptr()
+    assert torch.equal(greedy(other, prompt()), greedy(model, prompt()))
+    assert torch.equal(greedy(other.share_memory(), prompt()), greedy(model, prompt()))
+    with torch.no_grad():
+        other.model.norm.weight.zero_()
+    assert not torch.equal(other(prompt(5)).logits, model(prompt(5)).logits), "its weights are its own"
+    for refused in (lambda: pickle.dumps(model), lambda: torch.save(model, io.BytesIO())):
+        with pytest.raises(NotImplementedError, match="a compiled model is not pickled; copy its folder, "):
+            refused()
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"input_ids": torch.ones(1, 5)}, "input_ids must be integers"),
+        ({"input_ids": [[5, 6], [7]]}, "input_ids cannot be read as numbers"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0.5, 1]])}, "attention_mask holds 0.5"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"attention_mask has shape \[1, 1, 5, 5\]"),
+        ({"attention_mask": "causal"}, "attention_mask cannot be read as numbers"),
+        ({"position_ids": torch.zeros(3, 1, 5, dtype=torch.long)}, "position_ids must be integers"),
+        ({"position_ids": torch.arange(4)}, "position_ids must be integers"),
+        ({"position_ids": torch.arange(5) + 297}, "position 301 is outside the 0 to 299"),
+        ({"position_ids": torch.arange(5) - 1}, "position -1 is outside"),
+        ({"logits_to_keep": -1}, "logits_to_keep -1 is negative"),
+        ({"logits_to_keep": 1.5}, "logits_to_keep 1.5 is not a whole number"),
+        ({"logits_to_keep": torch.tensor([5])}, "logits_to_keep does not list columns among the 5"),
+    ],
+)
+def test_odd_input_is_refused_in_a_sentence(model: Any, arguments: dict[str, Any], words: str) -> None:
+    past = model.new_cache()
+    with pytest.raises(ValueError, match=words):
+        model(**{"input_ids": prompt(5), "past_key_values": past, **arguments})
+    assert past.get_seq_length() == past.cache.length[0] == 0
+    ids = prompt(5)
+    logits = model(ids.tolist(), attention_mask=[[1.0] * 5], position_ids=torch.arange(5).int()).logits
+    assert torch.equal(logits, model(ids).logits)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.four_ways import as_in_onnx
+from examples.deploy.four_ways import as_in_onnx
 from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
@@ -190,7 +190,7 @@ def test_shards_are_read_where_they_are(
 def test_example_prints_text(token_axis: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
-        str(EXAMPLES / "onnx_generate.py"),
+        str(EXAMPLES / "onnx" / "onnx_generate.py"),
         str(token_axis),
         "The whale",
         "--max-new-tokens",

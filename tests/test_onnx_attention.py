@@ -94,8 +94,8 @@ class Layer:
 
 
 CONFIGURATIONS: list[dict[str, Any]] = [
-    {"key_axis": "token", "key_bits": 4, "value_bits": 2, "value_clip": 0.6},
-    {"key_axis": "channel", "key_bits": 2, "value_bits": 4, "key_clip": 0.8},
+    {"key_axis": "token", "key_bits": 4, "value_bits": 2},
+    {"key_axis": "channel", "key_bits": 2, "value_bits": 4},
     {"key_axis": "token", "key_bits": 8, "value_bits": 8, "group": 1},
     {"key_axis": "channel", "key_bits": 4, "value_bits": 4, "sink": 0, "key_head_dim": 80, "value_head_dim": 48},
     {"key_axis": "channel", "key_bits": 8, "value_bits": 4, "softcap": 20.0, "sinks": True},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +93,37 @@ def test_make_sets_up_its_own_environment(target: str, tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").touch()
     planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert planned.index("-m venv .venv") < planned.index("-c constraints.txt") < planned.rindex(".venv/bin/")
+
+
+def test_what_is_installed_to_develop_has_hashes_and_is_what_the_constraints_pin() -> None:
+    """But for torch, whose wheels without CUDA are not PyPI's, and what it needs of CUDA."""
+    pinned = dict(
+        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    hashed: dict[str, str] = {}
+    for file in ("build", "dev", "demo"):
+        text = (ROOT / "requirements" / f"{file}.txt").read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            name, version = re.match(r"([\w.-]+)==(\S+)", line).groups()  # type: ignore[union-attr]
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), line
+            if "sys_platform == 'emscripten'" not in line.replace("!=", ""):
+                hashed[name] = version
+    normal = {name.replace("_", "-").replace(".", "-"): version for name, version in pinned.items()}
+    assert {name: hashed.get(name) for name in normal if name != "torch"} == {
+        name: version for name, version in normal.items() if name != "torch"
+    }
+    assert "torch" not in hashed
+
+
+def test_ci_passes_settings_of_pip_to_the_installation_alone(tmp_path: Path) -> None:
+    """`make` is one that tells what it was given."""
+    shutil.copytree(ROOT / ".ci", tmp_path / "clone" / ".ci")
+    make = tmp_path / "make"
+    make.write_text(
+        f'#!/bin/sh\necho "$1 ${{PIP_INDEX_URL:-none}} ${{PYTHONDONTWRITEBYTECODE:-none}}" >> {tmp_path}/said\n'
+    )
+    make.chmod(0o755)
+    variables = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables |= {"PIP_INDEX_URL": "mirror", "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([tmp_path / "clone" / ".ci" / "run"], env=variables, check=True)
+    assert (tmp_path / "said").read_text().splitlines() == ["venv mirror 1", "lint none none", "test none none"]

@@ -63,21 +63,19 @@ def calibration(layers: int, seed: int = 0) -> Calibration:
     windows = {64: 1.3, 128: 1.0, 256: 0.8}
     keys = {
         layer: {
-            Format(bits, axis, transform, clip, window): weight[layer]
+            Format(bits, axis, transform, window): weight[layer]
             * error[bits]
             * (noise[layer] if axis == "channel" else 1.0)
             * windows[window]
-            * (0.7 if clip == 0.8 else 1.0)
             for bits in error
             for axis, transform in (("token", "none"), ("token", "scale"), ("token", "rotate"), ("channel", "none"))
-            for clip in ((1.0, 0.8) if bits == 2 else (1.0,))
             for window in windows
         }
         for layer in range(layers)
     }
     values = {
         layer: {
-            Format(bits, "token", transform, 1.0, window): weight[layer] * noise[layer] * error[bits] * windows[window]
+            Format(bits, "token", transform, window): weight[layer] * noise[layer] * error[bits] * windows[window]
             for bits in error
             for transform in ("none", "rotate")
             for window in windows

@@ -60,7 +60,7 @@ def test_chains_are_right_or_wrong_and_the_artifact_decodes_them_as_scored(
         ]
     )
     printed = capsys.readouterr().out
-    assert printed.count("agree\n") == 4
+    assert printed.count("agree\n") == 2, "an artifact does not have the format that baselines are scored in"
     assert "differ" not in printed
     with (tmp_path / "out" / "quality.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -73,6 +73,13 @@ def test_chains_are_right_or_wrong_and_the_artifact_decodes_them_as_scored(
         assert (float(row["exact"]) == 1) == (row["first_error"] == "nan")
     assert "Kendall's tau" in (tmp_path / "out" / "quality.md").read_text()
     assert (tmp_path / "out" / "quality.svg").is_file()
+
+
+def test_the_own_problems_are_drawn_whatever_the_calibration_is(quality: ModuleType, tmp_path: Path) -> None:
+    arguments = quality._arguments(["--calib", str(tmp_path / "text.txt"), "--count", "3"])
+    bench = quality.Bench.__new__(quality.Bench)
+    bench.arguments, bench.source = arguments, open_source(arguments.model, "auto")
+    assert len(bench._items()) == 3
 
 
 @torch.no_grad()

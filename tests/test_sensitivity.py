@@ -41,7 +41,7 @@ def test_the_predicted_loss_is_that_of_what_the_cache_would_give_each_query(
 ) -> None:
     torch.manual_seed(window)
     observed_call = call(sliding_window)
-    key_format, value_format = (Format(2, axis, "none", 0.8, window) for axis in ("channel", "token"))
+    key_format, value_format = (Format(2, axis, "none", window) for axis in ("channel", "token"))
     measure = OutputLoss({5: [key_format]}, {5: [value_format]}, {}, {}, SINK, BLOCK)
     gradient = torch.randn(1, 4, LENGTH, 16)
     drawn = LENGTH // 2 + torch.randperm(LENGTH - LENGTH // 2, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_predicted_losses_are_those_of_the_model() -> None:
     torch.manual_seed(0)
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    kept = Format(4, "token", "none", 1.0, 32)
+    kept = Format(4, "token", "none", 32)
     texts = torch.randint(3, 128, (12, LENGTH))
     positions = torch.arange(LENGTH).unsqueeze(0)
     formats = {layer: [kept] for layer in range(3)}
@@ -105,7 +105,7 @@ def test_the_papers_measure_is_the_sum_of_error_times_gradient_paired_as_its_cod
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
     model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_(True))
-    scaled, plain = Format(2, "token", "scale", 1.0, 64), Format(4, "token", "none", 1.0, 64)
+    scaled, plain = Format(2, "token", "scale", 64), Format(4, "token", "none", 64)
     measure = GradientProduct({layer: [scaled] for layer in range(3)}, {layer: [plain] for layer in range(3)})
     expected = {"key": torch.zeros(3), "value": torch.zeros(3)}
     tensors: dict[str, list[Tensor]] = {"key": [], "value": []}
@@ -133,7 +133,7 @@ def test_the_papers_measure_is_the_sum_of_error_times_gradient_paired_as_its_cod
 
 def test_the_papers_measure_pairs_layers_of_a_shape() -> None:
     """Layers 0 and 3 have keys of 16 channels, 1, 2 and 4 of 32: 0 and 3 are paired, 1 and 4, and 2 with itself."""
-    kept = Format(2, "token", "none", 1.0, 64)
+    kept = Format(2, "token", "none", 64)
     measure = GradientProduct({layer: [kept] for layer in range(5)}, {layer: [] for layer in range(5)})
     keys, gradients = ([torch.randn(1, 2, 40, size) for size in (16, 32, 32, 16, 32)] for _ in range(2))
     loss = torch.zeros(())

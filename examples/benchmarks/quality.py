@@ -4,14 +4,20 @@
     python examples/benchmarks/quality.py --model demo --text held-out.txt  # perplexity of a language model
     python examples/benchmarks/quality.py --model FOLDER --problems p.jsonl --calib c.jsonl
 
+`best` and what is left out of it are scored in the number format of the runtime, `pmkvq_compiler.runtime.quantize`.
+PM-KVQ and the baselines are calibrated, planned and scored in that of their papers, `papers_format`: two fp16 numbers a
+group, which count as bytes, steps of `range / (2^b - 1)`, and the equivalent right shift. An artifact compiled with one
+of these recipes has the runtime's format.
+
 Chains are scored by teacher forcing under the progressive cache (`pmkvq_compiler.teacher_forcing`), which gives exactly
 what greedy decoding would: a chain is right if and only if every argmax is. Problems are JSON lines with "prompt" and
 "chain"; the own reasoner's are drawn from seed 1, its calibration texts from seed 2, at most half as long. All
 recipes see the same problems, so differences are paired: the interval is the 95% bootstrap interval of the difference
 in exact chains to the first recipe.
 
-`--decode 4` compiles each plan and lets the artifact decode a few of the chains, half of them scored as wrong as far as
-there are any. What is decoded rounds as what is scored with `--dtype float32`; else in the model's own dtype.
+`--decode 4` compiles each plan of the runtime's format and lets the artifact decode a few of the chains, half of them
+scored as wrong as far as there are any. What is decoded rounds as what is scored with `--dtype float32`; else in the
+model's own dtype.
 
 Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number. Last comes Kendall's rank
 correlation of the predicted losses with the measured divergences, over all plans.
@@ -28,12 +34,15 @@ import random
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from papers_format import papers_format
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,7 +64,7 @@ from pmkvq_compiler.trial import Tried, try_plans
 OWN = Path(__file__).parent.parent / "reasoner"
 RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
 PM_KVQ = RECIPES["pm-kvq"]
-ABLATIONS = {
+PAPERS_ABLATIONS = {
     "pm-kvq": PM_KVQ,
     "  not progressive": replace(PM_KVQ, progressive=False),
     "  same bits in every layer": replace(PM_KVQ, per_layer=False),
@@ -65,15 +74,15 @@ ABLATIONS = {
 """The paper's ablations. Positional interpolation is an option of the calibration, not of the recipe."""
 
 BEST = RECIPES["best"]
-ABLATIONS |= {
+ABLATIONS = PAPERS_ABLATIONS | {
     "best": BEST,
     "  windows of 128 tokens": replace(BEST, windows=(128,)),
-    "  no clips": replace(BEST, clips=(1.0,)),
     "  K by token": replace(BEST, key_axes=("token",)),
     "  K as it is": replace(BEST, key_transforms=("none",)),
     "  V as it is": replace(BEST, value_transforms=("none",)),
     "  not progressive ": replace(BEST, progressive=False),
 }
+IN_PAPERS_FORMAT = {"kivi", "kivi-128", "rotation", "uniform", *PAPERS_ABLATIONS}
 
 
 SMALL_VOCABULARY = 1024
@@ -171,9 +180,7 @@ class Bench:
     def _own_calibration(self) -> str:
         if self.arguments.text or self.arguments.problems:
             return "builtin"
-        sys.path.insert(0, str(OWN))
-        import problems
-
+        problems = own_problems()
         path, rng = self.arguments.output / "calibration.jsonl", random.Random(2)
         entries = problems.most_entries(self.arguments.calib_len)
         texts = ["".join(problems.ledger(rng, entries)) for _ in range(self.arguments.calib_samples)]
@@ -192,8 +199,7 @@ class Bench:
             lines = [json.loads(line) for line in arguments.problems.read_text(encoding="utf-8").splitlines()]
             pairs = [(line["prompt"], line["chain"]) for line in lines]
         else:
-            import problems
-
+            problems = own_problems()
             rng, entries = random.Random(1), problems.most_entries(4096)
             pairs = [problems.ledger(rng, entries) for _ in range(arguments.count)]
         begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -209,7 +215,8 @@ class Bench:
         rows = [self._full_row()]
         for recipe in self.arguments.recipes.split(","):
             for budget in self.arguments.budgets.split(","):
-                rows += self._row(recipe, recipe, budget, self.effective_len)
+                with number_format(recipe):
+                    rows += self._row(recipe, budget, self.effective_len)
         return rows
 
     def ablations(self) -> list[Row]:
@@ -218,7 +225,8 @@ class Bench:
             for name, recipe in ABLATIONS.items():
                 RECIPES[name] = recipe
                 effective = self.arguments.calib_len if "interpolation" in name else self.effective_len
-                rows += self._row(name, name, budget, effective)
+                with number_format(name):
+                    rows += self._row(name, budget, effective)
         return rows
 
     def _options(self, recipe: str, effective_len: int) -> CompileOptions:
@@ -252,12 +260,12 @@ class Bench:
         (best,) = try_plans(self.planning_model, samples, [proposals], calibration, lambda *_: None)
         return best, calibration
 
-    def _row(self, name: str, recipe: str, budget: str, effective_len: int) -> list[Row]:
+    def _row(self, recipe: str, budget: str, effective_len: int) -> list[Row]:
         start = time.perf_counter()
         try:
             tried, calibration = self.plan(recipe, budget, effective_len)
         except CompileError as error:
-            print(f"{name:30} {budget:8} {error}", flush=True)
+            print(f"{recipe:30} {budget:8} {error}", flush=True)
             return []
         solution = tried.solution
         plan = (calibration.fingerprint, solution.plan.layers, solution.formats)
@@ -266,15 +274,15 @@ class Bench:
         scores = self.scored[plan]
         table = plan_table(solution, self.sites, calibration)
         bits = 16 * solution.plan.arena_bytes / cache_bytes_at_16_bits(self.sites, self.max_len, 1)
-        row = self._summary(name, budget, bits, tried.loss, scores)
+        row = self._summary(recipe, budget, bits, tried.loss, scores)
         layout = " ".join(f"{e.key_bits}{e.key_axis[0]}{e.value_bits}w{e.window}" for e in table)
         seconds = time.perf_counter() - start
         print(
-            f"{name:30} {budget:8} true {bits:.3f}  exact {row.exact:.1%}  perplexity {row.perplexity:.4f}  "
+            f"{recipe:30} {budget:8} true {bits:.3f}  exact {row.exact:.1%}  perplexity {row.perplexity:.4f}  "
             f"KL {row.divergence:.2e}  predicted {row.predicted_loss:.2e}  {seconds:.0f} s  {layout}",
             flush=True,
         )
-        if self.arguments.decode:
+        if self.arguments.decode and recipe not in IN_PAPERS_FORMAT:
             self._decode(self._options(recipe, effective_len), budget, solution, scores)
         return [row]
 
@@ -353,6 +361,19 @@ class Bench:
         attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
         with observed(attention):
             return run(self.model, ids.to(self.model.device), positions)
+
+
+def own_problems() -> ModuleType:
+    """`problems.py` of the project's own reasoner."""
+    sys.path.insert(0, str(OWN))
+    import problems
+
+    return problems
+
+
+def number_format(recipe: str) -> AbstractContextManager[None]:
+    """Where a recipe is calibrated, planned and scored: with its own authors' number format, or the runtime's."""
+    return papers_format() if recipe in IN_PAPERS_FORMAT else nullcontext()
 
 
 @dataclass(frozen=True)

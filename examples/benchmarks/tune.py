@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from kernels import (
+from kernel_times import (
     DEVICE,
     LARGE,
     SINGLE,

@@ -1,14 +1,15 @@
-"""The programs in answers that lm-evaluation-harness has logged, as LiveCodeBench's custom evaluator reads them.
+"""Collect the programs from answers that lm-evaluation-harness has logged, for LiveCodeBench's custom evaluator.
 
-python examples/evaluation/programs.py samples_livecodebench_....jsonl > programs.json
+python examples/evaluation/programs.py samples_livecodebench.jsonl > programs.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 PROGRAM = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
@@ -25,5 +26,7 @@ def programs(samples: Iterable[str]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], encoding="utf-8") as file:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", type=Path, help="JSON lines that lm_eval --log_samples wrote")
+    with parser.parse_args().samples.open(encoding="utf-8") as file:
         print(json.dumps(programs(file)))

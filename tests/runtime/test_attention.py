@@ -18,8 +18,8 @@ def stored_numbers(store: LayerCache, sequence: int) -> tuple[Tensor, Tensor, Te
     key_parameters, value_parameters = records.key_parameters.unsqueeze(axis), records.value_parameters.unsqueeze(-1)
     key_codes = unpack(records.key_codes.view(torch.int16), records.key_bits)
     value_codes = unpack(records.value_codes.view(torch.int16), records.value_bits).transpose(-1, -2)
-    keys = decode(key_codes, key_parameters, records.key_bits, records.key_clip).flatten(1, 2)
-    values = decode(value_codes, value_parameters, records.value_bits, records.value_clip).flatten(1, 2)
+    keys = decode(key_codes, key_parameters, records.key_bits).flatten(1, 2)
+    values = decode(value_codes, value_parameters, records.value_bits).flatten(1, 2)
     rows = store.rows[sequence]
     return (
         torch.cat([keys, store.keys[sequence, :, :rows]], dim=1).double(),
@@ -67,8 +67,6 @@ def test_every_step_of_a_run_to_max_len(
         value_bits=bits[1],
         key_head_dim=head_dim,
         value_head_dim=head_dim,
-        key_clip=0.8 if extras else 1.0,
-        value_clip=0.6 if extras else 1.0,
     )
     cache = Cache(cache_plan(layer, max_len=max_len), 1, None, torch.float32, torch.device("cpu"))
     store = cache.layers[0]

@@ -1,13 +1,17 @@
 """Decoding by a captured step: it says what calls of the model say, and leaves the cache as they do."""
 
+import copy
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -135,6 +139,144 @@ def test_a_step_that_cannot_be_captured_is_an_error(artifact: Path) -> None:
     curious = dataclasses.replace(model, hidden_states=looks_at_numbers)
     with pytest.raises(runtime.InputError, match=r"cannot be captured in a CUDA graph .* backend=\"reference\""):
         curious.generate(torch.ones(1, 4, dtype=torch.long), 5, eos_token_id=())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 30, 50])
+def test_an_interrupt_at_a_replay_leaves_the_tokens_that_were_fed(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, at: int, after: bool
+) -> None:
+    """Before a replay or behind it: what the cache counts is what it holds, and the text goes on as it would have."""
+    model = runtime.load(artifact, "cuda", torch.float32)
+    torch.manual_seed(0)
+    ids, cache, replay, replays = torch.randint(3, 128, (2, 150)), model.new_cache(2), torch.cuda.CUDAGraph.replay, []
+
+    def broken(graph: torch.cuda.CUDAGraph) -> None:
+        if len(replays) + 1 == at and not after:
+            raise KeyboardInterrupt
+        replay(graph)
+        replays.append(graph)
+        if len(replays) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", broken)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, 60, cache=cache, eos_token_id=())
+    monkeypatch.undo()
+    fed = at if after else at - 1
+    assert cache.length == [150 + fed] * 2
+    text = by_calls(model, ids, 60)
+    rest = model.generate(text[:, 150 + fed : 151 + fed], 59 - fed, cache=cache, eos_token_id=())
+    assert torch.equal(torch.cat([text[:, : 150 + fed], rest], dim=1), text)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_leaves_the_cache_as_it_was(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+    torch.manual_seed(0)
+    ids, cache, other = torch.randint(3, 128, (2, 70)), model.new_cache(2), model.new_cache(2)
+    for each in (cache, other):
+        model(ids, each)
+
+    def failing(hidden: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    decoder, running = (
+        GraphDecoder(dataclasses.replace(model, logits=failing), cache),
+        torch.ones(2, device="cuda").bool(),
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(torch.full((2,), 5, device="cuda"), running)
+    assert cache.length == [70, 70]
+    assert torch.equal(model(ids[:, :3], cache), model(ids[:, :3], other))
+
+
+@pytest.mark.gpu
+def test_eight_threads_on_one_model_capture_and_replay_as_each_alone(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+
+    def write(seed: int) -> list[Tensor]:
+        ids = torch.randint(3, 128, (1, 100 + seed), generator=torch.Generator().manual_seed(seed))
+        sampled = {"do_sample": True, "top_p": 0.9, "seed": seed}
+        return [model.generate(ids, 80, eos_token_id=()), model.generate(ids, 40, eos_token_id=(), **sampled)]
+
+    expected, found = [write(seed) for seed in range(8)], {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.__setitem__(seed, write(seed)))  # type: ignore[misc]
+        for seed in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    for seed in range(8):
+        assert all(map(torch.equal, found[seed], expected[seed]))
+
+
+@pytest.mark.gpu
+def test_threads_that_sample_without_a_seed_do_not_meet_a_capture(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+    failures: list[BaseException] = []
+
+    for number in range(6):  # Triton has compiled everything
+        model.generate(torch.full((1, 60 + number), 5), 30, do_sample=True, eos_token_id=())
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(4):
+                model.generate(torch.full((1, 60 + number), 5), 30, do_sample=True, eos_token_id=())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not failures
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "select", "to the CPU and back"])
+def test_a_copy_of_a_cache_on_the_device_goes_on_as_the_cache_would(artifact: Path, how: str) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+    torch.manual_seed(0)
+    ids, cache = torch.randint(3, 128, (2, 150)), model.new_cache(2)
+    out = model.generate(ids, 20, cache=cache, eos_token_id=())  # steps that the device alone has counted
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    twin = {
+        "deepcopy": lambda: copy.deepcopy(cache),
+        "pickle": lambda: pickle.loads(pickle.dumps(cache)),
+        "torch.save": lambda: torch.load(buffer, weights_only=False),
+        "select": lambda: cache.select([0, 1]),
+        "to the CPU and back": lambda: cache.cpu().cuda(),
+    }[how]()
+    assert twin.device == cache.device
+    assert twin.length == cache.length == [169, 169]
+    texts = [model.generate(out[:, -1:], 60, cache=each, eos_token_id=()) for each in (twin, cache)]
+    assert torch.equal(*texts)
+    assert twin.bits == cache.bits
+    assert twin.kernels is model.kernels
+    assert twin.graph is not cache.graph
+
+
+@pytest.mark.gpu
+def test_a_cache_on_another_device_is_refused_until_it_is_moved(artifact: Path) -> None:
+    on_device, on_host = runtime.load(artifact, "cuda", torch.float32), runtime.load(artifact)
+    ids = torch.randint(3, 128, (2, 100))
+    cache = on_device.new_cache(2)
+    on_device(ids, cache)
+    for use in (lambda: on_host(ids, cache), lambda: on_host.generate(ids, 2, cache=cache)):
+        with pytest.raises(
+            runtime.InputError, match=r"the cache is on cuda:0 and the model on cpu; move it with .*to\("
+        ):
+            use()
+    moved = cache.to("cpu")
+    expected = on_device(ids[:, :1], cache).cpu()
+    torch.testing.assert_close(on_host(ids[:, :1], moved), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -18,8 +18,8 @@ from .plans import layer_plan
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
-from ..kernel_checks import RAGGED, TOLERANCE, Case, run_case, steps
-from ..kernel_compile import compile_case
+from ..kernel_checks import RAGGED, TOLERANCE, Case, render_module, run_case, steps
+from ..kernel_compile import compile_case, compile_kernel
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,6 +47,19 @@ def test_kernels_compile_without_a_device(capability: int, changes: dict[str, ob
     decode = compiled["decode"].asm["ptx"]
     assert "mma.sync" in decode, "the matrix unit does the products"
     assert not re.search(r"cvt\.rn\.f\d+\.[su](8|16)", decode), "codes become operands without a conversion"
+
+
+@pytest.mark.parametrize("wide", [16, 8, 4])
+def test_lowering_takes_two_masks_and_a_shift_for_a_word(wide: int) -> None:
+    case = Case(head_dim=128, key_bits=wide // 2, value_bits=wide // 2, steps=steps(1))
+    widths = {"KEY_BITS": wide, "VALUE_BITS": wide, "KEY_TARGET": wide // 2, "VALUE_TARGET": wide // 2}
+    text = compile_kernel(render_module(case).shrink, case, 90, 8, **widths).asm["ptx"]
+    stored = sum(int(count) for count in re.findall(r"st\.global\.v(\d)\.b32", text))
+    addressing = 4
+    assert stored >= 4
+    assert len(re.findall(r"\band\.b32", text)) <= 2 * stored + addressing
+    assert len(re.findall(r"\bshr\.u32", text)) <= stored + addressing
+    assert "mad.lo" not in text, "no code is divided"
 
 
 @pytest.mark.parametrize(("wide", "narrow"), [(33280, 17152), (17152, 12800), (9216, 9088)])
@@ -93,8 +106,6 @@ def covering() -> list[Case]:
                 heads=1 + turn % 2,
                 dtype=(torch.float16, torch.bfloat16)[number % 2],
                 steps=LENGTHS[at % 4],
-                key_clip=(1.0, 0.8, 0.6)[at % 3],
-                value_clip=(0.6, 1.0, 0.8)[at % 3],
                 direct=turn % 2 == 0,
             )
             if turn == 3:

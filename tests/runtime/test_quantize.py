@@ -1,21 +1,19 @@
-"""The number format: nothing clips, shifts are exact, packing loses nothing."""
+"""The number format: nothing clips, lowering is exact, packing loses nothing."""
+
+import itertools
 
 import pytest
 import torch
 
 from pmkvq_compiler.runtime.quantize import (
-    CLIPS,
     decode,
     encode,
     fake_quantize,
     fields_of,
     group_parameters,
-    levels,
+    lower,
     mid_and_range,
-    narrow,
     pack,
-    shift,
-    shift_to,
     unpack,
     unpack_bytes,
 )
@@ -24,43 +22,52 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 WIDTHS = (16, 8, 4, 2)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_shift_is_the_rounded_quotient_for_every_code(bits: int) -> None:
-    codes = torch.arange(1 << bits, dtype=torch.int32)
-    divisor = (1 << bits // 2) + 1
-    quotient = (2 * codes.to(torch.int64) + divisor).div(2 * divisor, rounding_mode="floor")
-    assert torch.equal(shift(codes, bits), quotient.to(torch.int32))
+WORDS = [
+    (mid << 8) | value_range
+    for mid in (1, 125, 128, 131, 255)
+    for value_range in (1, 7, 0x50, *range(0x78, 0x81), 0xF7)
+]
+"""Groups with a middle far to either side, near and at 0; ranges of every fraction, the smallest and the largest."""
 
 
-@pytest.mark.parametrize("target", [8, 4, 2])
-def test_shifted_codes_equal_codes_quantized_at_once(target: int) -> None:
+def groups(words: list[int]) -> torch.Tensor:
+    """Parameters [len(words), 1]."""
+    return torch.tensor(words, dtype=torch.int32).to(torch.int16).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("word", WORDS, ids=hex)
+def test_lowering_every_code_gives_what_quantizing_at_once_gives(word: int) -> None:
+    """For the numbers of all 65,536 codes, the bounds of their cells, and the next numbers to either side of these."""
+    parameters = groups([word])
+    mid, value_range = mid_and_range(parameters)
+    halves = mid + (torch.arange(2 * 65536 + 1) / 2 - 32768) * (value_range / 65536)
+    infinity = torch.tensor(torch.inf)
+    x = torch.cat([halves, halves.nextafter(infinity), halves.nextafter(-infinity)], dim=-1)
+    codes = {bits: encode(x, parameters, bits) for bits in WIDTHS}
+    assert torch.equal(codes[16].unique(), torch.arange(65536, dtype=torch.int32))
+    for wide, narrow in itertools.combinations(WIDTHS, 2):
+        assert torch.equal(lower(codes[wide], wide, narrow), codes[narrow])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_numbers_of_codes_are_evenly_spaced_and_have_these_codes(bits: int) -> None:
+    codes, parameters = torch.arange(1 << bits, dtype=torch.int32), groups(WORDS)
+    mid, value_range = mid_and_range(parameters)
+    x = decode(codes, parameters, bits)
+    assert torch.equal(encode(x, parameters, bits), codes.expand_as(x))
+    exact = mid.double() + (codes.double() - ((1 << bits) - 1) / 2) * value_range.double() / (1 << bits)
+    torch.testing.assert_close(x.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), list(itertools.combinations(WIDTHS, 2)))
+def test_a_lowered_number_is_off_by_at_most_half_a_narrow_step(wide: int, narrow: int) -> None:
     x = torch.randn(512, 64) * torch.rand(512, 1).mul(12).sub(6).exp()
     parameters = group_parameters(x, -1)
-    lowered = shift_to(encode(x, parameters, 16), 16, target)
-    at_once = encode(x, parameters, target)
-    assert (lowered != at_once).float().mean() < 1e-3
-    assert (lowered - at_once).abs().max() <= 1
-
-
-@pytest.mark.parametrize("clip", CLIPS)
-def test_narrowed_codes_are_the_nearest_of_the_clipped_levels(clip: float) -> None:
-    codes = torch.arange(16, dtype=torch.int32)
-    wide = (codes - 7.5) / 15
-    levels_at_2_bits = (torch.arange(4) - 1.5) * clip / 3
-    nearest = (wide.unsqueeze(-1) - levels_at_2_bits).abs().argmin(-1)
-    assert torch.equal(narrow(codes, clip), nearest.to(torch.int32))
-    if clip == 1:
-        assert torch.equal(narrow(codes), shift(codes, 4))
-
-
-@pytest.mark.parametrize("clip", CLIPS)
-def test_lowered_codes_equal_clipped_codes_quantized_at_once(clip: float) -> None:
-    x = torch.randn(512, 64) * torch.rand(512, 1).mul(12).sub(6).exp()
-    parameters = group_parameters(x, -1)
-    lowered = shift_to(encode(x, parameters, 16, clip), 16, 2, clip)
-    at_once = encode(x, parameters, 2, clip)
-    assert (lowered != at_once).float().mean() < 1e-3
-    assert (lowered - at_once).abs().max() <= 1
+    codes = encode(x, parameters, wide)
+    assert torch.equal(lower(codes, wide, narrow), encode(x, parameters, narrow))
+    error = (decode(lower(codes, wide, narrow), parameters, narrow) - x).abs()
+    half_step = mid_and_range(parameters)[1] / (1 << narrow) / 2
+    assert (error <= half_step * 1.001).all()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -95,7 +102,7 @@ def test_error_is_at_most_half_a_step(bits: int, dim: int, offset: float) -> Non
     needed = torch.maximum(spread, mid.double().abs() / 8)
     assert (value_range <= needed * 1.27).all(), "a range wider than needed"
     error = (fake_quantize(x, bits, dim) - x).abs()
-    half_step = value_range.double() / levels(bits) / 2
+    half_step = value_range.double() / (1 << bits) / 2
     assert (error <= half_step * 1.02 + x.abs() * 1e-6).all()
 
 
@@ -116,7 +123,7 @@ def test_groups_of_one_value_and_of_zeros() -> None:
         parameters = group_parameters(x, -1)
         for bits in WIDTHS:
             decoded = decode(encode(x, parameters, bits), parameters, bits)
-            torch.testing.assert_close(decoded, x, rtol=0.15 / levels(bits) / 2, atol=0)
+            torch.testing.assert_close(decoded, x, rtol=0.15 / (1 << bits) / 2, atol=0)
 
 
 def test_numbers_too_small_for_a_range_stay_as_small() -> None:

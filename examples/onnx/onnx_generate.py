@@ -1,6 +1,6 @@
 """Continue a text with an artifact's `model.onnx`: prefill, then token by token, greedily.
 
-    python examples/onnx_generate.py out/demo "The whale rose" --max-new-tokens 64
+    python examples/onnx/onnx_generate.py out/demo "The whale rose" --max-new-tokens 64
 
 It needs onnxruntime and tokenizers; neither torch nor the compiler.
 """

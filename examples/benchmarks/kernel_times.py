@@ -1,7 +1,7 @@
 """The generated kernels against attention over a bf16 cache, on the CUDA device that is there.
 
-    python examples/benchmarks/kernels.py                       # everything
-    python examples/benchmarks/kernels.py --only decode,append
+    python examples/benchmarks/kernel_times.py                       # everything
+    python examples/benchmarks/kernel_times.py --only decode,append
 
 `decode`: one token's attention, against the best of cuDNN SDPA, flash SDPA and a Triton kernel over bf16. `append`: one
 token into the cache, against the decode attention of the same step. `shrink`: codes lowered in place, against the
@@ -280,7 +280,7 @@ def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float
         kernels._append(k, v, cache, store)
 
     taken = microseconds(work)
-    store.rows, store.flushed = rows, flushed
+    store.rows, store.flushed, store.overwritten = rows, flushed, False
     return taken
 
 

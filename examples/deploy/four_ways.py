@@ -1,10 +1,10 @@
 """Continue a text in four ways and compare: the runtime, transformers, the installed wheel and onnxruntime.
 
     pmkvq-compile demo --recipe uniform --bits 4 --budget 40% --max-len 4096 --onnx -o out/four
-    python examples/four_ways.py out/four
+    python examples/deploy/four_ways.py out/four
 
-The first three are the same code. onnxruntime computes with kernels of its own, and with the final bits from the start:
-where the plan is progressive it is compared with the runtime at those bits. The wheel is built with hatchling.
+The first three run the same code. onnxruntime has kernels of its own and uses the final bits from the start, so it is
+compared with the runtime at those bits. The wheel is built with hatchling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from pmkvq_compiler import runtime
 
-sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "onnx"))
 from onnx_generate import OnnxDecoder
 
 CHUNK = 512

@@ -1,0 +1,76 @@
+"""Write the Python of an artifact anew, from its config and plan alone, and compare: `runtime.load(trust_code=False)`.
+
+Nothing of the artifact is run. What its weights were multiplied by leaves no trace in the code, except for keys that
+are rotated at run time, of which the manifest names the layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from pmkvq_compiler.capture import capture
+from pmkvq_compiler.emit import emit_package
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.passes.pipeline import pipeline
+from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.errors import ArtifactError
+from pmkvq_compiler.runtime.manifest import Artifact
+from pmkvq_compiler.source import Source, open_source
+
+DATA = (".safetensors", ".zip")
+"""Files of the package that are no text: numbers, and machine code, which is not used where code is not trusted."""
+
+
+def check_code(artifact: Artifact) -> None:
+    """Raises `ArtifactError` where a file of Python, or another text of the package, is not the one that this version
+    of the compiler writes for the artifact's config and plan, byte for byte."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = open_source(str(artifact.folder.absolute()))
+            emit_package(_program(artifact, source), source, Path(folder), artifact.manifest.package)
+            written = _texts(Path(folder))
+    except (CompileError, ValueError) as error:
+        raise ArtifactError(
+            f"the code of {artifact.folder} cannot be written anew ({error}), so it cannot be compared; load it with "
+            f"trust_code=True if you would run code of whoever made it"
+        ) from error
+    names = {name for name in artifact.manifest.files if _is_code(name, artifact.manifest.package)}
+    for name in sorted(names | written.keys()):
+        if name not in written or name not in names or _read(artifact, name) != written[name]:
+            raise ArtifactError(
+                f"{name} in {artifact.folder} is not what this version of pmkvq-compiler writes for its plan; compile "
+                f"the model again, or load it with trust_code=True if you would run code of whoever made it"
+            )
+
+
+def _program(artifact: Artifact, source: Source) -> Program:
+    """The program of the artifact's plan; rotations are the identity, for only where they are changes the code."""
+    program = capture(source.config)
+    run_passes(program, [LocateAttention()])
+    rotations = {
+        site.layer: torch.eye(site.key_head_dim, dtype=torch.float64).repeat(site.num_key_value_heads, 1, 1)
+        for site in program.sites
+        if site.layer in artifact.manifest.key_rotations
+    }
+    run_passes(program, pipeline({}, rotations, {}, artifact.manifest.plan))
+    return program
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    package = next(path.name for path in folder.iterdir() if path.is_dir())
+    return {name: path.read_bytes() for name, path in names.items() if _is_code(name, package)}
+
+
+def _is_code(name: str, package: str) -> bool:
+    return name.endswith(".py") or (name.startswith(f"{package}/") and not name.endswith(DATA))
+
+
+def _read(artifact: Artifact, name: str) -> bytes:
+    within = name.removeprefix(f"{artifact.manifest.package}/")
+    return artifact.files.read(name) if within == name else artifact.package.read(within)

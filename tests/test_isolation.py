@@ -1,0 +1,98 @@
+"""Whose code runs: that of the installation, whatever lies in the current folder, which may be the model's.
+
+Every trap writes a file when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmkvq_compiler import runtime
+from pmkvq_compiler.check import check_artifact
+from pmkvq_compiler.children import isolated
+from pmkvq_compiler.errors import CompileError
+from tests.conftest import CompileTiny
+from tests.folders import tree
+
+TRAPS = ["torch", "json", "struct", "pickle", "multiprocessing", "safetensors", "sitecustomize_of_mine", "subprocess"]
+
+
+@pytest.fixture
+def traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, in which modules lie that must not be imported."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in [*TRAPS, "pmkvq_compiler"]:
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'caught')!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def caught(folder: Path) -> str:
+    file = folder.parent / "caught"
+    return file.read_text() if file.exists() else ""
+
+
+def reference(artifact: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(3, 67).unsqueeze(0)
+    return ids, runtime.load(artifact)(ids)[0, -8:]
+
+
+@pytest.mark.parametrize("path", [None, ":/nowhere"])
+def test_the_check_imports_nothing_from_the_current_folder_and_writes_nothing_into_the_artifact(
+    compile_tiny: CompileTiny, tmp_path: Path, traps: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    artifact = compile_tiny("llama", recipe="none")
+    if path is not None:
+        monkeypatch.setenv("PYTHONPATH", path)
+    expected = reference(artifact)
+    before = tree(artifact)
+    figures = check_artifact(artifact, tmp_path, "float32", *expected)
+    assert figures["full_precision_error"] < 1e-5
+    assert caught(traps) == ""
+    assert tree(artifact) == before
+    assert os.environ.get("PYTHONPATH") == path
+
+
+def test_an_artifact_that_does_not_load_is_told_in_a_sentence(
+    compile_tiny: CompileTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = compile_tiny("llama", recipe="none")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(
+        CompileError, match=r"does not load in a fresh process \(.*is not an artifact.*\); this is"
+    ) as error:
+        check_artifact(tmp_path, tmp_path, "float32", *reference(artifact))
+    assert "\n" not in str(error.value)
+    (log,) = tmp_path.glob("pmkvq-check-*.txt")
+    assert str(log) in str(error.value)
+    assert "Traceback" in log.read_text()
+
+
+def test_workers_import_nothing_from_the_current_folder(traps: Path) -> None:
+    with isolated(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        path, bytecode = pool.submit(eval, "__import__('sys').path, __import__('sys').dont_write_bytecode").result()
+    assert caught(traps) == ""
+    assert str(traps) not in path
+    assert "" not in path
+    assert bytecode
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_the_command_imports_nothing_from_the_current_folder(traps: Path) -> None:
+    """But for a module called as the compiler itself, which `python -m` finds there before any code of ours runs."""
+    (traps / "pmkvq_compiler.py").unlink()
+    command = [sys.executable, "-m", "pmkvq_compiler.cli", ".", "--budget", "1GiB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has no config.json" in done.stderr
+    assert caught(traps) == ""
