@@ -350,16 +350,6 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
 
 
-def _check_tokens(source: Source, largest: int) -> None:
-    """Raise `CompileError` where the tokenizer makes tokens that the model does not have."""
-    vocab_size = source.config.get_text_config().vocab_size
-    if largest >= vocab_size:
-        raise CompileError(
-            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text, and the model has "
-            f"{vocab_size:,} tokens; tokenizer and weights are not of the same model"
-        )
-
-
 def _calibration_bytes(calib: str) -> bytes:
     if calib == "builtin":
         return BUILTIN_TEXT.read_bytes()
