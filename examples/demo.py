@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from pmkvq_compiler import runtime
-from pmkvq_compiler.charts import readable_bytes
-from pmkvq_compiler.report import layer_ranges
+from pmkvq_compiler.report.charts import readable_bytes
+from pmkvq_compiler.report.page import layer_ranges
 from pmkvq_compiler.runtime import Cache
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.source import open_source
 
 PROMPT_TOKENS, NEW_TOKENS = 600, 600
 PIECE, STRETCH = 64, 1024

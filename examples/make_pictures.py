@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from pmkvq_compiler import runtime
-from pmkvq_compiler.charts import Sample, filling_chart, plan_chart
+from pmkvq_compiler.report.charts import Sample, filling_chart, plan_chart
 from pmkvq_compiler.runtime.plan import original_bytes
 
 PIECE = 16

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .errors import UsageError
+from pmkvq_compiler.errors import UsageError
 
 UNITS = {"": 1, "b": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SHARES = {"%": Fraction(1, 100), "bit": Fraction(1, 16), "bits": Fraction(1, 16)}

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pmkvq_compiler.budget import read_budget
+from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import ignore_from_now_on, watched
-from pmkvq_compiler.options import RECIPE_NAMES, TARGETS, CompileOptions
+from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions
 
-if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a mistyped flag need neither
-    from rich.table import Table
-
-    from pmkvq_compiler.compile import CompileResult, Progress
+if TYPE_CHECKING:
+    from pmkvq_compiler.compile import CompileResult
     from pmkvq_compiler.explore import Explored
+
 
 LONGEST_NUMBER = 18
 """Digits of a whole number: what has more does not fit 64 bits, and nothing is ever counted in it."""
-BAR = 30
-"""Characters of the longest bar."""
+
 
 DESCRIPTION = """\
 Compile a causal language model and a memory budget for its key/value cache into an artifact: a directory that loads and
 generates by itself and keeps its cache inside that budget, in 16, 8, 4 or 2 bits a number."""
+
 
 EXAMPLES = """\
 the budget
@@ -72,7 +70,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         request = parse(argv)
         result = _explore(request) if request.budgets else _compile(request.options)
-        (_print_json if request.as_json else _print_text)(result)
+        (print_json if request.as_json else print_text)(result)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,8 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPE_NAMES,
         default=defaults.recipe,
-        help="best: what measures best; pm-kvq: the paper's; kivi, rotation, uniform: baselines with the same bits in "
-        "every layer; none: leave the cache in the model's dtype (%(default)s)",
+        help=f"{'; '.join(f'{name}: {what}' for name, what in RECIPE_SUMMARIES.items())} (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
@@ -257,117 +254,17 @@ def _budgets(text: str) -> tuple[str, ...]:
 
 
 def _compile(options: CompileOptions) -> CompileResult:
-    with _progress_bars() as progress:
+    with progress_bars() as progress:
         from pmkvq_compiler.compile import compile_model
 
         return compile_model(options, progress)
 
 
 def _explore(request: Request) -> list[Explored]:
-    with _progress_bars() as progress:
+    with progress_bars() as progress:
         from pmkvq_compiler.explore import explore
 
         return explore(request.options, request.budgets, progress)
-
-
-@contextmanager
-def _progress_bars() -> Iterator[Progress]:
-    """One bar a stage on stderr, in the order in which stages first report."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        stages: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage)
-            bars.update(stages[stage], completed=done, total=total)
-
-        yield progress
-
-
-def _print_json(result: CompileResult | list[Explored]) -> None:
-    if isinstance(result, list):
-        print(json.dumps([asdict(explored) for explored in result], indent=2))
-        return
-    report = {key: value for key, value in result.report.items() if key != "bytes_over_tokens"}
-    print(json.dumps({"path": None if result.path is None else str(result.path), **report}, indent=2))
-
-
-def _print_text(result: CompileResult | list[Explored]) -> None:
-    if isinstance(result, list):
-        _print_comparison(result)
-    else:
-        _print_summary(result)
-
-
-def _print_comparison(explored: list[Explored]) -> None:
-    """A row a budget; the bars are as long as the logarithm of the predicted loss."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pmkvq_compiler.explore import log_shares
-
-    table = Table("budget", "bytes", "true bits", "predicted loss", "", box=None, header_style="bold")
-    for column in table.columns[:4]:
-        column.justify = "right"
-    for one, share in zip(explored, log_shares(explored), strict=True):
-        if one.predicted_loss is None:
-            table.add_row(one.budget, "", "", "", "no plan fits")
-        else:
-            cells = (f"{one.arena_bytes:,}", f"{one.true_bits:.2f}", f"{one.predicted_loss:.3g}")
-            table.add_row(one.budget, *cells, "\u2588" * max(1, round(BAR * share)))
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    console.print(
-        "predicted loss: nats a token that the next token's distribution moves by on the calibration texts, "
-        "from errors of twice their size; bars are logarithmic"
-    )
-
-
-def _print_summary(result: CompileResult) -> None:
-    from rich.console import Console
-
-    from pmkvq_compiler.report import facts, grouped_reasons
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(result.report["rows"]), soft_wrap=False)
-    for reason, layers in grouped_reasons(result.report["rows"]).items():
-        console.print(f"K scales not folded in layers {layers}: {reason}")
-    for name, value, remark in facts(result.report):
-        console.print(f"{name:<20} {value:<10} {remark}")
-    if result.path is not None:
-        console.print(f"{'artifact':<20} {result.path}")
-        console.print(f"{'report':<20} {result.path / 'report.html'}")
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "loss", "K map", "V map")
-    table = Table(*names, box=None, header_style="bold")
-    for column in table.columns[:3] + table.columns[4:7]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
-            str(row["layer"]),
-            str(row["key_bits"]),
-            str(row["value_bits"]),
-            row["key_axis"],
-            str(row["window"]),
-            f"{row['arena_bytes']:,}",
-            f"{row['sensitivity']:.3g}",
-            row["key_transform"],
-            row["value_transform"],
-        )
-    return table
 
 
 if __name__ == "__main__":

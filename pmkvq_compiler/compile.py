@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,41 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.aot import check_plan, check_targets, write_cubins
-from pmkvq_compiler.artifact import remove_unlisted, write_manifest
 from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.calibrate import Calibration
-from pmkvq_compiler.calibration_file import calibration_path, load_or_calibrate
-from pmkvq_compiler.capture import capture
-from pmkvq_compiler.check import check_artifact
-from pmkvq_compiler.checkpoint import INDEX_FILE
-from pmkvq_compiler.emit import emit_package, weight_bytes, write_for_transformers, write_project, write_weights
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.storage import calibration_path, load_or_calibrate
+from pmkvq_compiler.emit.artifact import remove_unlisted, write_manifest
+from pmkvq_compiler.emit.check import check_artifact
+from pmkvq_compiler.emit.cubins import check_plan, check_targets, write_cubins
+from pmkvq_compiler.emit.model_source import vocab_size
+from pmkvq_compiler.emit.names import package_name
+from pmkvq_compiler.emit.package import emit_package, write_for_transformers, write_project
+from pmkvq_compiler.emit.place import Place, claimed
+from pmkvq_compiler.emit.rehearsal import locate
+from pmkvq_compiler.emit.weights import weight_bytes, write_weights
 from pmkvq_compiler.errors import UsageError
-from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.interrupts import Signals, watched
-from pmkvq_compiler.model_source import vocab_size
-from pmkvq_compiler.names import package_name
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import Pass, run_passes
 from pmkvq_compiler.passes.dump import write_dump
 from pmkvq_compiler.passes.pipeline import pipeline
-from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.passes.rotate_keys import rotated_layers
-from pmkvq_compiler.place import Place, claimed
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table
-from pmkvq_compiler.rehearsal import locate
-from pmkvq_compiler.report import bytes_over_tokens, reproduction_command, write_report
+from pmkvq_compiler.plan.feasible import check_feasible
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.plan.rerank import best_plans
+from pmkvq_compiler.plan.solution import Folds, Solution
+from pmkvq_compiler.progress import Progress, Stages
+from pmkvq_compiler.report.contents import report_contents
+from pmkvq_compiler.report.page import write_report
 from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
-from pmkvq_compiler.source import Source, open_source
-from pmkvq_compiler.trial import Tried, best_plans
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done of it and what there is to do."""
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.checkpoint import INDEX_FILE
+from pmkvq_compiler.source.source import Source, open_source
 
 MAX_SHARD_BYTES = 5 * 10**9
+
+
 DEFAULT_MAX_LEN = 4096
 """Tokens a sequence, for models whose configuration sets no limit."""
+
+
 BESIDE_WEIGHTS = 16 * 2**20
 """Bytes of an artifact that are no weights, roughly: a tokenizer, code, a report."""
 
@@ -106,7 +108,7 @@ def _compile(
         plan = tried.solution.plan
         if options.aot:
             check_plan(plan)
-    report = _report(source, program, calibration, options, tried)
+    report = report_contents(source, program, calibration, options, tried)
     if place is None:
         return CompileResult(None, plan, report["rows"], report)
     with stages("passes"):
@@ -166,23 +168,6 @@ def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, 
     return source, program, max_len
 
 
-class Stages:
-    """Tells when a stage begins and ends, and keeps how long it took."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-        self.began = time.time()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self.progress(stage, 0, 1)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
-        self.progress(stage, 1, 1)
-
-
 def _max_len(source: Source, options: CompileOptions) -> int:
     """Tokens a sequence: the user's, or the model's own limit. Raises `UsageError` beyond the model's positions."""
     limit = source.max_position_embeddings
@@ -197,7 +182,7 @@ def _max_len(source: Source, options: CompileOptions) -> int:
 def _onnx_export() -> ModuleType:
     """The module that writes ONNX, which needs packages of an extra. Raises `UsageError` where one is missing."""
     try:
-        return importlib.import_module("pmkvq_compiler.onnx_export")
+        return importlib.import_module("pmkvq_compiler.emit.onnx_export")
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--onnx needs the package {error.name}, which is not installed; "
@@ -257,56 +242,3 @@ def _write_model(
         "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
     }
     return manifest, written
-
-
-def _report(
-    source: Source, program: Program, calibration: Calibration, options: CompileOptions, tried: Tried
-) -> dict[str, Any]:
-    """What `report.json` holds, but for check and times."""
-    solution, plan = tried.solution, tried.solution.plan
-    folded = Folds.of(solution, calibration).values
-    rows = [
-        {
-            **asdict(row),
-            "fold": _folded(site, row.key_transform),
-            "value_fold": _value_folded(site, site.layer in folded),
-        }
-        for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
-    ]
-    original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
-    return {
-        "model": options.model,
-        "name": source.base_model or source.name,
-        "recipe": plan.recipe,
-        "budget": plan.budget,
-        "max_len": plan.max_len,
-        "batch_size": plan.batch_size,
-        "dtype": plan.dtype,
-        "aot": list(options.aot),
-        "versions": {name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
-        "command": reproduction_command(options),
-        "rows": rows,
-        "arena_bytes": plan.arena_bytes,
-        "original_bytes": original,
-        "true_bits": 16 * plan.arena_bytes / original,
-        "predicted_loss": tried.loss,
-        "bytes_over_tokens": bytes_over_tokens(plan),
-    }
-
-
-def _folded(site: AttentionSite, transform: Transform) -> str:
-    """ "folded" where the key scales are, else why they are not."""
-    if transform == "scale":
-        return "folded"
-    if transform != "none":
-        return "queries and keys are rotated behind RoPE instead, at run time"
-    return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
-
-
-def _value_folded(site: AttentionSite, folded: bool) -> str:
-    """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
-    if folded:
-        return "folded"
-    if site.value is None or site.output is None:
-        return "v_proj or the output projection was not found in the graph"
-    return "the plan does better without"

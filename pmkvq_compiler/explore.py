@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.calibrate.storage import load_or_calibrate
+from pmkvq_compiler.compile import captured
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
-
-from .budget import parse_budget
-from .calibrate import Progress
-from .calibration_file import load_or_calibrate
-from .compile import Stages, captured
-from .errors import CompileError
-from .options import CompileOptions
-from .planner import cache_bytes_at_16_bits, check_feasible
-from .trial import best_plans
+from pmkvq_compiler.plan.feasible import check_feasible
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.plan.rerank import best_plans
+from pmkvq_compiler.progress import Progress, Stages
 
 
 @dataclass(frozen=True)

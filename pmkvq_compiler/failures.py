@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from .errors import CompileError, Defect, UsageError
+from pmkvq_compiler.errors import CompileError, Defect, UsageError
 
 FAILED, WRONG_USAGE = 1, 2
 """Exit codes."""

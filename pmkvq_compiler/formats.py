@@ -55,3 +55,7 @@ def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Ten
     quantized = x[..., sink : sink + blocks * block, :].unflatten(-2, (blocks, block))
     quantized = fake_quantize(quantized, bits, -1 if axis == "token" else -2).flatten(-3, -2)
     return torch.cat([x[..., :sink, :], quantized, x[..., sink + blocks * block :, :]], dim=-2)
+
+
+Losses = dict[int, dict[Format, float]]
+"""By layer and format, the sum over texts of a measure."""

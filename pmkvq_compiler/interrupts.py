@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-Progress = Callable[[str, int, int], None]
+from pmkvq_compiler.progress import Progress
 
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 """The signals that end a compile, and what is said of them. Windows has no SIGHUP."""

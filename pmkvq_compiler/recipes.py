@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pmkvq_compiler.formats import Format, Transform
+from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.plan import KeyAxis
-
-from .formats import Format, Transform
-from .options import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class Recipe:
     `exact_layers`: a layer may also stay unquantized.
     """
 
-    summary: str
     key_axes: tuple[KeyAxis, ...] = ("token",)
     key_transforms: tuple[Transform, ...] = ("none",)
     value_transforms: tuple[Transform, ...] = ("none",)
@@ -38,7 +36,6 @@ class Recipe:
 
 RECIPES = {
     "best": Recipe(
-        "what measures best: K and V apart, K by token or channel, windows, matched transforms",
         key_axes=("token", "channel"),
         key_transforms=("none", "match"),
         value_transforms=("none", "match"),
@@ -49,7 +46,6 @@ RECIPES = {
         exact_layers=True,
     ),
     "pm-kvq": Recipe(
-        "PM-KVQ as its published code does it: K and V share bits, by token, scales folded",
         key_transforms=("scale",),
         sink=1,
         measure="gradient",
@@ -57,18 +53,16 @@ RECIPES = {
         progressive=True,
     ),
     "kivi": Recipe(
-        "the same bits in every layer at once, K by channel over 32 tokens",
         key_axes=("channel",),
         sink=0,
         block=32,
     ),
     "rotation": Recipe(
-        "the same bits in every layer at once, K and V rotated",
         key_transforms=("rotate",),
         value_transforms=("rotate",),
     ),
-    "uniform": Recipe("the same bits in every layer at once, by token"),
-    "none": Recipe("leave the cache in the model's dtype", sink=0, exact_layers=True),
+    "uniform": Recipe(),
+    "none": Recipe(sink=0, exact_layers=True),
 }
 
 

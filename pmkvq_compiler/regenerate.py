@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pmkvq_compiler.capture import capture
-from pmkvq_compiler.emit import emit_package
+from pmkvq_compiler.emit.package import emit_package
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
@@ -20,7 +19,8 @@ from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.errors import ArtifactError
 from pmkvq_compiler.runtime.manifest import Artifact
-from pmkvq_compiler.source import Source, open_source
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.source import Source, open_source
 
 DATA = (".safetensors", ".zip")
 """Files of the package that are no text: numbers, and machine code, which is not used where code is not trusted."""

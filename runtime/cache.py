@@ -182,7 +182,7 @@ class LayerCache:
         )
 
     def reached(self, sequence: int) -> int:
-        """The fewest tokens that a sequence must once have had to send away as many blocks as this one did."""
+        """The smallest past length that explains how many blocks the sequence has flushed."""
         flushed, plan = self.flushed[sequence], self.plan
         return plan.sink + plan.window + (flushed - 1) * plan.block + 1 if flushed else 0
 

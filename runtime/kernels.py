@@ -342,7 +342,7 @@ def check_kernels(plan: LayerPlan) -> None:
     if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
         raise InputError(
             f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "
-            f'need; compile with --block {SMALLEST_BLOCK} or load with backend="reference"'
+            f'need; load with backend="reference", or compile with a recipe of longer blocks'
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from pmkvq_compiler.kernel_source import kernel_source, tuning_table
+from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, LayerKernels, Tuning, read_tunings

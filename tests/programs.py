@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.capture import capture
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.ops import MARKER, cached_attention
 from pmkvq_compiler.passes.program import AttentionSite, Program
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
 from pmkvq_compiler.runtime.rotation import rotate_heads
+from pmkvq_compiler.source.capture import capture
 
 from .models import tiny_model
 

@@ -12,24 +12,19 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from pmkvq_compiler.calibrate import (
-    Calibration,
-    calibrate,
-    effective_length,
-    pick_device,
-    read_samples,
-    reference_logits,
-    stretched_positions,
-)
-from pmkvq_compiler.calibration_file import calibration_path, load_calibration, load_or_calibrate, save_calibration
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.calibration import Calibration, effective_length
+from pmkvq_compiler.calibrate.measure import calibrate
+from pmkvq_compiler.calibrate.output_loss import OutputLoss
+from pmkvq_compiler.calibrate.storage import calibration_path, load_calibration, load_or_calibrate, save_calibration
+from pmkvq_compiler.calibrate.texts import read_samples
+from pmkvq_compiler.calibrate.walk import pick_device, reference_logits, stretched_positions
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.formats import Format
 from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import RECIPES
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
-from pmkvq_compiler.sensitivity import OutputLoss
-from pmkvq_compiler.source import Source, open_source
+from pmkvq_compiler.source.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
 from tests.test_planner import site

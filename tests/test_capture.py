@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pmkvq_compiler.capture import capture
+from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.errors import CompileError, Defect
 from pmkvq_compiler.passes.locate_attention import markers
-from pmkvq_compiler.rehearsal import locate
+from pmkvq_compiler.source.capture import capture
 
 from .models import SHAPE, tiny_model
 from .programs import captured, located
@@ -139,8 +139,8 @@ ROOT = Path(__file__).parent.parent
 SEVENTY_BILLION = """
 import re
 from pathlib import Path
-from pmkvq_compiler.capture import capture
-from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline

@@ -8,8 +8,8 @@ import keyword
 
 import pytest
 
-from pmkvq_compiler.codegen import Body, identifier
-from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.emit.expressions import Body, identifier
+from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.pipeline import pipeline
 from tests.programs import full_plan, located

@@ -16,14 +16,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pmkvq_compiler.emit import emit_package, plan_source, write_project, write_weights
+from pmkvq_compiler.emit.model_source import model_source
+from pmkvq_compiler.emit.package import emit_package, plan_source, write_project
+from pmkvq_compiler.emit.weights import write_weights
 from pmkvq_compiler.errors import CompileError
-from pmkvq_compiler.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program, RowScale
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.source import open_source
 
 from .conftest import silent
 from .models import SHAPE, tiny_folder, tiny_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pmkvq_compiler.errors import CompileError
-from pmkvq_compiler.gguf_config import LLAMA3, llama3_factors
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.gguf_config import LLAMA3, llama3_factors
+from pmkvq_compiler.source.source import open_source
 from tests.gguf_files import gguf_file, logits
 from tests.refusals import is_one_sentence, refusal
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pmkvq_compiler import runtime
-from pmkvq_compiler.check import check_artifact
 from pmkvq_compiler.children import isolated
+from pmkvq_compiler.emit.check import check_artifact
 from pmkvq_compiler.errors import CompileError
 from tests.conftest import CompileTiny
 from tests.folders import tree

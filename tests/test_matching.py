@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.transforms import FLOOR, Moments, matched
 from pmkvq_compiler.formats import as_cached
-from pmkvq_compiler.matching import FLOOR, Moments, matched
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
 
 from .models import tiny_model
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from pmkvq_compiler.artifact import write_manifest
-from pmkvq_compiler.emit import emit_package, write_project
-from pmkvq_compiler.names import in_markdown, one_line, package_name, project_name
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.emit.artifact import write_manifest
+from pmkvq_compiler.emit.names import in_markdown, one_line, package_name, project_name
+from pmkvq_compiler.emit.package import emit_package, write_project
+from pmkvq_compiler.source.source import open_source
 from tests.folders import model_folder, tree
 from tests.models import tiny_folder
 from tests.test_emit import lowered

@@ -216,7 +216,7 @@ def test_benchmark_prints_a_table(token_axis: Path, tmp_path: Path) -> None:
 def test_missing_package_is_wrong_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("pmkvq_compiler.onnx_")]:
+    for name in [name for name in sys.modules if name.startswith("pmkvq_compiler.emit.onnx_")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["demo", "--budget", "22MiB", "--onnx", "-o", str(tmp_path / "out")]) == 2

@@ -14,8 +14,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
+from pmkvq_compiler.emit.onnx_attention import DOMAIN, OPSET, Attention, attention_function, state_tensors  # noqa: E402
 from pmkvq_compiler.errors import CompileError  # noqa: E402
-from pmkvq_compiler.onnx_attention import DOMAIN, OPSET, Attention, attention_function, state_tensors  # noqa: E402
 from pmkvq_compiler.passes.program import AttentionSite  # noqa: E402
 from pmkvq_compiler.runtime.attention import cached_attention  # noqa: E402
 from pmkvq_compiler.runtime.cache import Cache, Records  # noqa: E402

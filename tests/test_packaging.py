@@ -86,6 +86,65 @@ def absolute_imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
+FLOORS = [
+    {
+        "errors",
+        "options",
+        "budget",
+        "progress",
+        "divergence",
+        "formats",
+        "recipes",
+        "failures",
+        "interrupts",
+        "children",
+    },
+    {"source"},
+    {"calibrate"},
+    {"plan"},
+    {"emit"},
+    {"report"},
+    {"regenerate", "compile"},
+    {"explore"},
+    {"console"},
+    {"cli"},
+]
+"""The driver from the ground up: a module imports from its own floor and from those below it."""
+
+
+def test_no_module_of_the_driver_imports_upward() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    driver = ROOT / "pmkvq_compiler"
+    upward = []
+    for path in driver.rglob("*.py"):
+        own = path.relative_to(driver).with_suffix("").parts[0]
+        for module in absolute_imports(path) if own != "__init__" else ():
+            parts = module.split(".")
+            if parts[0] == "pmkvq_compiler" and len(parts) > 1 and parts[1] not in ("passes", "runtime", "templates"):
+                upward += [f"{path.name}: {module}"] if floor[parts[1]] > floor[own] else []
+    assert upward == []
+
+
+@pytest.mark.parametrize("folder", ["runtime", "passes", *(name for names in FLOORS[1:6] for name in sorted(names))])
+def test_no_modules_import_each_other_in_a_circle(folder: str) -> None:
+    """Those of one package, when they are loaded; what only a type checker reads is another matter."""
+    place = ROOT / folder if folder in ("runtime", "passes") else ROOT / "pmkvq_compiler" / folder
+    imports = {path.stem: set(siblings(path, folder)) for path in place.glob("*.py") if path.stem != "__init__"}
+    while free := {name for name, needed in imports.items() if not needed & imports.keys()}:
+        imports = {name: needed for name, needed in imports.items() if name not in free}
+    assert imports == {}
+
+
+def siblings(path: Path, folder: str) -> Iterator[str]:
+    """Modules of its own package that a module imports at its top level."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            if node.level == 1 and node.module:
+                yield node.module.split(".")[0]
+            elif node.level == 0 and node.module and node.module.startswith(f"pmkvq_compiler.{folder}."):
+                yield node.module.split(".")[2]
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
 def test_make_sets_up_its_own_environment(target: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)

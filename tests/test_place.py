@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from pmkvq_compiler import renames
 from pmkvq_compiler.cli import main
+from pmkvq_compiler.emit import renames
+from pmkvq_compiler.emit.place import Place, claimed
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.interrupts import Signals
-from pmkvq_compiler.place import Place, claimed
 from tests.children import in_child
 from tests.conftest import token_lines
 from tests.folders import model_folder, open_to_others, tree

@@ -12,22 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from pmkvq_compiler.calibrate import Calibration
+from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.formats import Format
 from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import (
-    Candidate,
-    cache_bytes_at_16_bits,
-    candidates,
-    choose,
-    lowering_stages,
-    plan_table,
-    propose,
-    solve,
-    undominated,
-)
+from pmkvq_compiler.plan.candidates import Candidate, candidates
+from pmkvq_compiler.plan.knapsack import choose, undominated
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits, lowering_stages
+from pmkvq_compiler.plan.propose import propose, solve
+from pmkvq_compiler.plan.solution import plan_table
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, longest, sequence_bytes
 
 MAX_LEN = 2048

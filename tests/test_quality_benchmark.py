@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.source import open_source
 
 from .folders import TEXT, model_folder
 

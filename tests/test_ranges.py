@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.calibrate.ranges import exponents, unusual
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.ranges import exponents, unusual
 
 from .conftest import silent, token_lines
 from .models import tiny_folder

@@ -13,10 +13,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pmkvq_compiler.charts import filling_chart, plan_chart, readable_bytes
 from pmkvq_compiler.cli import parse
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.report import bytes_over_tokens, grouped_reasons, layer_ranges, reproduction_command, write_report
+from pmkvq_compiler.report.charts import filling_chart, plan_chart, readable_bytes
+from pmkvq_compiler.report.contents import bytes_over_tokens, reproduction_command
+from pmkvq_compiler.report.page import grouped_reasons, layer_ranges, write_report
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from tests.runtime.plans import cache_plan, layer_plan

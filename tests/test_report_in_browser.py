@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from examples.make_pictures import BROWSERS, DARK, LIGHT, photograph
-from pmkvq_compiler.report import write_report
+from pmkvq_compiler.report.page import write_report
 
 from .test_report import sample_plan, sample_report
 

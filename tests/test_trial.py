@@ -9,18 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmkvq_compiler import trial
-from pmkvq_compiler.calibrate import Calibration, calibrate, read_samples
-from pmkvq_compiler.capture import capture
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.measure import calibrate
+from pmkvq_compiler.calibrate.output_loss import MAGNIFIED
+from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.formats import stored
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, propose, solve
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
-from pmkvq_compiler.sensitivity import MAGNIFIED
-from pmkvq_compiler.source import Source, open_source
+from pmkvq_compiler.plan import rerank as trial
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.plan.propose import propose, solve
+from pmkvq_compiler.plan.solution import Folds, Solution
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.source import Source, open_source
 
 from .conftest import silent
 from .folders import TEXT, model_folder

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pmkvq_compiler import runtime
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.source import open_source
 
 
 def main() -> None:

@@ -40,9 +40,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, StaticCache
 
 from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.capture import capture
-from pmkvq_compiler.kernel_source import kernel_files
-from pmkvq_compiler.model_source import model_source
+from pmkvq_compiler.emit.kernel_source import kernel_files
+from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
@@ -50,6 +49,7 @@ from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, c
 from pmkvq_compiler.runtime.generate import decoder
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.plan import original_bytes, sequence_bytes
+from pmkvq_compiler.source.capture import capture
 
 Bits = tuple[int, int]
 

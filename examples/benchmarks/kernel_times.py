@@ -33,7 +33,7 @@ from bf16_decode import bf16_decode
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmkvq_compiler.kernel_source import kernel_source, tuning_table
+from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK

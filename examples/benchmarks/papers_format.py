@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from pmkvq_compiler import formats, sensitivity
+from pmkvq_compiler import formats
+from pmkvq_compiler.calibrate import gradient_product
 from pmkvq_compiler.runtime import plan
 
 PARAMETER_BYTES = 4
@@ -31,7 +32,7 @@ def papers_format() -> Iterator[None]:
     with (
         patch.object(plan, "PARAMETER_BYTES", PARAMETER_BYTES),
         patch.object(formats, "fake_quantize", fake_quantize),
-        patch.object(sensitivity, "fake_quantize", fake_quantize),
+        patch.object(gradient_product, "fake_quantize", fake_quantize),
     ):
         yield
 

@@ -47,19 +47,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmkvq_compiler.budget import parse_budget
-from pmkvq_compiler.calibrate import Calibration, calibrate, pick_device, read_samples
-from pmkvq_compiler.capture import capture
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed, run
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.measure import calibrate
+from pmkvq_compiler.calibrate.texts import read_samples
+from pmkvq_compiler.calibrate.walk import pick_device
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.planner import Folds, Solution, cache_bytes_at_16_bits, check_feasible, plan_table, propose
+from pmkvq_compiler.plan.feasible import check_feasible
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.plan.propose import propose
+from pmkvq_compiler.plan.rerank import Tried, try_plans
+from pmkvq_compiler.plan.solution import Folds, Solution, plan_table
+from pmkvq_compiler.plan.teacher_forcing import progressive
 from pmkvq_compiler.recipes import RECIPES, Recipe
-from pmkvq_compiler.recording import ATTENTION, observed, run
-from pmkvq_compiler.source import open_source
-from pmkvq_compiler.teacher_forcing import progressive
-from pmkvq_compiler.trial import Tried, try_plans
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.source import open_source
 
 OWN = Path(__file__).parent.parent / "reasoner"
 RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
@@ -249,7 +255,7 @@ class Bench:
         options = self._options(recipe, effective_len)
         size = parse_budget(budget, cache_bytes_at_16_bits(self.sites, self.max_len, 1))
         check_feasible(self.sites, options, size, self.max_len, self.source.dtype)
-        measured = replace(RECIPES[recipe], summary="", progressive=True, per_layer=True, exact_layers=True)
+        measured = replace(RECIPES[recipe], progressive=True, per_layer=True, exact_layers=True)
         if (measured, effective_len) not in self.calibrations:
             self.calibrations[measured, effective_len] = calibrate(
                 self.source, self.sites, options, self.max_len, lambda *_: None

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate import read_samples, stretched_positions
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.key_scales import GRID, ScaleSearch
+from pmkvq_compiler.calibrate.texts import read_samples
+from pmkvq_compiler.calibrate.walk import stretched_positions
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.recording import ATTENTION, AttentionCall, observed, run
-from pmkvq_compiler.scales import GRID, ScaleSearch
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.source.source import open_source
 
 BITS, SINK, BLOCK = 2, 1, 64
 

@@ -12,10 +12,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pmkvq_compiler.calibrate import Calibration
-from pmkvq_compiler.calibration_file import METADATA_KEY, calibration_path, load_calibration, load_or_calibrate
-from pmkvq_compiler.planner import solve
-from pmkvq_compiler.source import open_source
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.storage import METADATA_KEY, calibration_path, load_calibration, load_or_calibrate
+from pmkvq_compiler.plan.propose import solve
+from pmkvq_compiler.source.source import open_source
 from tests.folders import TEXT, model_folder
 from tests.fuzz import rounds
 from tests.test_calibrate import MAX_LEN, equal, options, silent, sites

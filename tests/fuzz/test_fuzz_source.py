@@ -19,12 +19,12 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pmkvq_compiler.capture import capture
 from pmkvq_compiler.compile import compile_model
-from pmkvq_compiler.gguf_config import HARMLESS, NEUTRAL
+from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.rehearsal import locate
-from pmkvq_compiler.source import Source, open_source
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.gguf_config import HARMLESS, NEUTRAL
+from pmkvq_compiler.source.source import Source, open_source
 from tests.conftest import silent
 from tests.folders import TEXT, model_folder
 from tests.fuzz import rounds

@@ -26,10 +26,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pmkvq_compiler import check, renames, runtime
-from pmkvq_compiler import place as place_module
+from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.emit import check, renames
+from pmkvq_compiler.emit import place as place_module
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import token_lines
 from tests.folders import model_folder, tree

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from pmkvq_compiler import aot, runtime
+from pmkvq_compiler import runtime
+from pmkvq_compiler.emit import cubins, launches
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import LayerKernels
@@ -97,8 +98,8 @@ def test_every_launch_of_a_run_was_compiled(compiled: Path, monkeypatch: pytest.
 def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: CompileTiny) -> None:
     artifact = compile_tiny("gemma2", GEMMA, **OPTIONS)
     checkpoint = [artifact / "model.safetensors"]
-    foreseen = aot.launches_of(package_of(artifact), checkpoint)
-    launched = {name: aot.Recorder(recorder.module) for name, recorder in foreseen.items()}
+    foreseen = launches.launches_of(package_of(artifact), checkpoint)
+    launched = {name: launches.Recorder(recorder.module) for name, recorder in foreseen.items()}
     run_through_all_stages(artifact, launched)
     assert len(launched) == 2
     for name, recorder in launched.items():
@@ -201,31 +202,33 @@ def test_a_changed_archive_is_found(compiled: Path) -> None:
 
 def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="target 'sm_75' is not known; choose from sm_80, sm_90, sm_100"):
-        aot.check_targets(["sm_80", "sm_75"])
+        cubins.check_targets(["sm_80", "sm_75"])
     short = cache_plan(layer_plan(block=32))
     with pytest.raises(UsageError, match=r"a block of 32 tokens .* leave --aot out"):
-        aot.check_plan(short)
+        cubins.check_plan(short)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--aot needs the package triton"):
-        aot.check_targets(["sm_80"])
-    aot.check_targets([])
+        cubins.check_targets(["sm_80"])
+    cubins.check_targets([])
 
 
 @pytest.mark.parametrize("widths", [[64, 32], [64, 32, 64, 64]])
 def test_hidden_parameters_are_counted(widths: list[int]) -> None:
     entry = ".visible .entry merge(" + ",".join(f".param .u{width} merge_param_{width}" for width in widths) + ")"
-    assert aot.hidden_parameters(entry, ["*fp32", "i32"]) == len(widths) - 2
+    assert cubins.hidden_parameters(entry, ["*fp32", "i32"]) == len(widths) - 2
     with pytest.raises(ValueError, match="parameters have"):
-        aot.hidden_parameters(entry, ["*fp32", "*i32"])
+        cubins.hidden_parameters(entry, ["*fp32", "*i32"])
 
 
 def test_a_kernel_that_cannot_be_compiled_is_named(compiled: Path) -> None:
     file = package_of(compiled) / "kernels" / "attention_0.py"
-    wrong = aot.Launched("merge", ["*fp32"] * 4 + ["i32"] * 3, {"SPLITS_PADDED": 4, "CHUNK": 4, "num_warps": 2}, set())
+    wrong = launches.Launched(
+        "merge", ["*fp32"] * 4 + ["i32"] * 3, {"SPLITS_PADDED": 4, "CHUNK": 4, "num_warps": 2}, set()
+    )
     with pytest.raises(
         CompileError, match=r"the kernel merge cannot be compiled for sm_90 \(.*int32.*\); leave sm_90 out"
     ):
-        aot.compile_all({0: aot.Work(file, wrong, "sm_90")}, lambda stage, done, total: None)
+        cubins.compile_all({0: cubins.Work(file, wrong, "sm_90")}, lambda stage, done, total: None)
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.graph import GraphDecoder
-from pmkvq_compiler.source import DEMO_PACKAGE, open_source
+from pmkvq_compiler.source.source import DEMO_PACKAGE, open_source
 
 from ..conftest import CompileTiny, silent
 from .plans import cache_plan, layer_plan

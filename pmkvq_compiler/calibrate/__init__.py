@@ -1,0 +1,1 @@
+"""What the plan and the folds need to know of the real model, measured on a few texts."""

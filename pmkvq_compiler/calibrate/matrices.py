@@ -1,0 +1,103 @@
+"""What each head of K or V may be multiplied by: the recipe's transforms, and powers of two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pmkvq_compiler.calibrate.calibration import Matrices
+from pmkvq_compiler.calibrate.ranges import USUAL, Ranges, exponents, unusual
+from pmkvq_compiler.calibrate.transforms import Moments
+from pmkvq_compiler.formats import Transform
+from pmkvq_compiler.passes.fold_value_transform import can_transform
+from pmkvq_compiler.passes.program import AttentionSite, Projection
+from pmkvq_compiler.recipes import Recipe
+from pmkvq_compiler.runtime.rotation import hadamard
+from pmkvq_compiler.source.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def key_matrices_of(
+    sites: Sequence[AttentionSite], recipe: Recipe, scales: dict[int, Tensor], moments: Moments
+) -> Matrices:
+    matched = moments.key_rotations()
+    matrices: Matrices = {layer: {"scale": torch.diag_embed(1 / scale)} for layer, scale in scales.items()}
+    for site in sites:
+        if "rotate" in recipe.key_transforms:
+            rotation = hadamard(site.key_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.key_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
+    return matrices
+
+
+def value_matrices_of(sites: Sequence[AttentionSite], recipe: Recipe, moments: Moments) -> Matrices:
+    matched = moments.value_matrices()
+    matrices: Matrices = {}
+    for site in filter(can_transform, sites):
+        if "rotate" in recipe.value_transforms:
+            rotation = hadamard(site.value_head_dim).repeat(site.num_key_value_heads, 1, 1)
+            matrices.setdefault(site.layer, {})["rotate"] = rotation
+        if "match" in recipe.value_transforms:
+            matrices.setdefault(site.layer, {})["match"] = matched[site.layer]
+    return matrices
+
+
+def key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
+    """By layer, what each head of K is multiplied by [Hkv, dk] and its queries are divided by, where that is needed."""
+    powers = {}
+    for site in sites:
+        if not bool(unusual(ranges.key[site.layer]).any()):
+            continue
+        if site.reason is not None or site.key is None or site.query is None:
+            tell_unusual("K", site.layer, ranges.key[site.layer], site.reason)
+            continue
+        weights = (_rows(source, site.key), _rows(source, site.query))
+        chosen = 2 ** exponents(ranges.key[site.layer], *weights, source.dtype)
+        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.key_head_dim)
+    return powers
+
+
+def value_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
+    """By layer, what each head of V is multiplied by [Hkv, dv] and its outputs are divided by, where that is needed."""
+    powers = {}
+    for site in sites:
+        if not bool(unusual(ranges.value[site.layer]).any()):
+            continue
+        if site.value is None or site.output is None:
+            reason = "v_proj or the output projection was not found in the graph"
+            tell_unusual("V", site.layer, ranges.value[site.layer], reason)
+            continue
+        weights = (_rows(source, site.value), source.read(site.output))
+        chosen = 2 ** exponents(ranges.value[site.layer], *weights, source.dtype)
+        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.value_head_dim)
+    return powers
+
+
+def _rows(source: Source, projection: Projection) -> Tensor:
+    return source.read(projection.weight)[projection.start : projection.start + projection.rows]
+
+
+def tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:
+    logger.warning(
+        "%s of layer %d spans %.0e in a typical token, which codes express coarsely below %.0e and above %.0e, and it "
+        "cannot be scaled in the weights (%s): expect a loss there, or scale the model's weights",
+        tensor, layer, float(ranges[unusual(ranges)][0]), *USUAL, reason,
+    )  # fmt: skip
+
+
+def normalized(matrices: Matrices, powers: dict[int, Tensor]) -> Matrices:
+    """Matrices whose rows are multiplied by powers of two, where there are any; "none" among them, then."""
+    normalized = dict(matrices)
+    for layer, power in powers.items():
+        plain: dict[Transform, Tensor] = {
+            "none": torch.eye(power.shape[1], dtype=torch.float64).repeat(len(power), 1, 1)
+        }
+        normalized[layer] = {
+            transform: power.unsqueeze(2) * matrix for transform, matrix in {**matrices.get(layer, {}), **plain}.items()
+        }
+    return normalized

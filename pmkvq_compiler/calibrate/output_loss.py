@@ -1,0 +1,138 @@
+"""What it costs the model to keep K or V of one layer in a format, in nats a token.
+
+`OutputLoss` predicts how far the distribution of the model's next token moves. To second order, the divergence is the
+change of the attention's output, squared under the Fisher information. That is half the mean square of
+`gradient . change` over labels drawn from the model itself.
+
+The change is computed in full, with its softmax. Noise in the keys lifts the many tokens that matter little, and no
+gradient with respect to K would show that. Each query attends to the cache as it would be at that moment: sink and
+window exact, older blocks quantized. Without the window, layers that only look back a few tokens would seem to matter
+most; with it they cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall
+from pmkvq_compiler.formats import Format, Losses, Transform, by_code, stored
+
+QUERIES = 128
+"""Query positions of a text at which outputs are compared, drawn from its second half."""
+
+
+MAGNIFIED = 2.0
+"""Errors of keys are measured this many times as large as they are, and the loss is divided by the square. A query that
+takes one token for another breaks a chain of thought; with errors of the true size that is too rare to be met in a
+few texts, and with larger ones it shows where softmax is about to give way."""
+
+
+LARGEST_GROWTH = 60.0
+"""Of a score, in nats: its exponential still fits float32."""
+
+
+class OutputLoss:
+    """Observes attention calls and, while gradients come back, adds up the predicted loss of each format."""
+
+    def __init__(
+        self,
+        key_formats: Mapping[int, list[Format]],
+        value_formats: Mapping[int, list[Format]],
+        key_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        value_matrices: Mapping[int, Mapping[Transform, Tensor]],
+        sink: int,
+        block: int,
+    ) -> None:
+        self.key_matrices, self.value_matrices = key_matrices, value_matrices
+        self.sink, self.block = sink, block
+        self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
+        self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        output = call.output()
+        length = call.key.shape[-2]
+        positions = length // 2 + torch.randperm(length - length // 2, generator=self.generator)[:QUERIES]
+        sampled = call.detached().at(positions.to(call.key.device))
+        output.register_hook(partial(self._add, sampled, positions.to(call.key.device)))
+        return output
+
+    @torch.no_grad()
+    def _add(self, call: AttentionCall, positions: Tensor, gradient: Tensor) -> None:
+        """Sums over blocks of keys serve all windows: a query takes those of as many blocks as are old to it."""
+        gradient = gradient[:, :, positions]
+        scores = call.scores(call.query, call.key)
+        weights = call.weights(scores)
+        exact = call.values_under(weights, call.value)
+        blocks = max(0, call.key.shape[-2] - self.sink) // self.block
+        quantized = slice(self.sink, self.sink + blocks * self.block)
+        old = {kept.window: self._old_blocks(call, positions, kept.window) for kept in self.value[call.layer]}
+
+        def add(losses: dict[Format, float], kept: Format, output: Tensor, magnified: float = 1.0) -> None:
+            change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64)
+            losses[kept] += change.square().mean().item() / 2 / magnified**2
+
+        def sums(weights: Tensor, value: Tensor) -> Tensor:
+            return _block_sums(weights[..., quantized], value[:, :, quantized], self.block)
+
+        value = F.pad(call.value, (0, 1), value=1.0)  # of this column the sum is that of the weights
+        outside = weights.clone()
+        outside[..., quantized] = 0
+        always = call.values_under(outside, value)
+        always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # what attention sinks take
+        unchanged = always.unsqueeze(-2) + _of_all_but_first(sums(weights, value))
+        for code, formats in by_code(self.key[call.layer]):
+            drift = call.scores(call.query, self._magnified_key(call, code)) - scores
+            growth = drift.clamp(max=LARGEST_GROWTH).exp()
+            changed = _of_first(sums(weights * growth, value))
+            for kept in formats:
+                mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
+                add(self.key[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
+        for code, formats in by_code(self.value[call.layer]):
+            matrices = self.value_matrices.get(call.layer, {}).get(code.transform)
+            changed = _of_first(sums(weights, stored(call.value, code, self.sink, self.block, matrices) - call.value))
+            for kept in formats:
+                add(self.value[call.layer], kept, exact + _at(changed, old[kept.window]))
+
+    def _magnified_key(self, call: AttentionCall, code: Format) -> Tensor:
+        """Keys with errors `MAGNIFIED` times those of a format."""
+        matrices = self.key_matrices.get(call.layer, {}).get(code.transform)
+        return torch.lerp(call.key, stored(call.key, code, self.sink, self.block, matrices), MAGNIFIED)
+
+    def _old_blocks(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
+        """Blocks that have left the window when each query comes."""
+        beyond = positions + 1 - self.sink - text_window(window, call.key.shape[-2])
+        whole = max(0, call.key.shape[-2] - self.sink) // self.block
+        return ((beyond.clamp(min=0) + self.block - 1) // self.block).clamp(max=whole)
+
+
+def text_window(window: int, length: int) -> int:
+    """The window for a calibration text of `length` tokens: a short text has a short one."""
+    return min(window, length // 4)
+
+
+def _block_sums(weights: Tensor, value: Tensor, block: int) -> Tensor:
+    """Of values [B, Hkv, n * block, d] under weights [B, Hq, Q, n * block], block by block: [B, Hq, Q, n, d]."""
+    groups = weights.unflatten(-1, (-1, block)).unflatten(1, (value.shape[1], -1))
+    sums = torch.einsum("bhgqnk,bhnkd->bhgqnd", groups, value.unflatten(2, (-1, block)))
+    return sums.flatten(1, 2)
+
+
+def _of_first(sums: Tensor) -> Tensor:
+    """Sums [..., n, d] of blocks to those of the first 0, 1, ..., n of them."""
+    return F.pad(sums.cumsum(-2), (0, 0, 1, 0))
+
+
+def _of_all_but_first(sums: Tensor) -> Tensor:
+    """Sums [..., n, d] of blocks to those of all but the first 0, 1, ..., n of them."""
+    return F.pad(sums.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def _at(sums: Tensor, blocks: Tensor) -> Tensor:
+    """The entry [B, H, Q, d] of sums [B, H, Q, n + 1, d] that each query's number of blocks [Q] asks for."""
+    return sums[:, :, torch.arange(len(blocks), device=blocks.device), blocks]

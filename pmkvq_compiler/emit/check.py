@@ -1,0 +1,107 @@
+"""The last step of a compile: load what was written in a fresh process and hold it against the source model.
+
+Two figures. *Full precision*: the check text in one call, in which attention sees its K and V before they are
+quantized, so folds and generated code are all that can differ. *Planned precision*: the same text fed piece by piece
+into a cache whose layers are all at their final bits.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pmkvq_compiler.runtime as runtime
+from pmkvq_compiler.children import isolated
+from pmkvq_compiler.divergence import divergences, relative_norm
+from pmkvq_compiler.emit.artifact import save_tensors
+from pmkvq_compiler.errors import CompileError
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights."""
+
+
+PIECE = 64
+
+
+def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+    """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the
+    last N of `input_ids` [1, S]. What the two processes tell each other is written into `scratch`.
+
+    Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as place:  # a name that no process of a killed compile writes to
+        reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
+        save_tensors({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
+        command = [sys.executable, "-m", "pmkvq_compiler.emit.check", *map(str, (folder, reference, found))]
+        with isolated():
+            done = subprocess.run(
+                command,
+                cwd=place,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise CompileError(_why_it_ended(done.returncode, done.stderr.decode(errors="replace")))
+        figures: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
+    tolerance = TOLERANCE[dtype]
+    if not figures["full_precision_error"] <= tolerance:
+        raise CompileError(
+            f"the artifact's logits differ from the source model's by {figures['full_precision_error']:.1e} in "
+            f"relative norm, more than {tolerance:.0e}; nothing was kept: please report this model"
+        )
+    if not figures["planned_precision_kl"] < float("inf"):
+        raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
+    return figures
+
+
+def _why_it_ended(code: int, said: str) -> str:
+    """What to tell of a process that could not load the artifact; all that it said is in a file that this names."""
+    if code < 0:
+        return (
+            f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
+            f"want of memory; free some and compile again"
+        )
+    with tempfile.NamedTemporaryFile("w", prefix="pmkvq-check-", suffix=".txt", delete=False, encoding="utf-8") as log:
+        log.write(said)
+    reason = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return (
+        f"the artifact does not load in a fresh process ({reason}); this is a defect of the compiler: please report it "
+        f"with {log.name}"
+    )
+
+
+def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+    """Relative norm of the logits' difference at full precision; that and the mean KL (nats) at planned precision."""
+    length, count = input_ids.shape[1], logits.shape[0]
+    last = torch.zeros(count, dtype=torch.long), torch.arange(length - count, length)
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    whole = model(input_ids, only=last)
+    cache = model.new_cache(max_len=length)
+    for layer in cache.layers:
+        while layer.stage + 1 < len(layer.plan.stages):
+            layer.lower()
+    for start in range(0, length - count, PIECE):
+        model(input_ids[:, start : min(start + PIECE, length - count)], cache, only=none)
+    planned = model(input_ids[:, -count:], cache)[0]
+    return {
+        "full_precision_error": relative_norm(whole, logits),
+        "planned_precision_error": relative_norm(planned, logits),
+        "planned_precision_kl": divergences(planned, logits).mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    artifact, tensors, output = sys.argv[1:]
+    reference = load_file(tensors)
+    measured = measure(runtime.load(artifact), reference["input_ids"], reference["logits"])
+    Path(output).write_text(json.dumps(measured), encoding="utf-8")

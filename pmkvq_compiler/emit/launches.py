@@ -1,0 +1,215 @@
+"""Which kernels the runtime can launch for an artifact, and with what: found by running it without numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pmkvq_compiler.emit.kernel_source import TUNING
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.cubins import ALIGNMENT, argument_type, variant
+from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
+from pmkvq_compiler.runtime.kernels import LayerKernels, read_tunings
+from pmkvq_compiler.runtime.load import DTYPES, import_generated
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
+
+NOWHERE = torch.device("meta")
+
+
+@dataclass
+class Launched:
+    """A kernel with the types of its arguments and its constants.
+
+    `divisible` are the places, among arguments one by one, of addresses and strides that were always multiples of 16.
+    """
+
+    kernel: str
+    types: list[Any]
+    keywords: dict[str, Any]
+    divisible: set[int]
+
+
+@dataclass
+class Recorder:
+    """Stands for a module of kernels and keeps what is launched."""
+
+    module: ModuleType
+    launches: dict[str, Launched] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        from triton.runtime.jit import KernelInterface
+
+        found = getattr(self.module, name)
+        return RecordedKernel(name, self.launches) if isinstance(found, KernelInterface) else found
+
+    def constants(self) -> dict[str, Any]:
+        from triton.language import constexpr
+
+        return {name: value.value for name, value in vars(self.module).items() if isinstance(value, constexpr)}
+
+
+@dataclass(frozen=True)
+class RecordedKernel:
+    name: str
+    launches: dict[str, Launched]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.record
+
+    def record(self, *arguments: Any, **keywords: Any) -> None:
+        types = [argument_type(value) for value in arguments]
+        divisible = {at for at, value in enumerate(_places(arguments)) if value is not None and not value % ALIGNMENT}
+        launched = Launched(self.name, types, keywords, divisible)
+        self.launches.setdefault(variant(self.name, types, keywords), launched).divisible &= divisible
+
+
+def _places(arguments: Sequence[Any]) -> list[int | None]:
+    """Of arguments one by one: bytes of a tensor before its first number, strides, None for everything else."""
+    places: list[int | None] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            places.append(int(value.storage_offset()) * value.itemsize)
+        else:
+            places += value if isinstance(value, tuple) else [None]
+    return places
+
+
+@dataclass
+class Call:
+    """What the model hands to the attention of a layer."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    sinks: Tensor | None
+
+
+@dataclass
+class Observer:
+    """Stands for the kernels of a layer while the model runs."""
+
+    calls: list[Call]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        self.calls.append(Call(q, k, v, scale, sinks))
+        return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder]:
+    """Every launch that the runtime can ask for, by file of kernels."""
+    plan: CachePlan = import_generated(package / "plan.py").PLAN
+    names = import_generated(package / "kernels" / "layers.py").KERNELS
+    recorders = {name: Recorder(import_generated(package / "kernels" / f"{name}.py")) for name in dict.fromkeys(names)}
+    tunings = read_tunings((package / "kernels" / TUNING).read_text(encoding="utf-8"))
+    seen = set()
+    calls = _observed_calls(package, checkpoint, plan)
+    for name, layer, of_layer in zip(names, plan.layers, calls, strict=True):
+        alike = name, dataclasses.replace(layer, arena_bytes=0), str([_shape(call) for call in of_layer])
+        if alike in seen:
+            continue
+        seen.add(alike)
+        for tuning in tunings.values():
+            _run_layer(LayerKernels(recorders[name], tuning), _roomy(plan, layer), of_layer)  # type: ignore[arg-type]
+    return recorders
+
+
+def _shape(call: Call) -> list[Any]:
+    tensors = [tensor for tensor in (call.q, call.k, call.v, call.sinks) if tensor is not None]
+    return [(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
+
+
+def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) -> list[list[Call]]:
+    """What the generated model hands to each layer's attention: for one token and for more, of one sequence and two."""
+    calls: list[list[Call]] = [[] for _ in plan.layers]
+    hidden_states, _ = import_generated(package / "model.py").bind(
+        _weights_without_numbers([*checkpoint, package / "constants.safetensors"])
+    )
+    whole = _roomy(plan, *plan.layers)
+    with torch.inference_mode():
+        for batch in (1, 2):
+            for count in sorted({min(count, plan.max_len) for count in (1, 3, PREFILL_CHUNK)}):
+                cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE)
+                cache.kernels = [Observer(of_layer) for of_layer in calls]  # type: ignore[misc]
+                cache.begin([slice(0, count)] * batch)
+                ids = torch.zeros(batch, count, dtype=torch.int64, device=NOWHERE)
+                hidden_states(ids, ids, cache)
+    return calls
+
+
+def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
+    weights = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                part = file.get_slice(name)
+                some = part[:0] if part.get_shape() else file.get_tensor(name)
+                weights[name] = torch.empty(part.get_shape(), dtype=some.dtype, device=NOWHERE)
+    return weights
+
+
+def _roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
+    """A plan of these layers with room for two sequences at the widest codes: caches of fewer sequences or tokens than
+    the plan's stay wide for longer."""
+    itemsize = DTYPES[plan.dtype].itemsize
+    roomy = (
+        dataclasses.replace(layer, arena_bytes=2 * sequence_bytes(layer, plan.max_len, itemsize, stage=0))
+        for layer in layers
+    )
+    return dataclasses.replace(plan, batch_size=2, layers=tuple(roomy))
+
+
+def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) -> None:
+    """Launch whatever caches of the one layer in `plan` can ask for."""
+    stages = range(max(1, len(plan.layers[0].stages)))
+    for call in calls:
+        for stage in stages:
+            cache = _attend(kernels, plan, plan.max_len, stage, call)
+            store = cache.layers[0]
+            if stage + 1 < len(stages) and store.live_blocks(0):
+                kernels.shrink(cache, store, stage + 1)
+        if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts
+            for max_len in _lengths(plan.max_len):
+                _attend(kernels, plan, max_len, stages[-1], call)
+
+
+def _lengths(max_len: int) -> Iterator[int]:
+    """Lengths so close that no power of two is left out among the parts that caches of them are decoded in."""
+    length = 1
+    while length < max_len:
+        yield length
+        length += max(16, length // 16)
+    yield max_len
+
+
+def _attend(kernels: LayerKernels, plan: CachePlan, max_len: int, stage: int, call: Call) -> Cache:
+    """Feed a call to a cache at a stage whose window is full, so that a block leaves it where one ever does."""
+    batch, _, count, _ = call.q.shape
+    cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
+    store = cache.layers[0]
+    rows = min(store.plan.sink + store.plan.window, max_len - count)
+    store.stage, store.rows = stage, [rows] * batch
+    cache.length = [rows] * batch
+    cache.begin([slice(0, count)] * batch)
+    kernels.attend(call.q, call.k, call.v, cache, 0, call.scale, call.sinks)
+    return cache
+
+
+def imported(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{file.parent.parent.name}_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

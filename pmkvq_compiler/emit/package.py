@@ -1,0 +1,153 @@
+"""Write a program as a Python package, and its weights as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pmkvq_compiler.emit.artifact import save_tensors
+from pmkvq_compiler.emit.kernel_source import kernel_files
+from pmkvq_compiler.emit.model_source import model_source
+from pmkvq_compiler.emit.names import in_markdown, one_line, project_name
+from pmkvq_compiler.passes.bake_plan import layer_plans
+from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.load import MANIFEST
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.source.source import Source
+from pmkvq_compiler.templates import read, render
+
+TAGS = ["kv-cache-quantization", "pm-kvq", "custom_code"]
+
+
+def emit_package(program: Program, source: Source, folder: Path, package: str) -> list[Path]:
+    """Write the outlined `program` into `folder`: the Python package `package` and what makes it a hub repository.
+    Returns the files.
+
+    The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime; it needs torch
+    and safetensors alone. For text it needs tokenizers, too; only the module for transformers beside it needs those.
+    """
+    if program.plan is None:
+        raise ValueError("the program has no plan; run BakePlan first")
+    plan = dataclasses.replace(program.plan, layers=tuple(layer_plans(program)))
+    values: dict[str, Any] = {
+        "package": package,
+        "version": importlib.metadata.version("pmkvq-compiler"),
+        "name": in_markdown(source.name),
+        "metadata": _card_metadata(source),
+        "architecture": _architecture(source),
+        "plan": plan,
+    }
+    target = folder / package
+    target.mkdir(parents=True)
+    pages = {
+        target / "model.py": model_source(program),
+        target / "plan.py": plan_source(plan),
+        target / "__init__.py": render("package_init.py.j2", **values),
+        target / "__main__.py": render("package_main.py.j2", **values),
+        target / "chat.py": read("chat.py"),
+        target / "text.py": read("text.py"),
+        target / "chat_template.py": read("chat_template.py"),
+        folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
+        folder / "modeling_compiled.py": render(
+            "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
+        ),
+        folder / "README.md": render("model_card.md.j2", **values),
+    }
+    kernels = kernel_files(program.sites, plan.layers)
+    pages |= {target / "kernels" / name: text for name, text in kernels.items()}
+    pages |= {target / "runtime" / name: text for name, text in _runtime_files().items()}
+    (target / "kernels").mkdir()
+    (target / "runtime").mkdir()
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
+    save_tensors(constants, target / "constants.safetensors")
+    return [*pages, target / "constants.safetensors"]
+
+
+def _card_metadata(source: Source) -> str:
+    """What the hub reads of a model card, as YAML. The names in it come from outside."""
+    return ModelCardData(
+        model_name=source.name,
+        base_model=source.base_model,
+        base_model_relation="quantized" if source.base_model else None,
+        license=source.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    ).to_yaml()
+
+
+def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: Path) -> list[Path]:
+    """Write config, generation defaults for sequences of `max_len` tokens, and tokenizer into `folder`; returns the
+    files.
+
+    transformers decides what they are called, so it writes into a folder of its own in `scratch`, where nothing else
+    can be.
+    """
+    place = scratch / "transformers"
+    place.mkdir()
+    _write_config(source, place)
+    source.save_generation_config(place, max_len)
+    source.save_tokenizer(place)
+    made = {path: folder / path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()}
+    for path, target in made.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return list(made.values())
+
+
+def _write_config(source: Source, folder: Path) -> None:
+    """Write `config.json`: the source model's, of the stored dtype, so that plain transformers loads the weights; with
+    remote code trusted it leads to the compiled model."""
+    config = copy.deepcopy(source.config)
+    config.dtype = source.dtype
+    config.architectures = [_architecture(source)]
+    config.auto_map = {"AutoModelForCausalLM": f"modeling_compiled.{_architecture(source)}"}
+    config.save_pretrained(folder)
+
+
+def _architecture(source: Source) -> str:
+    """The class of transformers that the weights are of, with the folds in them as without."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    return str(model_class.__name__)
+
+
+def write_project(folder: Path, package: str, name: str) -> list[Path]:
+    """Write `pyproject.toml`, the last file but the manifest: it lists everything that a wheel must carry. Returns the
+    file."""
+    project = folder / "pyproject.toml"
+    files = {path.name for path in folder.iterdir()} | {project.name, MANIFEST}
+    text = render(
+        "pyproject.toml.j2",
+        package=package,
+        project=project_name(package),
+        description=f"{one_line(name)} with a progressively quantized KV cache",
+        version=importlib.metadata.version("pmkvq-compiler"),
+        files=sorted(files - {package}),
+    )
+    project.write_text(text, encoding="utf-8")
+    return [project]
+
+
+def plan_source(plan: CachePlan) -> str:
+    """The text of `plan.py`: a line a layer, with what all layers share said once."""
+    fields = [field.name for field in dataclasses.fields(LayerPlan)]
+    common = [name for name in fields if len({getattr(layer, name) for layer in plan.layers}) == 1]
+    own = [name for name in fields if name not in common]
+    shared = [f"{name}={getattr(plan.layers[0], name)!r}" for name in common]
+    lines = [", ".join(f"{name}={getattr(layer, name)!r}" for name in own) for layer in plan.layers]
+    return render("plan.py.j2", plan=plan, shared=shared, lines=lines)
+
+
+def _runtime_files() -> dict[str, str]:
+    """The text of each file of the runtime, by its name."""
+    files = importlib.resources.files("pmkvq_compiler.runtime").iterdir()
+    return {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")}

@@ -1,0 +1,1 @@
+"""Which bits each layer gets: candidates, the integer program, and plans tried on texts."""

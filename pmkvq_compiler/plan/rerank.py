@@ -1,0 +1,115 @@
+"""Whole plans, tried on the calibration texts.
+
+The integer program adds up what each layer's formats cost alone. That sum misses what the noise of one layer does to
+the next, and mistakes that are too rare to be met in one layer. K by token suffers most from both. So `propose` makes
+several plans for a budget. They run here with all layers quantized at once, and the one that changes the fewest tokens
+is taken.
+
+By Pinsker's inequality, the root of half the divergence bounds the chance that a token is drawn differently. The mean
+of the divergence itself would depend on a handful of tokens, and on whether a text happens to have them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
+from pmkvq_compiler.calibrate.texts import read_samples
+from pmkvq_compiler.calibrate.walk import pick_device
+from pmkvq_compiler.divergence import divergences
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.plan.propose import propose
+from pmkvq_compiler.plan.solution import Folds, Solution
+from pmkvq_compiler.plan.teacher_forcing import progressive
+from pmkvq_compiler.progress import Progress
+from pmkvq_compiler.runtime.plan import CachePlan, blocks_needed, fitted, sequence_bytes
+from pmkvq_compiler.source.source import Source
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan and its predicted loss in nats a token: the divergence of the output's distribution when every error is
+    `MAGNIFIED`, divided by the square of that."""
+
+    solution: Solution
+    loss: float
+
+
+def best_plans(
+    source: Source,
+    sites: Sequence[AttentionSite],
+    calibration: Calibration,
+    options: CompileOptions,
+    budgets: Sequence[int | None],
+    max_len: int,
+    progress: Progress,
+) -> list[Tried]:
+    """For each budget (bytes) the proposal that does best on the calibration texts.
+
+    Raises what `solve` raises. Where nothing is quantized the model does not run.
+    """
+    proposals = [propose(sites, calibration, options, budget, max_len, source.dtype) for budget in budgets]
+    if not any(blocks_needed(layer, max_len) for one in itertools.chain(*proposals) for layer in one.plan.layers):
+        return [Tried(proposed[0], 0.0) for proposed in proposals]
+    model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
+    return try_plans(model, read_samples(source, options), proposals, calibration, progress)
+
+
+@torch.no_grad()
+def try_plans(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor],
+    proposals: Sequence[Sequence[Solution]],
+    calibration: Calibration,
+    progress: Progress,
+) -> list[Tried]:
+    """The best of each list of proposals over `samples`, int64 [S] each; `model` attends by `recording.ATTENTION`.
+
+    The better half of a list goes on to the next text: most plans are told apart by one.
+    """
+    racing = [list(proposed) for proposed in proposals]
+    losses = dict.fromkeys(itertools.chain(*racing), 0.0)
+    changes = losses.copy()
+    for number, sample in enumerate(samples):
+        progress("Trying plans", number, len(samples))
+        ids = sample.unsqueeze(0).to(model.device)
+        expected = _second_half(model, ids, AttentionCall.output)
+        for solution in dict.fromkeys(itertools.chain(*racing)):
+            plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
+            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
+            moved = divergences(found, expected, torch.float32)
+            losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
+            changes[solution] += moved.sqrt().mean().item()
+        racing = [sorted(field, key=changes.__getitem__)[: (len(field) + 1) // 2] for field in racing]
+    progress("Trying plans", len(samples), len(samples))
+    return [Tried(field[0], losses[field[0]]) for field in racing]
+
+
+def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
+    """Logits of a text's second half, where there is something old to attend to; attention is computed in float32."""
+    length = ids.shape[1]
+    positions = torch.arange(length, device=ids.device).unsqueeze(0)
+    with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
+        return run(model, ids, positions, last=length - length // 2)[0]
+
+
+def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:
+    """The plan for a text of `length` tokens whose blocks are all at their final widths."""
+    layers = []
+    for layer in plan.layers:
+        if not blocks_needed(layer, plan.max_len):
+            layers.append(replace(layer, stages=()))
+            continue
+        window = max(layer.block, text_window(layer.window, length))
+        short = fitted(replace(layer, stages=layer.stages[-1:], window=window), length)
+        layers.append(replace(short, arena_bytes=sequence_bytes(short, length, torch.float32.itemsize)))
+    return replace(plan, layers=tuple(layers), max_len=length, batch_size=1, dtype="float32")

@@ -1,0 +1,125 @@
+"""What the report of a compile holds."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, fields, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.formats import Transform
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.plan.rerank import Tried
+from pmkvq_compiler.plan.solution import Folds, plan_table
+from pmkvq_compiler.report.charts import (
+    Sample,
+)
+from pmkvq_compiler.runtime.cache import LayerCache
+from pmkvq_compiler.runtime.plan import CachePlan, flushed_blocks, original_bytes
+from pmkvq_compiler.source.source import Source
+
+
+def report_contents(
+    source: Source, program: Program, calibration: Calibration, options: CompileOptions, tried: Tried
+) -> dict[str, Any]:
+    """What `report.json` holds, but for check and times."""
+    solution, plan = tried.solution, tried.solution.plan
+    folded = Folds.of(solution, calibration).values
+    rows = [
+        {
+            **asdict(row),
+            "fold": _folded(site, row.key_transform),
+            "value_fold": _value_folded(site, site.layer in folded),
+        }
+        for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
+    ]
+    original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
+    return {
+        "model": options.model,
+        "name": source.base_model or source.name,
+        "recipe": plan.recipe,
+        "budget": plan.budget,
+        "max_len": plan.max_len,
+        "batch_size": plan.batch_size,
+        "dtype": plan.dtype,
+        "aot": list(options.aot),
+        "versions": {name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
+        "command": reproduction_command(options),
+        "rows": rows,
+        "arena_bytes": plan.arena_bytes,
+        "original_bytes": original,
+        "true_bits": 16 * plan.arena_bytes / original,
+        "predicted_loss": tried.loss,
+        "bytes_over_tokens": bytes_over_tokens(plan),
+    }
+
+
+def _folded(site: AttentionSite, transform: Transform) -> str:
+    """ "folded" where the key scales are, else why they are not."""
+    if transform == "scale":
+        return "folded"
+    if transform != "none":
+        return "queries and keys are rotated behind RoPE instead, at run time"
+    return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
+
+
+def _value_folded(site: AttentionSite, folded: bool) -> str:
+    """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
+    if folded:
+        return "folded"
+    if site.value is None or site.output is None:
+        return "v_proj or the output projection was not found in the graph"
+    return "the plan does better without"
+
+
+def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
+    """What the cache of `plan` holds while `batch_size` sequences grow together to `max_len` tokens.
+
+    The runtime's own layer caches count one sequence's share, for all sequences are alike; they lie on the `meta`
+    device, so nothing is allocated.
+    """
+    dtype, meta = getattr(torch, plan.dtype), torch.device("meta")
+    shares = [replace(layer, arena_bytes=layer.arena_bytes // plan.batch_size) for layer in plan.layers]
+    caches = [LayerCache(share, 1, plan.max_len, dtype, meta) for share in shares]
+    count = min(samples, plan.max_len)
+    return [_sample(plan, caches, plan.max_len * step // count) for step in range(count + 1)]
+
+
+def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
+    for cache in caches:
+        _fill(cache, tokens)
+    layer_bytes = [plan.batch_size * cache.bytes_used for cache in caches]
+    return {
+        "tokens": tokens,
+        "used": sum(layer_bytes),
+        "layer_bytes": layer_bytes,
+        "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
+        "bits": [list(cache.bits) for cache in caches],
+    }
+
+
+def _fill(cache: LayerCache, tokens: int) -> None:
+    """Set the counters to those of a cache whose sequence has `tokens` tokens, no fewer than before."""
+    flushed = flushed_blocks(cache.plan, tokens)
+    cache.flushed, cache.rows = [flushed], [tokens - flushed * cache.plan.block]
+    while flushed and cache.live_blocks(0) > cache.capacity():
+        cache.stage += 1
+
+
+def reproduction_command(options: CompileOptions) -> str:
+    """The `pmkvq-compile` command with these options, those left at their defaults omitted."""
+    defaults = CompileOptions(model=options.model, output=options.output)
+    words = ["pmkvq-compile", options.model, "--output", str(options.output)]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == getattr(defaults, field.name):
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)

@@ -1,0 +1,132 @@
+"""The report of a compile: `report.json` for programs, `report.html` for people, one file with all that it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pmkvq_compiler.report.charts import (
+    NAMES,
+    comparison_chart,
+    filling_chart,
+    layers_chart,
+    plan_chart,
+    readable_bytes,
+)
+
+CHECKS = {
+    "full_precision_error": (
+        "error before quantization",
+        "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
+        "what folds and generated code change",
+    ),
+    "planned_precision_error": (
+        "error at the final bits",
+        "the same with all layers at the bits they end at, the text fed piece by piece through the cache",
+    ),
+    "planned_precision_kl": (
+        "nats of divergence at the final bits",
+        "mean KL of the next token's distribution from the source model's: 0 is the same model",
+    ),
+}
+"""What the figures of the check mean, in the order in which they are shown."""
+
+
+FOLDS = {
+    "fold": (
+        "Scales of K",
+        "Each channel is divided by its scale in the key projection and multiplied by it in the query's.",
+    ),
+    "value_fold": (
+        "Map of V",
+        "Each head is multiplied by a matrix in the value projection, by its inverse in the output projection.",
+    ),
+}
+"""What is folded into the weights, by the key of a row that says whether and why not."""
+
+
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `report.json` and `report.html` into `folder`; returns the files."""
+    templates = Environment(
+        loader=PackageLoader("pmkvq_compiler.templates", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = templates.get_template("report.html.j2").render(
+        report=report,
+        facts=facts(report),
+        checks=checks(report["check"]),
+        folds=folds(report["rows"]),
+        plan_chart=Markup(plan_chart(report["rows"])),
+        comparison_chart=Markup(comparison_chart(report["original_bytes"], report["arena_bytes"])),
+        layers_chart=Markup(layers_chart(report["rows"], report["bytes_over_tokens"])),
+        filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
+        names=NAMES,
+        readable_bytes=readable_bytes,
+        figure=figure,
+    )
+    pages = {folder / "report.json": json.dumps(report) + "\n", folder / "report.html": page}
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)
+
+
+def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures to see first, as (name, value, remark)."""
+    reserved, budget, original = report["arena_bytes"], report["budget"], report["original_bytes"]
+    tokens = f"{report['batch_size']} x {report['max_len']:,} tokens"
+    return [
+        ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
+        ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
+        ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
+        (
+            "predicted loss",
+            figure(report["predicted_loss"]),
+            "nats a token at the final bits, tried with twice the errors",
+        ),
+    ]
+
+
+def folds(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, dict[str, str]]]:
+    """The folds as (name, what it does, layers that have it, {why not: layers})."""
+    return [
+        (*text, layer_ranges([row["layer"] for row in rows if row[key] == "folded"]), grouped_reasons(rows, key))
+        for key, text in FOLDS.items()
+    ]
+
+
+def checks(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures of the check as (value, name, what it says); figures without a text of their own come last."""
+    known = [(figure(figures[key]), *text) for key, text in CHECKS.items() if key in figures]
+    others = [(figure(value), key.replace("_", " "), "") for key, value in figures.items() if key not in CHECKS]
+    return known + others
+
+
+def figure(value: Any) -> str:
+    """A figure of the check for reading: three significant digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def grouped_reasons(rows: list[dict[str, Any]], key: str = "fold") -> dict[str, str]:
+    """Why K (`fold`) or V (`value_fold`) of layers was not folded: the reason and its layers (`0-3, 7`)."""
+    layers: dict[str, list[int]] = {}
+    for row in rows:
+        if row[key] != "folded":
+            layers.setdefault(row[key], []).append(row["layer"])
+    return {reason: layer_ranges(numbers) for reason, numbers in layers.items()}
+
+
+def layer_ranges(layers: list[int]) -> str:
+    """`0-3, 7` for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,134 @@
+"""The safetensors files of a folder, and which of them holds a tensor: what transformers would choose, made explicit.
+
+`model.safetensors` comes before an index and its shards. All that the shards hold counts, named by the index or not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pmkvq_compiler.errors import CompileError, first_line
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+OTHER_WEIGHTS = {
+    "adapter_config.json": "an adapter",
+    "shard-?????-model-*.safetensors": "a checkpoint of several processes",
+}
+"""Files by which transformers would load something else than the model's own checkpoint, or something besides."""
+PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+"""Stored dtypes whose numbers are the weights themselves."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and what its header says: `dtype` in the words of safetensors."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a model's folder by the names that they are stored under."""
+
+    def __init__(self, folder: Path, named: str | None = None) -> None:
+        """Reads the headers alone; `named` is the file or index of weights that the config names, if it does.
+
+        Raises `CompileError` where a file is missing, damaged, outside of the folder, or contradicts another.
+        """
+        self.files = _weight_files(folder, named)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            for name, tensor in _stored_tensors(file).items():
+                if name in self.tensors:
+                    _check_same(name, self.tensors[name].file, file)
+                self.tensors[name] = tensor
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype."""
+        return _read(self.tensors[name].file, name)
+
+    def slices(self) -> dict[str, Any]:
+        """Every tensor in the form in which transformers takes a checkpoint: not read before it is needed."""
+        opened = {file: safe_open(file, framework="pt") for file in self.files}
+        return {name: opened[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
+
+
+def _weight_files(folder: Path, named: str | None) -> list[Path]:
+    for pattern, what in OTHER_WEIGHTS.items():
+        if any(folder.glob(pattern)):
+            raise CompileError(f"folder {folder} holds {what} ({pattern}), which would be left out; merge it first")
+    if named is not None:
+        file = _inside(folder, named, "config.json (transformers_weights)", (".safetensors", ".safetensors.index.json"))
+        return _shards(folder, file) if named.endswith(".json") else [file]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise CompileError(_no_weights(folder))
+    return _shards(folder, folder / INDEX_FILE)
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The files of a folder that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CompileError(f"{index} is not the index of a sharded checkpoint; fetch it again") from error
+    if not names:
+        raise CompileError(f"{index} names no file; fetch it again")
+    return [_inside(folder, name, str(index), (".safetensors",)) for name in names]
+
+
+def _inside(folder: Path, name: Any, where: str, endings: tuple[str, ...]) -> Path:
+    """The file called `name` in a folder. Raises `CompileError` for a place elsewhere, or another kind of file."""
+    path = PurePosixPath(str(name))
+    if path.is_absolute() or ".." in path.parts or not str(name).endswith(endings):
+        raise CompileError(f"{where} names {str(name)!r}, which is no safetensors file of its folder; correct it")
+    return folder / path
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"folder {folder} has only pickled weights ({pickles[0]}) and no pickle is ever loaded; "
+            f"convert them to safetensors"
+        )
+    return f"folder {folder} has no {SINGLE_FILE} and no {INDEX_FILE}; fetch the model's weights"
+
+
+def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    if not file.is_file():
+        raise CompileError(f"{file} cannot be read: it is missing or no file; fetch it again")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                name: StoredTensor(file, str(part.get_dtype()), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CompileError(f"{file} cannot be read: {first_line(error)}; fetch it again") from error
+
+
+def _read(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CompileError(f"{file} cannot be read: {first_line(error)}; fetch it again") from error
+
+
+def _check_same(name: str, first: Path, second: Path) -> None:
+    one, other = _read(first, name), _read(second, name)
+    if one.dtype != other.dtype or not torch.equal(one, other):
+        raise CompileError(
+            f"tensor {name} is in {first} and, with other numbers, in {second}; remove the file that is out of date"
+        )
