@@ -78,8 +78,8 @@ def _print_comparison(explored: list[Explored]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(
-        "predicted loss: nats a token that the next token's distribution moves by on the calibration texts, "
-        "from errors of twice their size; bars are logarithmic"
+        "predicted loss: how far the distribution of the next token moves on the calibration texts, in nats a token, "
+        "with errors doubled; use it to rank budgets, it is not the loss that you will see; bars are logarithmic"
     )
 
 

@@ -87,7 +87,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "predicted loss",
             figure(report["predicted_loss"]),
-            "nats a token at the final bits, tried with twice the errors",
+            "nats a token at the final bits, from doubled errors: it ranks budgets",
         ),
     ]
 
