@@ -8,11 +8,15 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -20,7 +24,7 @@ from pmkvq_compiler.cli import main
 from pmkvq_compiler.emit import renames
 from pmkvq_compiler.emit.place import Place, claimed
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.interrupts import Signals
+from pmkvq_compiler.interrupts import Signals, watched
 from tests.children import in_child
 from tests.conftest import token_lines
 from tests.folders import model_folder, open_to_others, tree
@@ -373,3 +377,34 @@ def test_what_runs_out_is_said_in_a_sentence_and_nothing_is_left(tmp_path: Path)
     assert left <= {".out.partial"}, "what cannot be opened cannot be removed"
     assert main(command) == 0
     assert {path.name for path in (tmp_path / "place").iterdir() if not path.name.startswith("model-")} == {"out"}
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["as it begins to end", "when it has taken the target"])
+def test_a_signal_at_any_line_of_a_compiles_end_leaves_nothing(tmp_path: Path, begins: bool) -> None:
+    """Between the last statement of a compile and the first that defers signals are lines of contextlib's and ours."""
+    at, arrived = 0, True
+    while arrived:
+        at, arrived, count = at + 1, False, 0
+
+        def trace(frame: FrameType, event: str, argument: object, at: int = at) -> Any:
+            nonlocal count, arrived
+            count += 1
+            if count == at:
+                arrived = True
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGTERM)
+            return trace
+
+        output = tmp_path / f"out{at}"
+        with suppress(KeyboardInterrupt), watched() as signals:
+            try:
+                with claimed(output, False, {}, signals) as place:
+                    artifact(place.folder, "new")
+                    if not begins:
+                        place.take(False)
+                    sys.settrace(trace)
+            finally:
+                sys.settrace(None)
+        assert [path.name for path in tmp_path.glob(".*")] == [], at
+        assert output.exists() != begins
+    assert at > 100

@@ -52,10 +52,30 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
     with signals.deferred():
         place = _claim(output, target)
     try:
+        with _told_in_sentences(output, place), _released(place, signals):
+            with signals.deferred():
+                place.prepare(force, keep)
+            signals.check()
+            yield place
+    finally:  # a signal may have come before the first release deferred it
         with signals.deferred():
-            place.prepare(force, keep)
-        signals.check()
-        yield place
+            place.release()
+
+
+@contextmanager
+def _released(place: Place, signals: Signals) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with signals.deferred():
+            place.release()
+
+
+@contextmanager
+def _told_in_sentences(output: Path, place: Place) -> Iterator[None]:
+    """Within, errors of the operating system about this compile's files become a `CompileError`."""
+    try:
+        yield
     except CompileError:
         raise
     except Exception as error:
@@ -63,9 +83,6 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
         if reason is None or not (reason.errno in OUT_OF_ROOM | OUT_OF_FILES or place.owns(reason.filename)):
             raise
         raise cannot_write(output, reason) from error
-    finally:
-        with signals.deferred():
-            place.release()
 
 
 @dataclass
@@ -83,6 +100,7 @@ class Place:
     """The folder that is to be replaced, None where there is none."""
     kept: bool = False
     """Whether something in the partial folder must stay after the compile."""
+    released: bool = False
 
     @property
     def partial(self) -> Path:
@@ -182,7 +200,9 @@ class Place:
         return self.folder
 
     def release(self) -> None:
-        """Remove the partial folder, and the folders that were made for a target that is not there."""
+        """Remove the partial folder, and the folders that were made for a target that is not there. Once is enough."""
+        if self.released:
+            return
         if not self.kept:
             with suppress(OSError):  # the next compile goes on where this one cannot
                 _sweep(self.partial)
@@ -190,6 +210,7 @@ class Place:
                 self.partial.rmdir()
         os.close(self.lock)
         _remove_empty(self.made)
+        self.released = True
 
 
 def _partial(target: Path) -> Path:
