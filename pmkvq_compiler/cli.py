@@ -14,7 +14,7 @@ from pmkvq_compiler.budget import read_budget
 from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
-from pmkvq_compiler.interrupts import ignore_from_now_on, watched
+from pmkvq_compiler.interrupts import Signals, ignore_from_now_on, watched
 from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions
 
 if TYPE_CHECKING:
@@ -59,19 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     (130 after Ctrl-C) when a signal ended it."""
     with watched() as signals:
         try:
-            return _run(argv)
+            return _run(argv, signals)
         except KeyboardInterrupt:
             if argv is None:  # the process is this command, and about to end
                 ignore_from_now_on()
             return _fail(signals.sentence, signals.exit_code)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, signals: Signals) -> int:
     try:
-        request = parse(argv)
-        result = _explore(request) if request.budgets else _compile(request.options)
-        (print_json if request.as_json else print_text)(result)
-        sys.stdout.flush()
+        with signals.not_disguised():
+            request = parse(argv)
+            result = _explore(request) if request.budgets else _compile(request.options)
+            (print_json if request.as_json else print_text)(result)
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -59,6 +59,15 @@ class Signals:
         finally:
             self._deferred -= 1
 
+    @contextmanager
+    def not_disguised(self) -> Iterator[None]:
+        """Within, an error that a library has made of an interrupt, as torch.export does, is an interrupt again."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+
     def checking(self, progress: Progress) -> Progress:
         """`progress`, with a look at the signals before and after each report."""
 
@@ -79,7 +88,8 @@ def watched() -> Iterator[Signals]:
     """
     outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     if isinstance(outer, Signals):
-        yield outer
+        with outer.not_disguised():
+            yield outer
         return
     signals = Signals()
     defaults = (signal.default_int_handler, signal.SIG_DFL)
@@ -90,7 +100,8 @@ def watched() -> Iterator[Signals]:
     try:
         for number in before:
             signal.signal(number, signals.handle)
-        yield signals
+        with signals.not_disguised():
+            yield signals
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) == signals.handle:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pmkvq_compiler import cli
 from pmkvq_compiler.interrupts import Interrupted, Signals, watched
 
 
@@ -84,3 +85,30 @@ def test_a_thread_can_compile_and_handles_no_signals() -> None:
     (signals,) = found
     signals.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def disguise(*_: object) -> None:
+    """As torch.export does with whatever ends its work."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise RuntimeError("this model cannot be exported") from error
+
+
+def test_an_interrupt_that_a_library_makes_another_error_of_is_an_interrupt() -> None:
+    with pytest.raises(Interrupted, match="interrupted; nothing was changed"), watched():
+        disguise()
+    with pytest.raises(Interrupted), watched(), watched():
+        disguise()
+    with pytest.raises(RuntimeError, match="for another reason"), watched():
+        raise RuntimeError("for another reason")
+
+
+@pytest.mark.parametrize("command", ["_compile", "_explore"])
+def test_the_command_says_so_too(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, command, disguise)
+    budget = ["--budget", "1GiB"] if command == "_compile" else ["--budgets", "1GiB,2GiB", "--dry-run"]
+    assert cli.main(["model", *budget]) == 130
+    assert capsys.readouterr().err == "pmkvq-compile: interrupted; nothing was changed\n"
