@@ -13,8 +13,8 @@ from pmkvq_compiler.errors import CompileError, Defect, UsageError
 FAILED, WRONG_USAGE = 1, 2
 """Exit codes."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_HANDLES = (errno.EMFILE, errno.ENFILE)
+OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OUT_OF_FILES = {errno.EMFILE, errno.ENFILE}
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -41,9 +41,9 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def _explain_os_error(error: OSError) -> str:
-    if error.errno in NO_ROOM:
+    if error.errno in OUT_OF_ROOM:
         return f"there is no room left to write ({error}); free some space or choose another place with -o"
-    if error.errno in NO_HANDLES:
+    if error.errno in OUT_OF_FILES:
         return f"too many files are open ({error}); allow more with `ulimit -n 4096`"
     return f"{error}; check that the place exists, can be read and written, and has room"
 

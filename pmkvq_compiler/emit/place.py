@@ -20,8 +20,6 @@ from pathlib import Path
 from pmkvq_compiler.emit.renames import Unsupported, exchange, move_to_free_place
 from pmkvq_compiler.emit.target import (
     OTHER,
-    OUT_OF_FILES,
-    OUT_OF_ROOM,
     cannot_write,
     check_replaceable,
     check_target,
@@ -29,6 +27,7 @@ from pmkvq_compiler.emit.target import (
     shown,
 )
 from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.failures import OUT_OF_FILES, OUT_OF_ROOM
 from pmkvq_compiler.interrupts import Signals
 
 try:

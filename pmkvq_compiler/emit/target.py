@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -11,14 +10,9 @@ from pathlib import Path
 
 from pmkvq_compiler.emit.artifact import foreign_files, is_artifact
 from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.failures import OUT_OF_FILES, OUT_OF_ROOM
 
 OTHER = "choose another folder with -o"
-
-
-OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-OUT_OF_FILES = {errno.EMFILE, errno.ENFILE}
 
 
 FORCE = "--force replaces an artifact or an empty folder, nothing else"
