@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LONGEST_NUMBER = 18
 """Digits of a whole number: what has more does not fit 64 bits, and nothing is ever counted in it."""
 
-
 DESCRIPTION = """\
 Compile a causal language model and a memory budget for its key/value cache into an artifact: a directory that loads and
 generates by itself and keeps its cache inside that budget, in 16, 8, 4 or 2 bits a number."""

@@ -46,11 +46,8 @@ from pmkvq_compiler.source.checkpoint import INDEX_FILE
 from pmkvq_compiler.source.source import Source, open_source
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
 DEFAULT_MAX_LEN = 4096
 """Tokens a sequence, for models whose configuration sets no limit."""
-
 
 BESIDE_WEIGHTS = 16 * 2**20
 """Bytes of an artifact that are no weights, roughly: a tokenizer, code, a report."""

@@ -24,10 +24,8 @@ from pmkvq_compiler.source.source import Source
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
-
 MEASURES = 5
 """To be raised where what is measured changes, so that no older calibration is taken for a new one."""
-
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
 

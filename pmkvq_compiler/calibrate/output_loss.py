@@ -25,7 +25,6 @@ from pmkvq_compiler.formats import Format, Losses, Transform, by_code, stored
 QUERIES = 128
 """Query positions of a text at which outputs are compared, drawn from its second half."""
 
-
 MAGNIFIED = 2.0
 """Errors of keys are measured this many times as large as they are, and the loss is divided by the square. A query that
 takes one token for another breaks a chain of thought; with errors of the true size that is too rare to be met in a

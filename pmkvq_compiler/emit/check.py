@@ -27,7 +27,6 @@ from pmkvq_compiler.errors import CompileError
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative norm of the logits' difference at full precision, by the dtype of the weights."""
 
-
 PIECE = 64
 
 

@@ -13,8 +13,6 @@ from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.failures import OUT_OF_FILES, OUT_OF_ROOM
 
 OTHER = "choose another folder with -o"
-
-
 FORCE = "--force replaces an artifact or an empty folder, nothing else"
 
 

@@ -35,7 +35,6 @@ CHECKS = {
 }
 """What the figures of the check mean, in the order in which they are shown."""
 
-
 FOLDS = {
     "fold": (
         "Scales of K",
