@@ -51,7 +51,8 @@ class LocateAttention(Pass):
 
 
 def markers(graph: Graph) -> list[Node]:
-    return graph.find_nodes(op="call_function", target=MARKER)
+    found: list[Node] = graph.find_nodes(op="call_function", target=MARKER)
+    return found
 
 
 class _NoMatchError(Exception):
@@ -222,9 +223,9 @@ def _source(node: Node) -> str:
     """The module of the linear layer behind `node`, as in "k_proj"."""
     linear = next((one for one in _behind(node) if one.target in LINEARS), None)
     if linear is None:
-        return node.name
+        return str(node.name)
     path, _ = list(linear.meta["nn_module_stack"].values())[-1]
-    return path.rpartition(".")[2]
+    return str(path).rpartition(".")[2]
 
 
 def _explain_parts(node: Node) -> str:

@@ -19,8 +19,8 @@ from pmkvq_compiler.plan.solution import Folds, plan_table
 from pmkvq_compiler.report.charts import (
     Sample,
 )
-from pmkvq_compiler.runtime.cache import LayerCache
-from pmkvq_compiler.runtime.plan import CachePlan, flushed_blocks, original_bytes
+from pmkvq_compiler.runtime.layer_cache import LayerCache
+from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from pmkvq_compiler.source.source import Source
 
 
@@ -92,7 +92,7 @@ def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
 
 def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
     for cache in caches:
-        _fill(cache, tokens)
+        cache.seek([tokens])
     layer_bytes = [plan.batch_size * cache.bytes_used for cache in caches]
     return {
         "tokens": tokens,
@@ -101,14 +101,6 @@ def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
         "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
         "bits": [list(cache.bits) for cache in caches],
     }
-
-
-def _fill(cache: LayerCache, tokens: int) -> None:
-    """Set the counters to those of a cache whose sequence has `tokens` tokens, no fewer than before."""
-    flushed = flushed_blocks(cache.plan, tokens)
-    cache.flushed, cache.rows = [flushed], [tokens - flushed * cache.plan.block]
-    while flushed and cache.live_blocks(0) > cache.capacity():
-        cache.stage += 1
 
 
 def reproduction_command(options: CompileOptions) -> str:

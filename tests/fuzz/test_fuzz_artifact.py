@@ -267,7 +267,7 @@ def uses(folder: Path) -> Tensor:
 def kernels_of(folder: Path) -> None:
     """The modules of kernels."""
     artifact = open_artifact(folder)
-    runtime.choose_kernels(artifact.package, artifact.manifest.plan, torch.device("cpu"), "triton")
+    runtime.choose_attention(artifact.package, artifact.manifest.plan, torch.device("cpu"), "triton")
 
 
 def archive_of(folder: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_copy_of_a_cache_on_the_device_goes_on_as_the_cache_would(artifact: Pa
     texts = [model.generate(out[:, -1:], 60, cache=each, eos_token_id=()) for each in (twin, cache)]
     assert torch.equal(*texts)
     assert twin.bits == cache.bits
-    assert twin.kernels is model.kernels
+    assert twin.attention is model.attention
     assert twin.graph is not cache.graph
 
 
