@@ -43,6 +43,9 @@ REGISTERS = 65536
 LARGEST_REGISTERS = 248
 """Registers of a lane, of which eight single warps have the most that can be had."""
 
+NARROW_REGISTERS = 168
+"""Registers of a lane for heads of up to 64 channels: more programs at once are worth more than more registers."""
+
 MERGED_AT_ONCE = 64
 """Parts of a head that a program of the merging kernel holds at a time."""
 
@@ -58,7 +61,8 @@ class DecodeTuning:
 
     def registers_for(self, channels: int) -> int:
         """Sums of values and queries take registers in proportion to a head's channels."""
-        return LARGEST_REGISTERS if channels > 128 else min(self.registers, 128) if channels <= 64 else self.registers
+        most = NARROW_REGISTERS if channels <= 64 else LARGEST_REGISTERS
+        return LARGEST_REGISTERS if channels > 128 else min(self.registers, most)
 
 
 @dataclass(frozen=True)
