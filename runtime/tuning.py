@@ -15,6 +15,9 @@ TUNING, DEFAULT_TUNING = "tuning.json", "default"
 LARGEST_REGISTERS = 248
 """Registers of a lane, of which eight single warps have the most that can be had."""
 
+NARROW_REGISTERS = 168
+"""Registers of a lane for heads of up to 64 channels: more programs at once are worth more than more registers."""
+
 
 @dataclass(frozen=True)
 class DecodeTuning:
@@ -27,7 +30,8 @@ class DecodeTuning:
 
     def registers_for(self, channels: int) -> int:
         """Sums of values and queries take registers in proportion to a head's channels."""
-        return LARGEST_REGISTERS if channels > 128 else min(self.registers, 128) if channels <= 64 else self.registers
+        most = NARROW_REGISTERS if channels <= 64 else LARGEST_REGISTERS
+        return LARGEST_REGISTERS if channels > 128 else min(self.registers, most)
 
 
 @dataclass(frozen=True)
