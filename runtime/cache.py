@@ -163,12 +163,8 @@ class Cache:
         """`begin_change` where no change broke off; what the device has counted alone stays so."""
         for layer in self.layers:
             layer.overwritten = False
-        self.change = Change(
-            self.claims.current(),
-            self._length,
-            self.ahead,
-            [layer.counts for layer in self.layers],
-        )
+        counts = [layer.counts for layer in self.layers]
+        self.change = Change(self.claims.current(), self._length, self.ahead, counts)
 
     def end_change(self) -> None:
         """From here on the change is made; before, it is not."""

@@ -136,12 +136,12 @@ class LayerCache:
         a stage that is given. The arena stays as it is, so that what it holds means nothing until it is filled."""
         self.flushed = [flushed_blocks(self.plan, length) for length in lengths]
         self.rows = [length - flushed * self.plan.block for length, flushed in zip(lengths, self.flushed, strict=True)]
-        self.stage = self._stage_that_holds(0) if stage is None else stage
+        self.stage = self._stage_for(max(self.flushed), 0) if stage is None else stage
 
-    def _stage_that_holds(self, first: int) -> int:
-        """The first stage, from `first` on, whose records of all live blocks fit the pool."""
-        blocks, stage = max(map(self.live_blocks, range(len(self.rows)))), first
-        while blocks > self.capacity(stage):
+    def _stage_for(self, flushed: int, first: int) -> int:
+        """The first stage, from `first` on, at which the pool holds what is alive of so many flushed blocks."""
+        stage = first
+        while min(flushed, self.ring) > self.capacity(stage):
             stage += 1
         return stage
 
@@ -216,10 +216,7 @@ class LayerCache:
     def stages_until_fit(self, counts: Sequence[int]) -> range:
         """The stages that the layer must go through before `counts` new tokens of the sequences fit."""
         blocks = max(self._flushed_after(sequence, count) for sequence, count in enumerate(counts))
-        last = self.stage
-        while min(blocks, self.ring) > self.capacity(last):
-            last += 1
-        return range(self.stage + 1, last + 1)
+        return range(self.stage + 1, self._stage_for(blocks, self.stage) + 1)
 
     @property
     def longest_at_stage(self) -> int | None:
@@ -322,7 +319,7 @@ class LayerCache:
         """
         self.rows = [source.rows[sequence] for sequence in sequences]
         self.flushed = [source.flushed[sequence] for sequence in sequences]
-        self.stage = self._stage_that_holds(source.stage)
+        self.stage = self._stage_for(max(self.flushed), source.stage)
         for own, sequence in enumerate(sequences):
             rows, live = self.rows[own], self.live_blocks(own)
             self.keys[own, :, :rows] = source.keys[sequence, :, :rows]

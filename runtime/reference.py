@@ -11,8 +11,6 @@ A few blocks at a time are unpacked to floats, contracted and forgotten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -27,12 +25,11 @@ SCORES = 1 << 22
 """Scores held at once; a long prompt's queries are taken in tiles of about so many."""
 
 
-@dataclass(frozen=True)
 class Reference:
     """`Attention` that runs wherever PyTorch does."""
 
-    name: str = "reference"
-    replayable: bool = False
+    name = "reference"
+    replayable = False
 
     def attend(
         self,
@@ -64,6 +61,7 @@ class Reference:
 
 
 REFERENCE = Reference()
+"""It knows nothing of a layer, so one serves them all."""
 
 
 def _attend(
