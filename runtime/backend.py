@@ -60,7 +60,7 @@ class Attention(Protocol):
         """
 
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
-        """Rewrite what `store` holds at its next stage, within `store.lowering()`."""
+        """Rewrite what `store` holds at its next stage, within `store.lowering()`. `state` is that of `NewTokens`."""
 
 
 def lower_until_fit(attention: Attention, store: LayerCache, state: Tensor | None, counts: Sequence[int]) -> None:
