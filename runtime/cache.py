@@ -19,6 +19,7 @@ from .errors import CacheFull, InputError
 from .inputs import whole_number, whole_numbers
 from .layer_cache import Counts, LayerCache
 from .plan import CachePlan, longest
+from .records import STATE, state_row, state_rows
 from .reference import REFERENCE
 
 
@@ -120,8 +121,7 @@ class Cache:
         self.attention: Sequence[Attention] = []
         """What attends over each layer."""
         self.state: Tensor | None = None
-        """For attention that reads it on the device: each sequence's length before the call, first column and count of
-        its own tokens, and a length that it has had and that says how many blocks every layer has flushed."""
+        """For attention that reads it on the device: what `records.STATE` says of each sequence."""
         self.attend_by([REFERENCE] * len(layers) if attention is None else attention)
 
     @_claims()
@@ -130,7 +130,7 @@ class Cache:
         self._ready()
         state = None
         if any(one.replayable for one in attention):
-            state = torch.zeros(4, self.batch_size, dtype=torch.int32, device=self.device)
+            state = torch.zeros(len(STATE), self.batch_size, dtype=torch.int32, device=self.device)
         self.attention, self.state, self.graph = attention, state, None  # in one line, which no interrupt breaks off
 
     @property
@@ -199,7 +199,7 @@ class Cache:
         if not self.ahead or self.change is not None:
             return
         assert self.state is not None
-        lengths = (self.state[0] + self.state[2]).tolist()
+        lengths = (self.state[state_row("length")] + self.state[state_row("count")]).tolist()
         for layer in self.layers:
             layer.grow_to(lengths)
         self._length = lengths
@@ -243,7 +243,8 @@ class Cache:
                 max(length, *(layer.reached(sequence) for layer in self.layers))
                 for sequence, length in enumerate(self._length)
             ]
-            self.state.copy_(torch.tensor([self._length, starts, counts, reached], dtype=torch.int32))
+            rows = state_rows({"length": self._length, "start": starts, "count": counts, "reached": reached})
+            self.state.copy_(torch.tensor(rows, dtype=torch.int32))
 
     def steps_until_lowering(self, counts: Sequence[int]) -> int:
         """How often so many tokens (0 or 1 of a sequence) fit before a layer must be lowered or the cache is full."""

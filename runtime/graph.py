@@ -17,6 +17,7 @@ from .backend import lower_until_fit
 from .cache import Cache
 from .errors import InputError
 from .forward import Forward
+from .records import state_row
 
 _CAPTURING = Lock()
 """Threads capture one after another: torch has one stream for it."""
@@ -76,7 +77,7 @@ def _step(model: Forward, cache: Cache, tokens: Tensor, counts: Tensor) -> Tenso
     captured = cache.change is not None
     if not captured:
         cache.note_change()
-    length, _, new, reached = cache.state
+    length, new, reached = (cache.state[state_row(name)] for name in ("length", "count", "reached"))
     length += new
     torch.maximum(reached, length, out=reached)
     new.copy_(counts)

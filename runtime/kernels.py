@@ -18,14 +18,20 @@ from .backend import NewTokens, lower_until_fit
 from .cubins import CompiledKernels
 from .errors import InputError
 from .layer_cache import LayerCache
-from .plan import LayerPlan, block_bytes
+from .plan import FINAL_BITS, LayerPlan, block_bytes
 from .tuning import Tuning
 
 SMALLEST_BLOCK = 64
-"""Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
+"""Tokens of a block that the kernels are made for. It takes more where its codes would not fill LINE_BITS."""
 
 CHANNELS_AT_ONCE = 16
-"""Rows of a matrix operand, which are channels of V."""
+"""Rows of a matrix operand, which are channels of V. A key takes more where its codes would not fill LANE_BITS."""
+
+LANE_BITS = 32
+"""Bits of codes that a lane loads at once."""
+
+LINE_BITS = 4 * LANE_BITS
+"""Bits of a line of V codes that a step of the decode kernel takes: a word of each of four lanes."""
 
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
@@ -115,7 +121,7 @@ class LayerKernels:
         live = max(store.live_blocks(sequence) for sequence in range(batch))
         with store.lowering() as (before, after):
             for first, last in lowering_order(live, block_bytes(plan, *before), block_bytes(plan, *after)):
-                self.module.shrink[(batch * plan.num_key_value_heads, last - first)](
+                self.module.lower[(batch * plan.num_key_value_heads, last - first)](
                     store.words,
                     store.buffers,
                     store.head_units,
@@ -128,7 +134,7 @@ class LayerKernels:
                     VALUE_BITS=before[1],
                     KEY_TARGET=after[0],
                     VALUE_TARGET=after[1],
-                    num_warps=self.tuning.shrink_warps,
+                    num_warps=self.tuning.lower_warps,
                 )
 
     def decode(
@@ -185,7 +191,7 @@ class LayerKernels:
     def largest_cells(self, bits: int) -> int:
         """32-bit words of a line of V codes that one of four lanes has."""
         block: int = self.module.BLOCK.value
-        return block * bits // 128
+        return block * bits // LINE_BITS
 
     def _prefill(
         self,
@@ -313,15 +319,17 @@ def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
 
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
-    for channels in (plan.key_head_dim, plan.value_head_dim):
-        if channels % CHANNELS_AT_ONCE:
+    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
+    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
+        if channels % unit:
             raise InputError(
-                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; "
+                f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need; "
                 f'load with backend="reference"'
             )
-    if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
+    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
+    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
         raise InputError(
-            f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "
+            f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels "
             f'need; load with backend="reference", or compile with a recipe of longer blocks'
         )
 
@@ -340,7 +348,7 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
 
 def _widths(store: LayerCache) -> dict[str, Any]:
     """Present widths; any that the kernels know where nothing is quantized."""
-    key_bits, value_bits = store.bits if store.plan.quantized else (8, 8)
+    key_bits, value_bits = store.bits if store.plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 

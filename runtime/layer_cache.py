@@ -1,8 +1,7 @@
 """The cache of one layer: an arena, allocated once, whose codes are lowered in place when it is full.
 
-An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and
-window lie together so that one product serves both. A block's record in the pool is `[K parameters | V parameters | K
-codes | V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records,
+An arena holds, for each sequence and head, the rows of sink and window and a pool of quantized blocks; `records` says
+where what lies. Sink and window lie together so that one product serves both. Lowering a layer rewrites its records,
 shorter, from the front of the pool; what that frees at the end takes new blocks.
 """
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from .plan import (
     ALIGNMENT,
-    PARAMETER_BYTES,
     LayerPlan,
     block_bytes,
     blocks_needed,
@@ -29,6 +27,7 @@ from .plan import (
     head_bytes,
 )
 from .quantize import encode, group_parameters, lower, pack, unpack
+from .records import row_numbers
 
 BLOCKS_LOWERED_AT_ONCE = 16
 
@@ -85,10 +84,11 @@ class LayerCache:
     def _look_into(self, arena: Tensor, dtype: torch.dtype) -> None:
         """Hold an arena, and the views of it that everything else reads and writes."""
         plan, self.arena = self.plan, arena
-        rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
+        rows, numbers = plan.sink + plan.window, row_numbers(plan.key_head_dim, plan.value_head_dim)
         buffers = buffer_bytes(plan, dtype.itemsize)
-        self.keys = arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
-        self.values = arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
+        parts = arena[..., :buffers].view(dtype).split([rows * count for count in numbers.values()], dim=-1)
+        views = {name: part.unflatten(-1, (rows, -1)) for name, part in zip(numbers, parts, strict=True)}
+        self.keys, self.values = views["keys"], views["values"]
         self.pool = arena[..., buffers:]
         # the whole arena as words of parameters and codes, and as rows, which is how kernels address it
         self.words, self.buffers = arena.view(torch.int16), arena.view(dtype)
@@ -188,25 +188,14 @@ class LayerCache:
     def records(self, sequence: int, start: int, stop: int, bits: tuple[int, int] | None = None) -> Records:
         """The blocks in slots `start` to `stop` at the present widths, or as they lie at `bits`."""
         plan, (key_bits, value_bits) = self.plan, bits or self.bits
-        size = block_bytes(plan, key_bits, value_bits)
+        size, fields = block_bytes(plan, key_bits, value_bits), plan.record.fields
         raw = self.pool[sequence, :, start * size : stop * size].unflatten(-1, (stop - start, size))
-        key_groups = plan.block if plan.key_axis == "token" else plan.key_head_dim
-        sizes = [
-            key_groups * PARAMETER_BYTES,
-            plan.block * PARAMETER_BYTES,
-            plan.block * plan.key_head_dim * key_bits // 8,
-            plan.block * plan.value_head_dim * value_bits // 8,
-        ]
-        key_parameters, value_parameters, key_codes, value_codes = raw.split(sizes, dim=-1)
-        return Records(
-            key_bits=key_bits,
-            value_bits=value_bits,
-            key_by_channel=plan.key_axis == "channel",
-            key_parameters=key_parameters.view(torch.int16),
-            value_parameters=value_parameters.view(torch.int16),
-            key_codes=key_codes.unflatten(-1, (plan.block, -1)),
-            value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
-        )
+        parts = raw.split([field.bits(key_bits, value_bits) // 8 for field in fields.values()], dim=-1)
+        views = {
+            name: part.view(torch.int16) if field.kind == "parameter" else part.unflatten(-1, (field.lines, -1))
+            for (name, field), part in zip(fields.items(), parts, strict=True)
+        }
+        return Records(key_bits=key_bits, value_bits=value_bits, key_by_channel=plan.key_axis == "channel", **views)
 
     def reached(self, sequence: int) -> int:
         """The smallest past length that explains how many blocks the sequence has flushed."""

@@ -47,7 +47,7 @@ class Tuning:
     prefill_warps: int
     prefill_stages: int
     append_warps: int = 4
-    shrink_warps: int = 8
+    lower_warps: int = 8
     prefill_scratch: int = 256 << 20
     """Bytes for what new tokens attend to, unpacked."""
 
@@ -70,7 +70,10 @@ def read_tunings(text: str) -> dict[str, Tuning]:
     for tuning in tunings.values():
         decode = [number for one in tuning.decode.values() for number in astuple(one)]
         launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
-        if not tuning.decode.keys() <= {*CODE_BITS} or min(decode, default=0) < 0 or min(launch) < 1:
+        if tuning.decode.keys() != {*CODE_BITS}:
+            widths = ", ".join(map(str, CODE_BITS))
+            raise ArtifactError(f"{TUNING} does not say how V is decoded at exactly {widths} bits; {AGAIN}")
+        if min(decode) < 0 or min(launch) < 1:
             raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
     return tunings
 

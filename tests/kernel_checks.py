@@ -23,7 +23,7 @@ from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.kernels import LayerKernels
-from pmkvq_compiler.runtime.plan import LayerPlan, block_bytes, sequence_bytes
+from pmkvq_compiler.runtime.plan import CODE_BITS, LayerPlan, block_bytes, sequence_bytes
 from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, Tuning, read_tunings
 
 from .runtime.plans import cache_plan, layer_plan
@@ -246,9 +246,6 @@ SMALL = [
     Case(steps=steps(196, 90), taken_back=64),
 ]
 
-LOWERED = (16, 8, 4)
-"""Widths of which every code is lowered."""
-
 
 def repair_interpreter() -> None:
     """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses."""
@@ -269,5 +266,5 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
-    for wide in LOWERED:
+    for wide in CODE_BITS[:-1]:
         check_lowering(wide, torch.device("cpu"))

@@ -38,9 +38,9 @@ from kernel_times import (
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.layer_cache import LayerCache
+from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
 from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, DecodeTuning, Tuning, read_tunings
 
-WIDTHS = (8, 4, 2)
 CHUNK = 8192
 PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
 """Queries and keys of a step, warps, stages."""
@@ -58,11 +58,11 @@ def main() -> None:
     arguments = parser.parse_args()
     tunings = read_tunings(arguments.table.read_text(encoding="utf-8"))
     default = tunings[DEFAULT_TUNING]
-    jobs = [functools.partial(decode_time, bits, one) for bits in WIDTHS for one in decode_candidates(bits)]
+    jobs = [functools.partial(decode_time, bits, one) for bits in FINAL_BITS for one in decode_candidates(bits)]
     jobs += [functools.partial(prefill_time, default, *shape) for shape in PREFILL_SHAPES]
     compile_all(jobs)
-    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in WIDTHS}
-    decode[16] = decode[8]
+    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in FINAL_BITS}
+    decode[CODE_BITS[0]] = decode[FINAL_BITS[0]]
     shape = min(PREFILL_SHAPES, key=lambda shape: prefill_time(default, *shape))
     tile, step, warps, stages = shape
     found = dataclasses.replace(
@@ -92,7 +92,7 @@ def decode_cache(bits: int) -> tuple[Cache, LayerKernels, LayerCache]:
 
 def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> float:
     cache, kernels, store = decode_cache(bits)
-    tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys((16, 8, 4, 2), candidate))
+    tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys(CODE_BITS, candidate))
     tuned = LayerKernels(kernels.module, tuning)
     taken = microseconds(decode_work(LARGE, cache, tuned, store), 1 if quiet else 15)
     if not quiet:
