@@ -15,7 +15,8 @@ from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import Signals, ignore_from_now_on, watched
-from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions
+from pmkvq_compiler.options import TARGETS, CompileOptions
+from pmkvq_compiler.recipes import RECIPES
 
 if TYPE_CHECKING:
     from pmkvq_compiler.compile import CompileResult
@@ -95,12 +96,15 @@ def parse(argv: Sequence[str] | None) -> Request:
     as_json, budgets = chosen.pop("json"), chosen.pop("budgets")
     if budgets and not chosen["dry_run"]:
         raise UsageError("--budgets compares plans and writes nothing; add --dry-run, or give one --budget")
-    if budgets and (chosen["budget"] is not None or chosen["recipe"] == "none"):
+    name, quantizes = chosen["recipe"], RECIPES[chosen["recipe"]].quantizes
+    if budgets and (chosen["budget"] is not None or not quantizes):
         raise UsageError("--budgets takes the place of --budget and compares plans of one recipe that has any")
-    if chosen["recipe"] != "none" and chosen["budget"] is None and not budgets:
+    if quantizes and chosen["budget"] is None and not budgets:
         raise UsageError("--budget is missing: say what the cache may take, such as --budget 512MiB, 25% or 3.2bits")
-    if chosen["recipe"] == "none" and chosen["budget"] is not None:
-        raise UsageError("--recipe none leaves the cache unquantized, so it takes no --budget; leave one of them out")
+    if not quantizes and chosen["budget"] is not None:
+        raise UsageError(
+            f"--recipe {name} leaves the cache unquantized, so it takes no --budget; leave one of them out"
+        )
     if chosen["dump_passes"] is not None and chosen["dry_run"]:
         raise UsageError("--dump-passes writes files and --dry-run writes nothing; leave one of them out")
     if chosen["output"] is None:
@@ -152,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--recipe",
-        choices=RECIPE_NAMES,
+        choices=tuple(RECIPES),
         default=defaults.recipe,
-        help=f"{'; '.join(f'{name}: {what}' for name, what in RECIPE_SUMMARIES.items())} (%(default)s)",
+        help=f"{'; '.join(f'{name}: {recipe.summary}' for name, recipe in RECIPES.items())} (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"

@@ -11,25 +11,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.recipes import resolved
+from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.source.source import Source
 
 BUILTIN_TEXT = files("pmkvq_compiler") / "data" / "calibration.txt"
 
 
-def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
+def read_samples(source: Source, problem: Problem) -> list[Tensor]:
     """Calibration samples, int64 [at most calib_len] each, spread evenly over the text.
 
     A document is cut into pieces of `calib_len` tokens; of what is left, at least half as long a piece is a sample too,
     shorter ones are joined. Raises `CompileError` where there are too few tokens, or text but no tokenizer.
     """
-    length, wanted, recipe = options.calib_len, options.calib_samples, resolved(options)
+    length, wanted, recipe = problem.calib_len, problem.calib_samples, problem.recipe
     if length < recipe.sink + recipe.block:
         raise UsageError(
             f"calibration texts of {length} tokens hold no block of {recipe.block} to quantize; raise --calib-len"
         )
-    prefix, documents = _read_tokens(source, options.calib)
+    prefix, documents = _read_tokens(source, problem.calib)
     largest, limit = max(map(max, filter(None, [prefix, *documents])), default=0), _vocabulary(source)
     if largest >= limit:
         raise CompileError(
@@ -45,7 +44,7 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
     chunks += [rest[start : start + body] for start in range(0, len(rest) - body + 1, body)]
     if len(chunks) < wanted:
         raise CompileError(
-            f"calibration text {options.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
+            f"calibration text {problem.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
             f"{length} need {wanted * body:,}; give more text or lower --calib-samples or --calib-len"
         )
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
