@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pmkvq_compiler.calibrate.chats import Chat, render_chats
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.source.source import Source
@@ -69,16 +71,31 @@ def _read_tokens(source: Source, calib: str) -> tuple[list[int], list[list[int]]
     if calib == "builtin" or Path(calib).suffix not in (".jsonl", ".ndjson", ".json"):
         tokenizer = _needed_tokenizer(source, calib)
         return _prefix(tokenizer), [tokenizer.encode(text, add_special_tokens=False)]
+    records = [
+        _record(source, f"calibration text {calib!r}, line {number}", line)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines would also split at U+2028 inside of a string
+        if line.strip()
+    ]
+    chats = [record for record in records if isinstance(record, Chat)]
+    texts = render_chats(_needed_tokenizer(source, calib), chats) if chats else iter(())
     documents = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside of a string
-        if line.strip():
-            documents.append(_read_record(source, calib, number, line))
+    for record in records:
+        if isinstance(record, _Text | Chat):
+            body = record.text if isinstance(record, _Text) else next(texts)
+            documents.append(_encode(_needed_tokenizer(source, calib), body, record.where))
+        else:
+            documents.append(record)
     return (_prefix(source.tokenizer) if source.tokenizer else []), documents
 
 
-def _read_record(source: Source, calib: str, number: int, line: str) -> list[int]:
-    """Tokens of one JSON line: `{"text": ...}`, `{"messages": [...]}` (chat template) or `{"input_ids": [...]}`."""
-    where = f"calibration text {calib!r}, line {number}"
+@dataclass(frozen=True)
+class _Text:
+    where: str
+    text: str
+
+
+def _record(source: Source, where: str, line: str) -> _Text | Chat | list[int]:
+    """What one JSON line holds: `{"text": ...}`, `{"messages": [...]}` (chat template) or `{"input_ids": [...]}`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -90,14 +107,9 @@ def _read_record(source: Source, calib: str, number: int, line: str) -> list[int
                 raise CompileError(f"{where}, has input_ids that are not whole numbers below {limit:,}")
             return ids
         case {"text": str(text)}:
-            return _encode(_needed_tokenizer(source, calib), text, where)
+            return _Text(where, text)
         case {"messages": [*messages]}:
-            tokenizer = _needed_tokenizer(source, calib)
-            try:
-                text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except Exception as error:  # templates raise errors of their own
-                raise CompileError(f"{where}, does not fit the model's chat template: {error}") from error
-            return _encode(tokenizer, text, where)
+            return Chat(where, messages)
     raise CompileError(f'{where}, has no "text", "messages" or "input_ids"')
 
 
