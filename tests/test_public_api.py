@@ -137,7 +137,9 @@ def described(module: str, name: str) -> str:
     return f"{name}{inspect.signature(found)}".replace("'", "")
 
 
-@pytest.mark.parametrize(("module", "line"), members(), ids=[f"{module}.{named(line)}" for module, line in members()])
+@pytest.mark.parametrize(
+    ("module", "line"), list(members()), ids=[f"{module}.{named(line)}" for module, line in members()]
+)
 def test_a_public_name_is_what_it_was(module: str, line: str) -> None:
     assert described(module, named(line)) == line
 

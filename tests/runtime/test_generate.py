@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from pmkvq_compiler import runtime
-
-from .conftest import CompileTiny
+from tests.conftest import CompileTiny
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2", "qwen3", "gpt_neox"]
 SLIDING = {"mistral": {"sliding_window": 24}, "gemma2": {"sliding_window": 24}}

@@ -28,7 +28,7 @@ from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.source.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
-from tests.test_planner import site
+from tests.plan.test_planner import site
 
 MAX_LEN = 400
 
@@ -207,7 +207,7 @@ def test_recipe_none_runs_the_model_for_the_check_alone(source: Source, text: st
 def test_builtin_text_is_long_enough_and_apart_from_the_heldout_one(source: Source, tmp_path: Path) -> None:
     samples = read_samples(source, problem(options(tmp_path, calib_samples=64, calib_len=2048)))
     assert [sample.shape for sample in samples] == [(2048,)] * 64
-    data = Path(__file__).parent.parent / "pmkvq_compiler" / "data"
+    data = Path(__file__).parent.parent.parent / "pmkvq_compiler" / "data"
     calibration, heldout = (
         {line for line in (data / name).read_text().splitlines() if len(line) > 60}
         for name in ("calibration.txt", "heldout.txt")
