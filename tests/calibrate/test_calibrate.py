@@ -155,7 +155,7 @@ def test_each_recipe_measures_what_it_can_choose(source: Source, text: str, tmp_
     for recipe in (name for name, one in RECIPES.items() if one.quantizes):
         calibration = calibrate(source, problem(options(tmp_path, calib=text, recipe=recipe)), silent)
         assert bool(calibration.scales) == ("scale" in RECIPES[recipe].key_transforms)
-        assert bool(calibration.key_gradient) == (recipe == "pm-kvq")
+        assert bool(calibration.key_gradient) == (RECIPES[recipe].measure == "gradient")
         assert {kept.axis for kept in calibration.key_loss[0]} == set(RECIPES[recipe].key_axes)
         assert {kept.bits for kept in calibration.value_loss[2]} == {8, 4, 2}
 
