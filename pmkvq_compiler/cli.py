@@ -160,11 +160,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     plan = parser.add_argument_group("plan")
+    summaries = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     plan.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
         default=defaults.recipe,
-        help=f"{'; '.join(f'{name}: {recipe.summary}' for name, recipe in RECIPES.items())} (%(default)s)",
+        help=f"{summaries.replace('%', '%%')} (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
