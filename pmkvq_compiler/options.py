@@ -5,16 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-RECIPE_SUMMARIES = {
-    "best": "what measures best",
-    "pm-kvq": "the paper's, as its published code plans",
-    "kivi": "a baseline: the same bits in every layer at once, K by channel over 32 tokens",
-    "rotation": "a baseline: the same bits in every layer at once, K and V rotated",
-    "uniform": "a baseline: the same bits in every layer at once, by token",
-    "none": "the cache in the model's own dtype",
-}
-"""What each recipe is, in the order in which they are told. `recipes.RECIPES` has the recipes themselves."""
-RECIPE_NAMES = tuple(RECIPE_SUMMARIES)
 TARGETS = ("sm_80", "sm_90", "sm_100")
 """Architectures that kernels can be compiled for ahead of time."""
 

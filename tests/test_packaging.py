@@ -95,6 +95,8 @@ FLOORS = [
         "divergence",
         "formats",
         "recipes",
+        "unquantized",
+        "problem",
         "failures",
         "interrupts",
         "children",

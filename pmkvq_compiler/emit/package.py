@@ -53,6 +53,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
+        target / "chat_process.py": read("chat_process.py"),
         target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
