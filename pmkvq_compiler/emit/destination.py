@@ -22,7 +22,7 @@ def shown(path: Path | str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def located(output: Path) -> Path:
+def destination_of(output: Path) -> Path:
     """The place that `output` means: its folder resolved, its last part as it is. Raises `UsageError`."""
     if "\0" in str(output):
         raise UsageError(f"output {shown(output)} is no path; {OTHER}")
@@ -114,7 +114,7 @@ def cannot_write(output: Path, error: OSError, kind: type[CompileError] = Compil
     if error.errno in OUT_OF_FILES:
         return CompileError(f"no more files can be opened ({error.strerror}); raise the limit with `ulimit -n`")
     kind = CompileError if error.errno in OUT_OF_ROOM else kind
-    elsewhere = error.filename is not None and not str(error.filename).startswith(str(located(output).parent))
+    elsewhere = error.filename is not None and not str(error.filename).startswith(str(destination_of(output).parent))
     what = f"file {shown(str(error.filename))}" if elsewhere else f"output {shown(output)}"
     advice = f"free some room or {OTHER}" if error.errno in OUT_OF_ROOM else OTHER
     return kind(f"{what} cannot be written ({error.strerror}); {advice}")

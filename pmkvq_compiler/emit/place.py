@@ -23,7 +23,7 @@ from pmkvq_compiler.emit.destination import (
     cannot_write,
     check_destination,
     check_replaceable,
-    located,
+    destination_of,
     shown,
 )
 from pmkvq_compiler.emit.renames import Unsupported, exchange, move_to_free_place
@@ -47,7 +47,7 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
     Raises `UsageError` before anything is done where it cannot go there, and `CompileError` where another compile is
     about to, or where the disk is full. At the end, what was not taken is removed.
     """
-    destination = located(output)
+    destination = destination_of(output)
     check_destination(output, destination, force, keep)
     with signals.deferred():
         place = _claim(output, destination)
