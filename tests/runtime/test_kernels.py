@@ -38,7 +38,18 @@ def test_kernels_in_the_interpreter_equal_float64() -> None:
     [
         (80, {"head_dim": 64, "group": 3, "key_bits": 2, "value_bits": 2}),
         (90, {"head_dim": 128, "group": 7, "key_bits": 2, "value_bits": 4}),
-        (100, {"head_dim": 80, "group": 4, "key_bits": 8, "value_bits": 8, "key_axis": "token"}),
+        (
+            100,
+            {
+                "head_dim": 80,
+                "group": 4,
+                "key_bits": 8,
+                "value_bits": 8,
+                "key_axis": "token",
+                "block": 128,
+                "window": 128,
+            },
+        ),
     ],
 )
 def test_kernels_compile_without_a_device(capability: int, changes: dict[str, object]) -> None:
