@@ -15,7 +15,7 @@ from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import Signals, ignore_from_now_on, watched
-from pmkvq_compiler.options import TARGETS, CompileOptions, final_bits
+from pmkvq_compiler.options import TARGETS, CompileOptions
 from pmkvq_compiler.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = CompileOptions(model="", output=Path(), bits=())
+    defaults = CompileOptions(model="", output=Path())
     parser = _Parser(
         prog="pmkvq-compile",
         description=DESCRIPTION,
@@ -170,9 +170,8 @@ def _add_plan(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None
     plan.add_argument(
         "--bits",
         type=_bits,
-        default=argparse.SUPPRESS,
         metavar="LIST",
-        help="final widths to choose from, such as 8,4 (every one there is)",
+        help="final widths to choose from, such as 8,4 (all of them)",
     )
     plan.add_argument("--window", type=_count, metavar="N", help="most recent tokens kept in the model's dtype")
     plan.add_argument("--sink", type=_count_or_zero, metavar="N", help="first tokens kept in the model's dtype")
@@ -249,7 +248,9 @@ def _integer(text: str, least: int) -> int:
 
 
 def _bits(text: str) -> tuple[int, ...]:
-    widths, known = text.split(","), [str(bits) for bits in final_bits()]
+    from pmkvq_compiler.runtime.plan import FINAL_BITS  # loads torch, for which `--help` does not wait
+
+    widths, known = text.split(","), [str(bits) for bits in FINAL_BITS]
     if not set(widths) <= set(known) or len(set(widths)) < len(widths):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of different widths out of {', '.join(known[:-1])} and {known[-1]}, "

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 """Architectures that kernels can be compiled for ahead of time."""
-
-
-def final_bits() -> tuple[int, ...]:
-    """The widths that layers may end at, widest first."""
-    from pmkvq_compiler.runtime.plan import FINAL_BITS  # loads torch, for which `--help` does not wait
-
-    return FINAL_BITS
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,8 @@ class CompileOptions:
     max_len: int | None = None
     batch_size: int = 1
     recipe: str = "best"
-    bits: tuple[int, ...] = field(default_factory=final_bits)
+    bits: tuple[int, ...] | None = None
+    """Widths that layers may end at; `None` is all of them."""
     sink: int | None = None
     window: int | None = None
     block: int | None = None

@@ -16,7 +16,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import Recipe, resolved
-from pmkvq_compiler.runtime.plan import CODE_BITS
+from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
@@ -69,7 +69,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         batch_size=options.batch_size,
         recipe_name=options.recipe,
         recipe=recipe,
-        bits=options.bits,
+        bits=FINAL_BITS if options.bits is None else options.bits,
         budget=None if options.budget is None else parse_budget(options.budget, original),
         device=pick_device(options.device),
         calib=options.calib,
@@ -89,8 +89,8 @@ def _check_cache(options: CompileOptions, recipe: Recipe) -> None:
             f"sink {recipe.sink} and window {options.window} are not possible: a window holds at least one block of "
             f"{recipe.block} tokens, a sink none or more"
         )
-    wrong = [bits for bits in options.bits if bits not in CODE_BITS]
-    if wrong or not options.bits:
+    wrong = [bits for bits in options.bits or () if bits not in CODE_BITS]
+    if wrong or options.bits == ():
         raise UsageError(f"bits {wrong or 'none'} cannot be stored; choose among {', '.join(map(str, CODE_BITS))}")
 
 
