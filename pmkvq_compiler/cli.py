@@ -152,13 +152,20 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: the model's name and -pmkvq)"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT where it is not empty")
+    _add_plan(parser, defaults)
+    _add_calibration(parser, defaults)
+    _add_output(parser, defaults)
+    return parser
 
+
+def _add_plan(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     plan = parser.add_argument_group("plan")
+    summaries = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     plan.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
         default=defaults.recipe,
-        help=f"{'; '.join(f'{name}: {recipe.summary}' for name, recipe in RECIPES.items())} (%(default)s)",
+        help=f"{summaries.replace('%', '%%')} (%(default)s)",
     )
     plan.add_argument(
         "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
@@ -166,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--window", type=_count, metavar="N", help="most recent tokens kept in the model's dtype")
     plan.add_argument("--sink", type=_count_or_zero, metavar="N", help="first tokens kept in the model's dtype")
 
+
+def _add_calibration(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     calibration = parser.add_argument_group("calibration (kept beside OUT and used again when only the budget changes)")
     calibration.add_argument(
         "--calib", default=defaults.calib, metavar="FILE", help="text or JSON lines, or `builtin` (%(default)s)"
@@ -195,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model and of the artifact (auto: the checkpoint's own)",
     )
 
+
+def _add_output(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--aot",
@@ -215,7 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
     output.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 def _count(text: str) -> int:

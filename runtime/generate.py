@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .errors import InputError
+from .errors import ArtifactError, InputError
 from .graph import GraphDecoder
 from .inputs import real_number, whole_number, whole_numbers
 
@@ -191,9 +191,15 @@ def _prefill(model: CompiledModel, input_ids: Tensor, mask: Tensor, cache: Cache
 
 
 def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order."""
+    """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order. Raises `ArtifactError` where
+    logits are not numbers that a token can be drawn by."""
     scores = logits.float()
     scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the likeliest stays finite
+    if bool(scores.isnan().any()):
+        raise ArtifactError(
+            f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}, so no token can be "
+            f"drawn; load the artifact with dtype='float32', or copy it again"
+        )
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, float("-inf"))

@@ -24,11 +24,11 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import EXAMPLES, main, parse
 from pmkvq_compiler.options import TARGETS
 from pmkvq_compiler.recipes import RECIPES
+from tests.emit.test_emit import LATENT_ATTENTION
 
 from .conftest import CompileTiny
 from .folders import TEXT, model_folder
 from .guides import ROOT, Guide, commands, docstring_commands, guides
-from .test_emit import LATENT_ATTENTION
 from .test_huggingface import CHAT_TEMPLATE
 
 GUIDES = guides()

@@ -16,7 +16,7 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.problem import resolve
 from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
-from tests.test_planner import site
+from tests.plan.test_planner import site
 
 DRIVER = Path(__file__).parent.parent / "pmkvq_compiler"
 OPTIONS = CompileOptions("model", Path("out"), budget="25%")

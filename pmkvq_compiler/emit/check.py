@@ -26,7 +26,7 @@ from pmkvq_compiler.children import isolated
 from pmkvq_compiler.divergence import divergences, relative_norm
 from pmkvq_compiler.emit.artifact import save_tensors
 from pmkvq_compiler.emit.layer_errors import LayerError, layer_errors
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.errors import CompileError, Defect
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative norm of the logits' difference at full precision, by the dtype of the weights, of a model whose
@@ -68,7 +68,7 @@ def check_artifact(
                 check=False,
             )
         if done.returncode != 0:
-            raise CompileError(_why_it_ended(done.returncode, done.stderr.decode(errors="replace")))
+            raise _ended(done.returncode, done.stderr.decode(errors="replace"))
         measured = json.loads(found.read_text(encoding="utf-8"))
     figures: dict[str, float] = measured["figures"]
     errors, tolerance = [LayerError(*one) for one in measured["layers"]], LAYER_TOLERANCE[dtype]
@@ -86,20 +86,18 @@ def check_artifact(
     return {"largest_layer_error": max(one.error for one in errors), **figures}
 
 
-def _why_it_ended(code: int, said: str) -> str:
-    """What to tell of a process that could not load the artifact; all that it said is in a file that this names."""
+def _ended(code: int, said: str) -> CompileError:
+    """The error of a process that could not load the artifact. What the process said of a defect is its cause, which is
+    kept with the traceback."""
     if code < 0:
-        return (
+        return CompileError(
             f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
             f"want of memory; free some and compile again"
         )
-    with tempfile.NamedTemporaryFile("w", prefix="pmkvq-check-", suffix=".txt", delete=False, encoding="utf-8") as log:
-        log.write(said)
     reason = (said.strip().splitlines() or ["it said nothing"])[-1]
-    return (
-        f"the artifact does not load in a fresh process ({reason}); this is a defect of the compiler: please report it "
-        f"with {log.name}"
-    )
+    defect = Defect(f"the artifact does not load in a fresh process ({reason})")
+    defect.__cause__ = RuntimeError(said)
+    return defect
 
 
 def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:

@@ -16,9 +16,9 @@ from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.storage import METADATA_KEY, calibration_path, load_calibration, load_or_calibrate
 from pmkvq_compiler.plan.propose import solve
 from pmkvq_compiler.source.source import open_source
+from tests.calibrate.test_calibrate import equal, options, problem, silent
 from tests.folders import TEXT, model_folder
 from tests.fuzz import rounds
-from tests.test_calibrate import equal, options, problem, silent
 
 Damage = Callable[[bytes, random.Random], bytes]
 

@@ -28,7 +28,7 @@ from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.source.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
-from tests.test_planner import site
+from tests.plan.test_planner import site
 
 MAX_LEN = 400
 
@@ -155,7 +155,7 @@ def test_each_recipe_measures_what_it_can_choose(source: Source, text: str, tmp_
     for recipe in (name for name, one in RECIPES.items() if one.quantizes):
         calibration = calibrate(source, problem(options(tmp_path, calib=text, recipe=recipe)), silent)
         assert bool(calibration.scales) == ("scale" in RECIPES[recipe].key_transforms)
-        assert bool(calibration.key_gradient) == (recipe == "pm-kvq")
+        assert bool(calibration.key_gradient) == (RECIPES[recipe].measure == "gradient")
         assert {kept.axis for kept in calibration.key_loss[0]} == set(RECIPES[recipe].key_axes)
         assert {kept.bits for kept in calibration.value_loss[2]} == {8, 4, 2}
 
@@ -207,7 +207,7 @@ def test_recipe_none_runs_the_model_for_the_check_alone(source: Source, text: st
 def test_builtin_text_is_long_enough_and_apart_from_the_heldout_one(source: Source, tmp_path: Path) -> None:
     samples = read_samples(source, problem(options(tmp_path, calib_samples=64, calib_len=2048)))
     assert [sample.shape for sample in samples] == [(2048,)] * 64
-    data = Path(__file__).parent.parent / "pmkvq_compiler" / "data"
+    data = Path(__file__).parent.parent.parent / "pmkvq_compiler" / "data"
     calibration, heldout = (
         {line for line in (data / name).read_text().splitlines() if len(line) > 60}
         for name in ("calibration.txt", "heldout.txt")

@@ -21,8 +21,7 @@ from pmkvq_compiler.plan.teacher_forcing import progressive
 from pmkvq_compiler.problem import resolve
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
-
-from .folders import TEXT, model_folder
+from tests.folders import TEXT, model_folder
 
 MAX_LEN, PROMPTS = 448, (130, 75)
 

@@ -24,9 +24,8 @@ from pmkvq_compiler.plan.solution import Folds, Solution
 from pmkvq_compiler.problem import Problem, resolve
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
-
-from .conftest import silent
-from .folders import TEXT, model_folder
+from tests.conftest import silent
+from tests.folders import TEXT, model_folder
 
 MAX_LEN, LENGTH = 448, 256
 Setting = tuple[Source, Problem, Calibration]
