@@ -34,7 +34,7 @@ from pmkvq_compiler.passes.rotate_keys import rotated_layers
 from pmkvq_compiler.plan.feasible import check_feasible
 from pmkvq_compiler.plan.rerank import best_plans
 from pmkvq_compiler.plan.solution import Folds, Solution
-from pmkvq_compiler.problem import resolve
+from pmkvq_compiler.problem import Problem, resolve
 from pmkvq_compiler.progress import Progress, Steps
 from pmkvq_compiler.report.contents import Report, report_contents
 from pmkvq_compiler.report.page import write_report
@@ -108,7 +108,7 @@ def _compile(
         return CompileResult(None, plan, report)
     with steps("passes"):
         run_passes(program, _pipeline(tried.solution, calibration), options.dump_passes)
-    report = _write_artifact(source, program, calibration, options, onnx_export, report, steps, place)
+    report = _write_artifact(source, program, problem, calibration, options, onnx_export, report, steps, place)
     with signals.deferred():
         place.take(options.force)
         signals.state = f"{options.output} is the new artifact, whole"
@@ -119,6 +119,7 @@ def _compile(
 def _write_artifact(
     source: Source,
     program: Program,
+    problem: Problem,
     calibration: Calibration,
     options: CompileOptions,
     onnx_export: ModuleType | None,
@@ -141,8 +142,8 @@ def _write_artifact(
         with steps("onnx"):
             written += onnx_export.write_onnx(program, folder, manifest["weights"])
     with steps("check"):
-        check_ids, check_logits = calibration.check_ids, calibration.check_logits
-        check = check_artifact(folder, place.scratch, report.dtype, check_ids, check_logits)
+        reference = calibration.check_ids, calibration.check_logits, calibration.check_layers
+        check = check_artifact(folder, place.scratch, report.dtype, problem.device, *reference)
     report = replace(report, check=check, seconds=steps.seconds)
     written += write_report(report, folder)
     remove_unlisted(folder, written)

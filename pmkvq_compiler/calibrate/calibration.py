@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs
 from pmkvq_compiler.calibrate.texts import calibration_bytes
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.formats import Losses, Transform
@@ -20,7 +21,7 @@ from pmkvq_compiler.source.source import Source
 Matrices = dict[int, dict[Transform, Tensor]]
 """By layer and transform, what each head is multiplied by."""
 
-MEASURES = 5
+MEASURES = 6
 """To be raised where what is measured changes, so that no older calibration is taken for a new one."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
@@ -38,7 +39,8 @@ class Calibration:
     `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
     format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
     plans by it. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its
-    last M tokens. `fingerprint` says what all this was measured with.
+    last M tokens; `check_layers`: what its layers make of the text's beginning. `fingerprint` says what all this was
+    measured with.
     """
 
     fingerprint: str
@@ -53,6 +55,7 @@ class Calibration:
     value_gradient: Losses
     check_ids: Tensor
     check_logits: Tensor
+    check_layers: LayerOutputs
 
 
 def calibration_fingerprint(source: Source, problem: Problem) -> str:

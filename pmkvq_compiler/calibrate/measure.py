@@ -26,6 +26,7 @@ from pmkvq_compiler.calibrate.calibration import (
 )
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.key_scales import ScaleSearch
+from pmkvq_compiler.calibrate.layer_outputs import layer_outputs
 from pmkvq_compiler.calibrate.matrices import key_matrices_of, key_powers, normalized, value_matrices_of, value_powers
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
 from pmkvq_compiler.calibrate.ranges import Ranges
@@ -63,6 +64,7 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
         value_gradient={},
         check_ids=check_ids,
         check_logits=reference_logits(model, check_ids)[-CHECK_LOGITS:],
+        check_layers=layer_outputs(model, problem.sites, check_ids),
     )
     if not problem.recipe.quantizes:
         return calibration

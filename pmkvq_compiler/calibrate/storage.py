@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.calibration import Calibration, Matrices, calibration_fingerprint
+from pmkvq_compiler.calibrate.layer_outputs import layer_tensors, layers_of
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.formats import Format, Losses, Transform
 from pmkvq_compiler.problem import Problem
@@ -66,6 +67,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     Its metadata also has the sha256 of all of its bytes, so that damage is found before anything in it is read.
     """
     tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
+    tensors |= layer_tensors(calibration.check_layers)
     tensors |= {f"key_maxima.{layer}": value for layer, value in calibration.key_maxima.items()}
     tensors |= {f"scales.{layer}": value for layer, value in calibration.scales.items()}
     for kind in MATRICES:
@@ -108,6 +110,7 @@ def load_calibration(path: Path) -> Calibration:
         **{name: _losses(facts[name]) for name in LOSSES},
         check_ids=tensors["check_ids"],
         check_logits=tensors["check_logits"],
+        check_layers=layers_of(tensors),
     )
 
 

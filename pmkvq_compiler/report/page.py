@@ -21,10 +21,15 @@ from pmkvq_compiler.report.charts import (
 from pmkvq_compiler.report.contents import Report, ReportRow
 
 CHECKS = {
+    "largest_layer_error": (
+        "largest error of a layer",
+        "relative norm of what a layer computes otherwise than the source model's, each alone and in float32: "
+        "what folds and generated code change",
+    ),
     "full_precision_error": (
         "error before quantization",
         "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
-        "what folds and generated code change",
+        "what folds, generated code and rounding change",
     ),
     "planned_precision_error": (
         "error at the final bits",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.formats import Format
 from pmkvq_compiler.options import CompileOptions
@@ -92,6 +93,7 @@ def calibration(layers: int, seed: int = 0) -> Calibration:
         value_gradient=values,
         check_ids=torch.zeros(1, 1, dtype=torch.int64),
         check_logits=torch.zeros(1, 1),
+        check_layers=LayerOutputs(torch.zeros(1, 1)),
     )
 
 
