@@ -142,7 +142,7 @@ def test_widths_are_listed_in_one_place() -> None:
 
 def test_each_width_is_half_of_the_one_before() -> None:
     assert all(wide == 2 * narrow for wide, narrow in itertools.pairwise(CODE_BITS))
-    assert FINAL_BITS == CODE_BITS[1:]
+    assert CODE_BITS[1:] == FINAL_BITS
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)
