@@ -1,4 +1,7 @@
-"""What an artifact carries: the plan, the cache and its arithmetic. Needs torch and safetensors; triton on CUDA."""
+"""The runtime that every artifact carries: loading, the plan, the cache and generation.
+
+It needs torch and safetensors, and triton on a CUDA device.
+"""
 
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError

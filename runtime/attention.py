@@ -1,4 +1,4 @@
-"""Attention of the generated model: it goes to whatever attends over the layer's cache."""
+"""The attention call of the generated model, which hands the work to the backend of the layer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def cached_attention(
 ) -> Tensor:
     """Causal attention of new tokens over the cached ones and themselves; the new tokens are appended to the cache.
 
-    `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; which columns are a
-    sequence's own and which are padding was said in `cache.begin`. `sinks` [Hq] are logits that take part in the
-    softmax and carry no value. `key_rotation` [Hkv, key_head_dim, key_head_dim] turns queries and keys before anything
-    else, so that the cache holds turned keys. Returns [B, Hq, S, value_head_dim] in the dtype of `q`; padding columns
-    hold zeros.
+    `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; `cache.begin` was
+    called with the columns of each sequence that are tokens, the rest is padding. `sinks` [Hq] are logits that take
+    part in the softmax and carry no value. `key_rotation` [Hkv, key_head_dim, key_head_dim] rotates queries and keys
+    before anything else, so the cache holds rotated keys. Returns [B, Hq, S, value_head_dim] in the dtype of `q`;
+    padding columns hold zeros.
     """
     if key_rotation is not None:
         q, k = rotate_heads(q, key_rotation), rotate_heads(k, key_rotation)

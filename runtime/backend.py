@@ -1,6 +1,6 @@
-"""What attends over a layer's cache: the interface of the reference path, of generated kernels, and of whatever comes.
+"""The interface of attention backends, which the reference path and the generated kernels implement.
 
-A backend is a class with the members of `Attention`. `Cache.attend_by` puts an object of it into each layer's place.
+A backend is a class with the members of `Attention`. `Cache.attend_by` takes one object for each layer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .layer_cache import LayerCache
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Which tokens a call of the model adds to each sequence. All layers are told the same."""
+    """The tokens that a call of the model adds to each sequence; the same for all layers."""
 
     columns: Sequence[slice]
-    """The columns of `q`, `k` and `v` that are each sequence's own; the rest is padding."""
+    """For each sequence, the columns of `q`, `k` and `v` that are tokens; the rest is padding."""
     state: Tensor | None
-    """What the device knows of the call, for attention that is `replayable`; see `Cache.state`."""
+    """Lengths and counts in device memory, for `replayable` attention; see `Cache.state`."""
 
     @property
     def counts(self) -> list[int]:
@@ -30,16 +30,16 @@ class NewTokens:
 
 
 class Attention(Protocol):
-    """What attends over the cache of one layer, adds new tokens to it, and lowers it."""
+    """The backend of one layer: it attends over the layer's cache, adds new tokens to it, and lowers its codes."""
 
     @property
     def name(self) -> str:
-        """What people call it: "reference", "triton", or the target of compiled kernels, such as "sm_90"."""
+        """The name to show: "reference", "triton", or the target of compiled kernels, such as "sm_90"."""
 
     @property
     def replayable(self) -> bool:
-        """Whether it reads the lengths of sequences in `NewTokens.state`, where steps of a captured CUDA graph count
-        them. The host then counts later, and lowers the layer between replays."""
+        """Whether it reads the lengths of sequences from `NewTokens.state`, where a captured CUDA graph counts them.
+        The host then counts later, and lowers the layer between replays."""
 
     def attend(
         self,
@@ -53,14 +53,15 @@ class Attention(Protocol):
         sinks: Tensor | None,
     ) -> Tensor:
         """Causal attention [B, Hq, S, value_head_dim] of new tokens over those in `store` and themselves, in the dtype
-        of `q`; the new tokens are in `store` afterwards, which is lowered where they do not fit.
+        of `q`. It also adds the new tokens to `store`, which it lowers first if they do not fit.
 
         `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim] and `sinks`
         [Hq]. Padding columns of the result hold zeros.
         """
 
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
-        """Rewrite what `store` holds at its next stage, within `store.lowering()`. `state` is that of `NewTokens`."""
+        """Rewrite the codes in `store` at the bits of its next stage, inside `with store.lowering()`. `state` is that
+        of `NewTokens`."""
 
 
 def lower_until_fit(attention: Attention, store: LayerCache, state: Tensor | None, counts: Sequence[int]) -> None:

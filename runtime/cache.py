@@ -1,6 +1,6 @@
-"""The cache of a model: a layer cache for each layer, and what is counted, claimed and changed for all of them at once.
+"""The cache of a model: a `LayerCache` for each layer, and what concerns all of them: lengths, claims and changes.
 
-One thread uses a cache at a time, and what changes it either ends or is taken back.
+One thread at a time uses a cache. A change that breaks off is undone; where that is impossible, the cache says so.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from .reference import REFERENCE
 
 @dataclass(frozen=True)
 class Change:
-    """What a cache counted when a change began that has not ended: a call, a new order. It goes back to this where the
-    change breaks off, which it does with its `use`, and has overwritten nothing."""
+    """The counts of a cache when a change began, such as a call or a reorder, which has not ended yet.
+
+    The change has broken off if its `use` is over. If it has overwritten nothing, the cache returns to these counts.
+    """
 
     use: Use | None
     length: list[int]
@@ -44,7 +46,7 @@ Method = Callable[Concatenate["Cache", Arguments], Result]
 
 
 def _claims(to_read: bool = False) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
-    """A method for which the cache is claimed as long as it runs."""
+    """A decorator for methods that claim the cache for as long as they run."""
 
     def claiming(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
         @wraps(method)
@@ -58,11 +60,11 @@ def _claims(to_read: bool = False) -> Callable[[Method[Arguments, Result]], Meth
 
 
 class Cache:
-    """The key/value cache of a model: a `LayerCache` a layer and the length of every sequence.
+    """The key/value cache of a model: a `LayerCache` for each layer, and the length of every sequence.
 
-    One thread uses it at a time; another one is refused, not kept waiting. A call that breaks off leaves the cache as
-    it was, or, where it had overwritten something, a cache that refuses all but `reset`. What `copy`, `deepcopy` and
-    `pickle` make has memory of its own.
+    One thread uses it at a time; a second one gets an `InputError` instead of waiting. A call that breaks off leaves
+    the cache as it was. If the call had already overwritten something, the cache refuses everything but `reset`.
+    Copies made by `copy`, `deepcopy` and `pickle` have their own memory.
 
     Raises `InputError` where `batch_size` sequences of `max_len` tokens do not fit the plan's bytes.
     """
@@ -81,7 +83,7 @@ class Cache:
         largest = longest(plan, batch_size, dtype.itemsize)
         if batch_size < 1 or largest < 1:
             raise InputError(
-                f"batch_size {batch_size} cannot be held: the plan's {plan.arena_bytes:,} bytes are for "
+                f"batch_size {batch_size} does not fit: the plan's {plan.arena_bytes:,} bytes are for "
                 f"{plan.batch_size} sequence(s) of {plan.max_len:,} tokens; "
                 f"compile with a larger --budget or --batch-size"
             )
@@ -102,40 +104,41 @@ class Cache:
         length: list[int],
         attention: Sequence[Attention] | None = None,
     ) -> None:
-        """Begin with these layers and what they hold; nobody uses the cache yet."""
+        """Set every attribute, for layers that may hold tokens already."""
         self.plan = plan
         self.max_len = max_len
         self.batch_size = len(length)
         self.layers = layers
         self._length = length
         self.new_tokens = NewTokens([], None)
-        """Those of the call under way."""
+        """The tokens of the current call."""
         self.ahead = False
-        """Whether steps ran whose tokens only `state` has counted; `settle` counts them here, too."""
+        """Whether steps ran whose tokens are counted in `state` alone; `settle` counts them here, too."""
         self.graph: object = None
-        """What the model that decoded last has captured, and keeps here for as long as the cache is attended alike."""
+        """The decode step that a model captured last for this cache; `attend_by` drops it."""
         self.change: Change | None = None
         """The change that is under way, or broke off."""
         self.claims = Claims()
         """Who uses the cache."""
         self.attention: Sequence[Attention] = []
-        """What attends over each layer."""
+        """The backend of each layer."""
         self.state: Tensor | None = None
-        """For attention that reads it on the device: what `records.STATE` says of each sequence."""
+        """Counts of every sequence [len(STATE), B] (int32) for `replayable` attention; `records.STATE` names the rows.
+        None where no layer's attention reads it."""
         self.attend_by([REFERENCE] * len(layers) if attention is None else attention)
 
     @_claims()
     def attend_by(self, attention: Sequence[Attention]) -> None:
-        """Let these attend, one for each layer. Raises `InputError` in the middle of a call."""
+        """Set the backends, one for each layer. Raises `InputError` in the middle of a call."""
         self._ready()
         state = None
         if any(one.replayable for one in attention):
             state = torch.zeros(len(STATE), self.batch_size, dtype=torch.int32, device=self.device)
-        self.attention, self.state, self.graph = attention, state, None  # in one line, which no interrupt breaks off
+        self.attention, self.state, self.graph = attention, state, None  # one line, so that no interrupt divides it
 
     @property
     def replayable(self) -> bool:
-        """Whether the device can count tokens by itself, for all layers' attention reads them there."""
+        """Whether the attention of all layers reads its counts on the device, so that a graph can be replayed."""
         return all(one.replayable for one in self.attention)
 
     @property
@@ -144,7 +147,7 @@ class Cache:
 
     @property
     def length(self) -> list[int]:
-        """Tokens that each sequence has had."""
+        """How many tokens each sequence has had."""
         self.settle()
         return self._length
 
@@ -152,33 +155,33 @@ class Cache:
     def length(self, tokens: list[int]) -> None:
         self._length = tokens
 
-    # ---- who uses the cache, and changes that end or do not ----
+    # ---- changes, and what becomes of those that break off ----
 
     def begin_change(self) -> None:
-        """Note what to go back to. Raises `InputError` where the change before broke off and cannot be taken back."""
+        """Note the counts to return to. Raises `InputError` if an earlier change broke off and cannot be undone."""
         self._ready()
         self.note_change()
 
     def note_change(self) -> None:
-        """`begin_change` where no change broke off; what the device has counted alone stays so."""
+        """`begin_change` where no change broke off. It does not settle what only the device has counted."""
         for layer in self.layers:
             layer.overwritten = False
         counts = [layer.counts for layer in self.layers]
         self.change = Change(self.claims.current(), self._length, self.ahead, counts)
 
     def end_change(self) -> None:
-        """From here on the change is made; before, it is not."""
+        """Complete the change: from here on nothing undoes it."""
         self.change = None
 
     def _ready(self) -> None:
-        """Take back a change that broke off."""
+        """Undo a change that broke off. Raises `InputError` where it cannot be undone, or is still under way."""
         change = self.change
         if change is None:
             self.settle()
             return
         if change.goes_on:
             raise InputError("this cache is in the middle of a call; use it again when that has ended")
-        change = self.change = replace(change, use=None)  # whose frame would keep a call's tensors alive
+        change = self.change = replace(change, use=None)  # its frame would keep the call's tensors alive
         if change.ahead or any(layer.overwritten for layer in self.layers):
             raise InputError(
                 "this cache was interrupted in the middle of a call and holds half of it; reset() it or make a new one"
@@ -193,8 +196,7 @@ class Cache:
     def settle(self) -> None:
         """Count the tokens of steps that ran on the device alone, as if each had been a call.
 
-        The cache does it by itself before anything that needs it; `rows` and `flushed` of its layers are right after
-        it.
+        The cache does this by itself wherever it matters. Read `rows` and `flushed` of its layers only after it.
         """
         if not self.ahead or self.change is not None:
             return
@@ -207,7 +209,7 @@ class Cache:
 
     @property
     def bits(self) -> list[tuple[int, int]]:
-        """Present (K, V) widths of every layer."""
+        """The present bits of K and V in every layer."""
         return [layer.bits for layer in self.layers]
 
     @property
@@ -247,7 +249,8 @@ class Cache:
             self.state.copy_(torch.tensor(rows, dtype=torch.int32))
 
     def steps_until_lowering(self, counts: Sequence[int]) -> int:
-        """How often so many tokens (0 or 1 of a sequence) fit before a layer must be lowered or the cache is full."""
+        """How many steps of `counts` tokens (0 or 1 for each sequence) fit before a layer must be lowered or the cache
+        is full."""
         limits = [limit for layer in self.layers if (limit := layer.longest_at_stage) is not None]
         longest = max((length for length, count in zip(self.length, counts, strict=True) if count), default=0)
         return min([self.max_len, *limits]) - longest
@@ -255,7 +258,7 @@ class Cache:
     def end(self) -> None:
         """Count the tokens of the call that `begin` announced."""
         if self.change is None:
-            raise InputError("this cache was used while a call was under way, which is lost; reset() it")
+            raise InputError("this cache was changed in the middle of a call, whose tokens are lost; reset() it")
         self._length = [length + count for length, count in zip(self._length, self.new_tokens.counts, strict=True)]
         self.end_change()
 
@@ -265,7 +268,7 @@ class Cache:
         if self.change is None:
             self.note_change()
         elif self.change.goes_on:
-            self._ready()  # which refuses
+            self._ready()  # raises
         for layer in self.layers:
             layer.reset()
         self._length = [0] * self.batch_size
@@ -275,10 +278,10 @@ class Cache:
     @_claims()
     @torch.inference_mode()
     def reorder(self, sequences: Sequence[int]) -> None:
-        """Let every sequence i hold what sequence `sequences[i]` held, as beam search asks for.
+        """Let every sequence i hold what sequence `sequences[i]` held, as beam search needs.
 
-        Packed codes are copied as they are, one layer at a time. Raises `InputError` for other sequences than the
-        cache's; nothing is changed then.
+        Packed codes are copied as they are, one layer at a time. Raises `InputError`, and changes nothing, where
+        `sequences` does not name one of the cache's sequences for each of them.
         """
         order = self._checked(sequences)
         if len(order) != self.batch_size:
@@ -311,8 +314,8 @@ class Cache:
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens of every sequence.
 
-        Only tokens that were not quantized yet can be taken back; earlier ones that they pushed out of the window stay
-        quantized. Raises `InputError` for more than that; nothing is changed then.
+        Only tokens that are not quantized yet can be taken back; earlier ones that they pushed out of the window stay
+        quantized. Raises `InputError` for a larger `count`; nothing is changed then.
         """
         count = whole_number("count", count)
         self._ready()
@@ -328,13 +331,13 @@ class Cache:
         self._length = [length - count for length in self._length]
         self.end_change()
 
-    # ---- copies: the plan, the arenas' bytes and what is counted; each has memory of its own ----
+    # ---- copies: the plan, the arenas' bytes and the counts, in memory of their own ----
 
     @_claims(to_read=True)
     def to(self, device: str | torch.device) -> Cache:
-        """A copy on another device, for a model there; this cache where it is on that device.
+        """A copy on another device, for a model there; this cache itself if it is on that device already.
 
-        Raises `InputError` for what is no device: a cache keeps its dtype.
+        Raises `InputError` where `device` is not a device. A dtype is refused as well, because a cache keeps its own.
         """
         try:
             place = torch.empty(0, device=device).device
@@ -355,7 +358,7 @@ class Cache:
     def share_memory_(self) -> None:
         """Raises `InputError`: processes could share a cache's memory, but not what it counts."""
         raise InputError(
-            "a cache cannot be shared between processes; send it to one, which pickles it, and go on there"
+            "a cache cannot be shared between processes; send it to one process, which pickles it, and go on there"
         )
 
     @_claims(to_read=True)
@@ -375,7 +378,7 @@ class Cache:
 
     @_claims(to_read=True)
     def __getstate__(self) -> dict[str, Any]:
-        """Without what attends, which the model gives that uses the cache next."""
+        """Without the backends: the model that uses the copy sets its own."""
         self._ready()
         return {"plan": self.plan, "max_len": self.max_len, "layers": self.layers, "length": self._length}
 

@@ -1,7 +1,7 @@
-"""Who uses an object that one thread at a time may use.
+"""Which thread uses an object that only one thread at a time may use.
 
-Nobody waits and nothing is locked: a use is over when the function that began it is off its thread's stack, however it
-left it. So no exception, wherever it strikes, leaves an object that seems to be in use, and there is no deadlock.
+Nobody waits and there is no lock: a use is over when the function that began it has left its thread's stack, in
+whatever way. So no exception, wherever it is raised, leaves an object claimed for ever, and there is no deadlock.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """A function that runs, by its frame and its thread."""
+    """A running function, known by its frame and its thread."""
 
     frame: FrameType
     thread: int = field(default_factory=get_ident)
 
     @property
     def goes_on(self) -> bool:
-        # frames are compared from the top of the stack, which is near to them
+        # search from the top of the stack, where the frame usually is
         frame = sys._getframe() if self.thread == get_ident() else sys._current_frames().get(self.thread)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
@@ -31,24 +31,24 @@ class Use:
 
 
 class Claims:
-    """The uses of one object, the oldest first. All that go on are of one thread."""
+    """The uses of one object, the oldest first. All that go on belong to one thread."""
 
     def __init__(self) -> None:
         self._uses: dict[Use, None] = {}
         self._watch: Use | None = None
-        """While it goes on, the thread that uses the object may look at it, not change it."""
+        """While this use goes on, the thread that uses the object may read it but not change it."""
 
     def claim(self, to_read: bool = False) -> Claim:
-        """For a with-statement: the object is the thread's until it ends. Raises `InputError` where another thread uses
-        the object, or a streamer would change it."""
+        """For a `with` statement, during which the object belongs to this thread. Raises `InputError` if another thread
+        uses the object, or if a streamer tries to change it."""
         return Claim(self, to_read)
 
     def watch(self) -> Claim:
-        """For a with-statement around a call of somebody's streamer."""
+        """For a `with` statement around the call of a user's streamer."""
         return Claim(self, to_read=True, watches=True)
 
     def current(self) -> Use | None:
-        """The oldest use of this thread that goes on."""
+        """This thread's oldest use that goes on."""
         for use in list(self._uses):
             if use.thread == get_ident() and use.goes_on:
                 return use
@@ -66,8 +66,8 @@ class Claims:
             else:
                 self.remove(mine)
                 raise InputError(
-                    "this cache is in use by another thread; give each thread a cache of its own, or wait until the "
-                    "other one's call has ended"
+                    "this cache is in use by another thread; give each thread its own cache, or wait until the other "
+                    "thread's call has ended"
                 )
         if not to_read and self._watch is not None and self._watch.goes_on:
             self.remove(mine)
@@ -77,7 +77,7 @@ class Claims:
             )
 
     def remove(self, use: Use) -> None:
-        """Before it has ended, or so that it keeps nothing alive."""
+        """Forget a use, which may go on, or whose frame would keep its objects alive."""
         self._uses.pop(use, None)
         if self._watch is use:
             self._watch = None
@@ -87,7 +87,7 @@ class Claims:
 
 
 class Claim:
-    """The with-statement of a claim; the use is that of the function which the statement is in."""
+    """The context manager of a claim. The use is that of the function that contains the `with` statement."""
 
     def __init__(self, claims: Claims, to_read: bool, watches: bool = False) -> None:
         self.claims, self.to_read, self.watches = claims, to_read, watches

@@ -1,8 +1,8 @@
-"""Kernels that were compiled with the artifact: launched through the CUDA driver, without Triton.
+"""Kernels that were compiled with the artifact, launched through the CUDA driver without Triton.
 
-An archive `kernels/aot/<target>.zip` holds the machine code for one target and `index.json`, which says of every file
-of kernels which code answers which launch. `variant` names a launch by all that code depends on; the compiler names by
-it what it compiles, this module what it looks for.
+An archive `kernels/aot/<target>.zip` holds the machine code for one target and `index.json`, which maps each launch of
+each module of kernels to its code. The key is made by `variant` from everything that the code depends on: the compiler
+stores the code under it, and this module looks it up.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ INDEX = "index.json"
 TARGET = re.compile("sm_[1-9][0-9]{1,3}")
 WARP = 32
 ALIGNMENT = 16
-"""What addresses, and strides that are marked so, must be multiples of."""
+"""Arguments that are marked as divisible (addresses in bytes, integers as they are) must be multiples of this."""
 
 LARGEST_FILE = 64 << 20
-"""Bytes of a file of an archive beyond which it is not unpacked."""
+"""A file of an archive with more bytes than this is not unpacked."""
 
 DEFAULT_SHARED_BYTES = 48 << 10
-"""Shared memory that a kernel may take without having asked for it."""
+"""Bytes of shared memory that a kernel may take without a request for more."""
 
 PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -69,23 +69,23 @@ def argument_type(value: Any) -> Any:
             return "fp32"
         case tuple():
             return [argument_type(one) for one in value]
-    raise TypeError(f"{type(value).__name__} is no argument of a kernel")
+    raise TypeError(f"{type(value).__name__} cannot be an argument of a kernel")
 
 
 def variant(kernel: str, types: Sequence[Any], keywords: dict[str, Any]) -> str:
-    """The name of a launch by the kernel, the types of its arguments, its constants and how it is to be compiled."""
+    """The key of a launch: the kernel, the types of its arguments, its constants and its launch options."""
     return json.dumps([kernel, list(types), dict(sorted(keywords.items()))])
 
 
 def flat(values: Sequence[Any]) -> list[Any]:
-    """Arguments, or their types, with those of tuples one by one, as kernels take them."""
+    """Arguments, or their types, with tuples taken apart, as kernels take them."""
     return [one for value in values for one in (value if isinstance(value, tuple | list) else (value,))]
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:
     """Whether code for `target` runs on devices of a compute capability.
 
-    From sm_90 up Triton uses instructions of exactly that architecture; before, later minor versions run it, too.
+    From sm_90 up Triton uses instructions of exactly that architecture. Older code also runs on later minor versions.
     """
     major, minor = divmod(int(target.removeprefix("sm_")), 10)
     return major == capability[0] and (minor == capability[1] if major >= 9 else minor <= capability[1])
@@ -110,7 +110,7 @@ class _Cubin:
 
 @dataclass(frozen=True)
 class _Variant:
-    """What answers a launch: a file of machine code, and which of its arguments must be aligned."""
+    """The code for a launch: its file, and the numbers of the arguments that must be divisible by `ALIGNMENT`."""
 
     cubin: str
     divisible: tuple[int, ...]
@@ -118,7 +118,7 @@ class _Variant:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """A module of kernels: its constants, and what was compiled of it, by `variant`."""
+    """A module of kernels: its constants, and the code for its launches by their `variant`."""
 
     constants: dict[str, int | float | bool]
     variants: dict[str, _Variant]
@@ -133,7 +133,7 @@ class _Index:
 
 
 class Archive:
-    """The code for one target on one device. `content` is the archive's, where it was read and compared before.
+    """The code for one target on one device. `content` is the archive's bytes, if the caller has read them already.
 
     Raises `ArtifactError` where it is damaged.
     """
@@ -165,7 +165,7 @@ class Archive:
             ) from error
 
     def kernels(self, name: str) -> CompiledKernels:
-        """What stands for the module of kernels `name`."""
+        """The compiled kernels of the module `name`, to be used like the module."""
         if name not in self.index["modules"]:
             raise ArtifactError(f"{self.path} has no kernels for {name}; {AGAIN}")
         entry = self.index["modules"][name]
@@ -176,12 +176,12 @@ class Archive:
         """The function in the file `name` of the archive, on the device."""
         about = self.index["cubins"][name]
         with torch.cuda.device(self.device):
-            torch.cuda.current_stream().synchronize()  # there is a context from here on
+            torch.cuda.current_stream().synchronize()  # makes sure that there is a CUDA context
             return load_function(self.read(name), about["symbol"], about["shared"], about["num_warps"])
 
 
 class CompiledKernels:
-    """Has the kernels and the constants of a module of kernels as its attributes."""
+    """Stands in for a module of kernels: its attributes are the module's kernels and constants."""
 
     def __init__(self, archive: Archive, constants: dict[str, Any], variants: dict[str, Any]) -> None:
         self.archive = archive
@@ -253,8 +253,8 @@ class Launch:
         for at in self.divisible:
             if values[at] % ALIGNMENT:
                 raise InputError(
-                    f"argument {at} of the kernel {self.name} is {values[at]}, which is no multiple of {ALIGNMENT} as "
-                    f'the compiled kernel needs; load with backend="reference" and report this model'
+                    f"argument {at} of the kernel {self.name} is {values[at]}, which is not a multiple of {ALIGNMENT} "
+                    f'as the compiled kernel needs; load with backend="reference" and report this model'
                 )
         with self.lock:
             try:
@@ -271,7 +271,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Function:
-    """A function on a device; it keeps nothing else alive, for code stays on the device to the end of the process."""
+    """A function on a device. It need not keep its module alive: code stays on the device until the process ends."""
 
     device: int
     handle: ctypes.c_void_p
@@ -279,7 +279,7 @@ class Function:
     num_warps: int
 
     def launch(self, grid: tuple[int, ...], parameters: Any) -> None:
-        """On the current stream of the device. `parameters` are addresses of what is passed."""
+        """Launch on the current stream of the device. `parameters` holds the addresses of the arguments."""
         x, y, z = (*grid, 1, 1)[:3]
         if not x * y * z:
             return
@@ -290,7 +290,7 @@ class Function:
 
 
 def load_function(code: bytes, symbol: str, shared: int, num_warps: int) -> Function:
-    """Bring machine code to the current device."""
+    """Load machine code onto the current device. `shared` is in bytes. Raises `InputError`."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     call("cuModuleLoadData", ctypes.byref(module), code)
     call("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())

@@ -2,7 +2,7 @@
 
 
 class ArtifactError(Exception):
-    """The artifact cannot be loaded: not an artifact, damaged, or of a newer format."""
+    """The artifact cannot be used: it is not an artifact, is damaged, or has another format version."""
 
 
 class InputError(ValueError):

@@ -1,4 +1,4 @@
-"""The forward pass: what a call of the generated functions with their weights needs around it."""
+"""The forward pass: checks what a caller passes, then calls the generated functions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .plan import CachePlan
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """A model to be called for logits. Threads may share it; each needs a cache of its own.
+    """A model to be called for logits. Threads may share it; each needs its own cache.
 
     `hidden_states(input_ids, position_ids, cache) -> [B, S, hidden_size]` and `logits(hidden) -> [..., vocab_size]` are
-    the artifact's `model.py` with the `weights` bound: tensors by their names in the checkpoint, and constants.
+    the functions of the artifact's `model.py`, bound to the `weights`: tensors by their names in the checkpoint, and
+    constants.
     """
 
     plan: CachePlan
@@ -34,12 +35,12 @@ class Forward:
     dtype: torch.dtype
     device: torch.device
     attention: Sequence[Attention]
-    """What attends over each layer's cache."""
+    """The backend of each layer."""
 
     @property
     def kernels_from(self) -> str:
-        """What made the kernels: "triton", when they are first launched, or the compiler, for a target such as "sm_90";
-        "reference" where there are none."""
+        """Where the kernels come from: "triton", which compiles them at their first launch, the target of kernels that
+        were compiled with the artifact, such as "sm_90", or "reference", which has none."""
         return ", ".join(dict.fromkeys(one.name for one in self.attention))
 
     @torch.inference_mode()
@@ -51,14 +52,15 @@ class Forward:
         attention_mask: Tensor | None = None,
         only: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [B, S, vocab_size] of the tokens `input_ids` [B, S] that follow the cached ones, which they then join.
+        """Logits [B, S, vocab_size] of the tokens `input_ids` [B, S], which follow the cached ones and are added to the
+        cache.
 
         `attention_mask` [B, S] marks padding (0), at either end of a row; padding is neither attended to nor cached,
-        and its logits mean nothing. `position_ids` [B, S] follow each sequence's length unless given. Without a
-        `cache` a temporary one is used. `only=(rows, columns)` asks for the logits [N, vocab_size] of some tokens.
+        and its logits mean nothing. `position_ids` [B, S] continue each sequence by default. Without a `cache` a
+        temporary one is used. `only=(rows, columns)` asks for the logits [N, vocab_size] of some tokens.
 
         Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then. A
-        call that anything else breaks off leaves the cache as it was, or one that refuses all but `reset`.
+        call that any other exception ends leaves the cache as it was, or refusing everything but `reset`.
         """
         ids, mask = self.check_inputs(input_ids, attention_mask)
         columns = _own_columns(mask)
@@ -77,7 +79,7 @@ class Forward:
         return logits
 
     def check_inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
-        """The token ids [B, S] as int64 and the attention mask as booleans on the CPU, after a check of both.
+        """Check both arguments; returns the token ids [B, S] as int64 and the mask [B, S] as booleans on the CPU.
 
         Ids may be of any integer dtype, and arrays or lists of lists. Raises `InputError`.
         """
@@ -89,8 +91,8 @@ class Forward:
         return positions_of(position_ids, mask, self.plan.max_len)
 
     def check_cache(self, cache: Any, sequences: int) -> None:
-        """Raises `InputError` where a cache is not one for this model and so many sequences. A cache that comes from a
-        file, another process or another device is attended by the model's attention from here on."""
+        """Raises `InputError` where a cache does not fit this model and the number of `sequences`. A cache that comes
+        from a file, another process or another device gets this model's attention."""
         if not isinstance(cache, Cache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with the model's new_cache()")
         if cache.plan is not self.plan and _shapes(cache.plan) != _shapes(self.plan):
@@ -115,7 +117,7 @@ class Forward:
 
 
 def _shapes(plan: CachePlan) -> list[tuple[int, int, int, int | None]]:
-    """What of every layer's cache is the model's, not the plan's choice."""
+    """What the model, not the plan, determines about every layer's cache."""
     return [
         (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim, layer.sliding_window)
         for layer in plan.layers
@@ -123,7 +125,7 @@ def _shapes(plan: CachePlan) -> list[tuple[int, int, int, int | None]]:
 
 
 def _own_columns(mask: Tensor) -> list[slice]:
-    """Each row's run of ones in `mask` [B, S]. Raises `InputError` where a row has more than one run."""
+    """The columns of each row's tokens, one run of ones in `mask` [B, S]. Raises `InputError` for more than one run."""
     if bool(mask.all()):
         return [slice(0, mask.shape[1])] * mask.shape[0]
     runs = []

@@ -17,7 +17,7 @@ from .graph import GraphDecoder
 from .inputs import real_number, whole_number, whole_numbers
 
 PREFILL_CHUNK = 4096
-"""Tokens of each prompt that are fed at once: one prompt of as many fills a GPU, and activations are bounded."""
+"""Tokens of each prompt that are fed at once: enough to fill a GPU, and few enough to bound the activations."""
 Streamer = Callable[[Tensor], None]
 
 
@@ -39,14 +39,15 @@ def generate(
 
     Greedy unless `do_sample`; then `temperature`, `top_k` (0: off) and `top_p` shape the distribution and `seed` makes
     it repeatable. `attention_mask` [B, S] marks padding (0) at either end of a prompt. A sequence ends at
-    `eos_token_id` (the model's own unless given; an empty sequence: never) and is filled with the pad token.
+    `eos_token_id` (by default the model's own; an empty list means never) and is then filled with the pad token.
     `streamer` is called with every new column [B]. With a `cache` of earlier turns, `input_ids` are the tokens that
     follow it.
 
-    The cache is in use until this ends, and a streamer may only look at it. What breaks it off, a streamer's exception
-    or an interrupt, leaves in the cache the tokens that were fed.
+    The cache is in use until the end; a streamer may read it, not change it. If a streamer's exception or an interrupt
+    ends the generation early, the cache keeps the tokens that were fed.
 
-    Raises `InputError` before anything is changed where the prompt is empty or the cache cannot hold what is asked for.
+    Raises `InputError` before anything is changed where the prompt is empty or the tokens do not fit the cache, and
+    `ArtifactError` where tokens are to be sampled from logits that are not finite.
     """
     sampling = _sampling(model, do_sample, temperature, top_k, top_p, seed)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
@@ -101,8 +102,8 @@ def _tell(streamer: Streamer, chosen: Tensor, cache: Cache) -> None:
 
 
 def decoder(model: Forward, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes logits [B, V] of the next tokens [B] of the sequences that are running [B]: one CUDA graph where the
-    cache's attention can be replayed on a CUDA device, a call of the model elsewhere."""
+    """A function from tokens [B] and the sequences that are running [B] (bool) to the next logits [B, V]. It replays a
+    CUDA graph where the device and the cache's attention allow it, and calls the model elsewhere."""
     if cache.replayable and model.device.type == "cuda":
         return GraphDecoder(model, cache)
     return lambda tokens, running: model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
@@ -119,7 +120,7 @@ class Sampling:
 
 
 def _sampling(model: Forward, do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling | None:
-    """None where tokens are not drawn. What is given is checked in either case."""
+    """How to draw tokens, or None for greedy decoding. The arguments are checked in either case."""
     temperature, top_p = real_number("temperature", temperature), real_number("top_p", top_p)
     top_k, smallest = whole_number("top_k", top_k), torch.finfo(torch.float32).tiny
     if temperature < smallest:
@@ -136,7 +137,7 @@ def _sampling(model: Forward, do_sample: bool, temperature: Any, top_k: Any, top
         raise InputError(f"seed {seed} does not fit 64 bits; give a smaller one")
     if not do_sample:
         return None
-    # A generator of its own also without a seed: a graph that another thread captures holds torch's for the device.
+    # Even without a seed the generator is our own: a graph capture in another thread locks the device's default one.
     drawn = int(torch.randint(sys.maxsize, ())) if seed is None else seed
     return Sampling(temperature, top_k, top_p, torch.Generator(model.device).manual_seed(drawn))
 
@@ -158,7 +159,7 @@ def _ends(eos_token_id: Any, vocab_size: int) -> frozenset[int]:
 
 
 def _check_room(cache: Cache, mask: Tensor, max_new_tokens: int) -> None:
-    """The last token that is generated is never fed back, so it needs no room."""
+    """Raises `InputError` where the tokens do not fit. The last generated token is never fed back and needs no room."""
     for sequence, prompt in enumerate(mask.sum(-1).tolist()):
         held = cache.length[sequence]
         if held + prompt + max_new_tokens - 1 > cache.max_len:
@@ -170,7 +171,7 @@ def _check_room(cache: Cache, mask: Tensor, max_new_tokens: int) -> None:
 
 
 def _prefill(model: Forward, input_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """Feed the prompts in chunks; logits [B, V] of every sequence's last own token."""
+    """Feed the prompts in chunks; returns the logits [B, V] of every sequence's last token, padding aside."""
     last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
     found: Tensor | None = None
     for start in range(0, input_ids.shape[1], PREFILL_CHUNK):
@@ -188,9 +189,9 @@ def _prefill(model: Forward, input_ids: Tensor, mask: Tensor, cache: Cache) -> T
 
 def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
     """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order. Raises `ArtifactError` where
-    logits are not numbers that a token can be drawn by."""
+    the logits are not finite."""
     scores = logits.float()
-    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the likeliest stays finite
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0, never infinite
     if bool(scores.isnan().any()):
         raise ArtifactError(
             f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}, so no token can be "

@@ -1,8 +1,8 @@
 """Decoding by a captured CUDA graph: the model's whole step for one token of every sequence, replayed.
 
 The device counts tokens by itself, in `Cache.state`, and the kernels decide from it which blocks leave the window. The
-host needs to know only when a layer must be lowered next; until then it neither counts nor looks. Widths are constants
-of the kernels, so a lowering makes a new graph.
+host needs to know only when a layer must be lowered next; until then it neither counts tokens nor reads the device's
+counts. The bits of codes are constants of the kernels, so a lowered layer needs a new graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CAPTURING = Lock()
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
-"""From work on the device to what does it again; the tensor that it returns is the same each time."""
+"""From a step to a function that repeats it on the device and returns the same tensor each time."""
 
 
 def capture_cuda_graph(step: Step) -> Step:
@@ -39,7 +39,7 @@ def capture_cuda_graph(step: Step) -> Step:
     except RuntimeError as error:
         raise InputError(
             f"this model's decode step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); load it with "
-            f'backend="reference", which decodes without'
+            f'backend="reference", which needs no graph'
         ) from error
 
     def replay() -> Tensor:
@@ -50,7 +50,8 @@ def capture_cuda_graph(step: Step) -> Step:
 
 
 class DecodeGraph:
-    """The captured step of a model on a cache, for the widths that the cache had. It keeps no reference to the cache.
+    """A decode step of a model on a cache, captured for the bits that the cache has. It keeps no reference to the
+    cache.
 
     `replay` reads the buffers `tokens` [B] (int64) and `counts` [B] (int32; 0 for a sequence that has ended) and
     returns logits [B, vocab_size], which the next replay overwrites.
@@ -69,9 +70,10 @@ class DecodeGraph:
 
 
 def _step(model: Forward, cache: Cache, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Count the tokens of the step before, announce this one's, and run the model: all of it on the device.
+    """Count the tokens of the last step, announce those of this one, and run the model: all of it on the device.
 
-    A replay is a single launch, whole or not at all. Run step by step, this is a change of the cache as any call is.
+    A replay is a single launch, which happens as a whole or not at all. Where Python executes the step instead, it is a
+    change of the cache like any call.
     """
     assert cache.state is not None
     captured = cache.change is not None
@@ -101,9 +103,9 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """Logits [B, vocab_size] after `tokens` [B], which join the sequences that are `running` [B] (bool).
+        """Logits [B, vocab_size] after `tokens` [B], which are added to the sequences that are `running` [B] (bool).
 
-        They are overwritten by the next call. A sequence that has stopped does not run again. Raises `CacheFull` where
+        The next call overwrites the logits. A sequence that has stopped must not run again. Raises `CacheFull` where
         the tokens do not fit, before anything is changed.
         """
         cache = self.cache
@@ -118,14 +120,15 @@ class GraphDecoder:
         return graph.replay()
 
     def _prepare(self, counts: list[int]) -> None:
-        """Tell the device where the cache stands, lower layers that the next tokens need lowered, have a graph."""
+        """Copy the cache's counts to the device, lower the layers in which the next tokens do not fit, and capture a
+        graph unless the last one still serves."""
         cache = self.cache
         cache.check_room(counts)
         cache.begin([slice(0, 0)] * cache.batch_size)  # no tokens: the device counts them
         for attention, store in zip(cache.attention, cache.layers, strict=True):
             lower_until_fit(attention, store, cache.state, counts)
         if not isinstance(cache.graph, DecodeGraph) or not cache.graph.serves(self.model, cache):
-            cache.graph = None  # gives its memory back to the next one
+            cache.graph = None  # frees its memory for the next one
             cache.graph = DecodeGraph(self.model, cache, self.capture)
         cache.end()
         self.steps = cache.steps_until_lowering(counts)

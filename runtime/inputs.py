@@ -1,4 +1,4 @@
-"""What a caller gives, checked once, where it enters: numbers, token ids, masks, positions. All raise `InputError`."""
+"""Checks of what a caller passes: numbers, token ids, masks and positions. All raise `InputError`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from .errors import InputError
 
 LARGEST_BITS = 64
-"""Bits of the largest whole number that anything here is asked for."""
+"""Whole numbers with more bits are refused, since nothing here needs them."""
 
 
 def whole_number(name: str, value: Any) -> int:
-    """`value` as an int: of any type that counts (Python's, numpy's, a tensor of one), but no truth value."""
+    """`value` as an int. Any integer type will do (Python's, numpy's, a tensor of one number), but no boolean."""
     truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
         number = operator.index(value)
@@ -30,7 +30,7 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def real_number(name: str, value: Any) -> float:
-    """`value` as a finite float: of any type that is a number, but no truth value and no text."""
+    """`value` as a finite float. Any type of number will do, but no boolean and no text."""
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -41,7 +41,7 @@ def real_number(name: str, value: Any) -> float:
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
-    """A list of ints from anything that has them in a row: a list, a range, a tensor, an array."""
+    """A list of ints from any sequence of them: a list, a range, a tensor, an array."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(listed, str | bytes) or not isinstance(listed, Iterable):
         raise InputError(f"{name} {_shown(values)} is not a list of whole numbers; give a list of ints")
@@ -49,7 +49,8 @@ def whole_numbers(name: str, values: Any) -> list[int]:
 
 
 def token_ids(given: Any, vocab_size: int) -> Tensor:
-    """Token ids [B, S] (int64, where they lie) from a tensor of any integer dtype, an array or lists."""
+    """Token ids [B, S] (int64, on the device that they came on) from a tensor of any integer dtype, an array or
+    lists."""
     ids = _tensor("input_ids", given)
     if ids.dim() == 2 and ids.numel() == 0:
         raise InputError("the prompt is empty; give at least one token")
@@ -66,7 +67,7 @@ def token_ids(given: Any, vocab_size: int) -> Tensor:
 
 
 def padding_mask(given: Any, shape: torch.Size) -> Tensor:
-    """Which tokens of `shape` [B, S] are no padding (bool, on the CPU); all of them where no mask is given."""
+    """A mask of `shape` [B, S] (bool, on the CPU), true for tokens and false for padding; all true if none is given."""
     if given is None:
         return torch.ones(shape, dtype=torch.bool)
     mask = _tensor("attention_mask", given).cpu()
@@ -85,8 +86,8 @@ def padding_mask(given: Any, shape: torch.Size) -> Tensor:
 
 
 def positions_of(given: Any, mask: Tensor, limit: int) -> Tensor:
-    """Positions [B, S] (int64, on the CPU) for the tokens of `mask` [B, S], one row for all or a row for each; what
-    stands at padding is not looked at. All are below `limit`."""
+    """Positions [B, S] (int64, on the CPU) for the tokens of `mask` [B, S], given as one row for all sequences or a row
+    for each. Those of padding are ignored; all others must be below `limit`."""
     positions = _tensor("position_ids", given).cpu()
     fitting = [list(mask.shape), [1, mask.shape[1]], [mask.shape[1]]]
     if list(positions.shape) not in fitting or not _counts(positions):
@@ -107,7 +108,7 @@ def positions_of(given: Any, mask: Tensor, limit: int) -> Tensor:
 def chosen_tokens(only: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Rows and columns [N] (int64) of the tokens of `shape` [B, S] that are asked for."""
     if not isinstance(only, tuple | list) or len(only) != 2:
-        raise InputError("only must be (rows, columns), two lists of as many whole numbers, one pair for each token")
+        raise InputError("only must be (rows, columns), two equally long lists of whole numbers, a pair for each token")
     rows, columns = (_tensor("only", one) for one in only)
     if (
         rows.dim() != 1
@@ -116,12 +117,12 @@ def chosen_tokens(only: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
     ):
         raise InputError(
             f"only has rows {list(rows.shape)} of {rows.dtype} and columns {list(columns.shape)} of {columns.dtype}; "
-            f"give two lists of as many whole numbers, one pair for each token"
+            f"give two equally long lists of whole numbers, a pair for each token"
         )
     for name, wanted, count in (("row", rows, shape[0]), ("column", columns, shape[1])):
         for number in wanted.tolist():
             if not -count <= number < count:
-                raise InputError(f"only asks for {name} {number} of input_ids, which have {count:,}")
+                raise InputError(f"only asks for {name} {number} of input_ids, which have {count:,} {name}s")
     return rows.to(torch.int64), columns.to(torch.int64)
 
 
@@ -134,7 +135,7 @@ def _tensor(name: str, given: Any) -> Tensor:
             f"{name} cannot be read as numbers ({str(error).splitlines()[0]}); give a tensor or lists of equal lengths"
         ) from error
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
-        raise InputError(f"{name} is no dense tensor that holds numbers; give one")
+        raise InputError(f"{name} is not a dense tensor of numbers on a device; give one")
     return tensor
 
 

@@ -22,16 +22,17 @@ from .plan import FINAL_BITS, LayerPlan, block_bytes
 from .tuning import Tuning
 
 SMALLEST_BLOCK = 64
-"""Tokens of a block that the kernels are made for. It takes more where its codes would not fill LINE_BITS."""
+"""The fewest tokens of a block that the kernels can read. Where its codes would not fill LINE_BITS, it needs more."""
 
 CHANNELS_AT_ONCE = 16
-"""Rows of a matrix operand, which are channels of V. A key takes more where its codes would not fill LANE_BITS."""
+"""Head dimensions must be multiples of this, the rows of a matrix operand. Where 16 codes of K would not fill
+LANE_BITS, K needs a larger multiple."""
 
 LANE_BITS = 32
 """Bits of codes that a lane loads at once."""
 
 LINE_BITS = 4 * LANE_BITS
-"""Bits of a line of V codes that a step of the decode kernel takes: a word of each of four lanes."""
+"""Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
 
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
@@ -40,7 +41,7 @@ ROWS_DECODED = 64
 """Rows of sink and window that a program of the decode kernel reads."""
 
 FEWEST_BLOCKS = 4
-"""Blocks of the pool that are worth a program of the decode kernel, whose part must be merged with the others."""
+"""The fewest blocks of the pool that a program of the decode kernel reads: merging its result costs time, too."""
 
 REGISTERS = 65536
 """Registers of a multiprocessor."""
@@ -52,7 +53,7 @@ MERGED_AT_ONCE = 64
 @dataclass(frozen=True)
 class LayerKernels:
     """`Attention` by the kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`, which Triton
-    compiles as it is used, or what was compiled of it with the artifact."""
+    compiles as it is used, or that module's kernels as they were compiled with the artifact."""
 
     module: ModuleType | CompiledKernels
     tuning: Tuning
@@ -63,7 +64,7 @@ class LayerKernels:
         return self.module.target if isinstance(self.module, CompiledKernels) else "triton"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerKernels:
-        return self  # code, and how it is launched
+        return self  # nothing in it changes
 
     def attend(
         self,
@@ -116,7 +117,7 @@ class LayerKernels:
             )
 
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
-        """Rewrite the records that are held at the present stage for the next one."""
+        """Rewrite all records from the bits of the present stage to those of the next."""
         plan, batch = store.plan, len(store.rows)
         live = max(store.live_blocks(sequence) for sequence in range(batch))
         with store.lowering() as (before, after):
@@ -203,10 +204,10 @@ class LayerKernels:
         scale: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attention of new tokens: what they attend to is unpacked, for as many heads at once as the scratch
-        holds; one head of one sequence may take more than that."""
+        """Attention of new tokens over unpacked keys and values. As many heads are unpacked at once as fit the scratch,
+        but at least one, which may take more."""
         module = self.module
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)  # of padding too
+        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)  # padding columns stay zero
         dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
         pieces, capacity = _unpacked(store, new)
         heads = q.shape[0] * store.plan.num_key_value_heads
@@ -268,7 +269,7 @@ class LayerKernels:
         scale: float,
         sinks: Tensor | None,
     ) -> None:
-        """Write into `out` what the queries of these heads find in their unpacked `keys` and `values`."""
+        """Write into `out` the attention of these heads' queries over their unpacked `keys` and `values`."""
         batch, query_heads, columns = q.shape[:3]
         plan, tuning = store.plan, self.tuning
         tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
@@ -296,7 +297,7 @@ class LayerKernels:
 
 
 def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
-    """Programs that unpack what a head of the longest sequence attends to, and the tokens that it has room for."""
+    """For a head of the longest sequence: how many programs unpack it, and the tokens that its room must hold."""
     live = [store.live_blocks(sequence) for sequence in range(len(store.rows))]
     copied = [rows + count for rows, count in zip(store.rows, new.counts, strict=True)]
     pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
@@ -305,10 +306,10 @@ def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
 
 
 def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
-    """In how many parts a head's pool is read, and how many parts that makes with those of its rows.
+    """In how many parts a head's pool is read, and how many parts that makes together with those of its rows.
 
-    As few as keep nine in ten of the places busy that the device has for programs, `resident` a multiprocessor, and no
-    smaller than is worth a program.
+    The device runs `resident` programs on each multiprocessor at a time. The pool gets the fewest parts that keep nine
+    in ten of these places busy, but none of fewer than FEWEST_BLOCKS blocks.
     """
     row_splits = -(-(store.plan.sink + store.plan.window) // ROWS_DECODED)
     places = multiprocessors(store.arena.device) * resident
@@ -347,7 +348,7 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
 
 
 def _widths(store: LayerCache) -> dict[str, Any]:
-    """Present widths; any that the kernels know where nothing is quantized."""
+    """The present bits of K and V. Where nothing is quantized, any that the kernels know will do."""
     key_bits, value_bits = store.bits if store.plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 

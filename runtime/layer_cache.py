@@ -1,8 +1,8 @@
 """The cache of one layer: an arena, allocated once, whose codes are lowered in place when it is full.
 
-An arena holds, for each sequence and head, the rows of sink and window and a pool of quantized blocks; `records` says
-where what lies. Sink and window lie together so that one product serves both. Lowering a layer rewrites its records,
-shorter, from the front of the pool; what that frees at the end takes new blocks.
+An arena holds, for each sequence and head, the rows of sink and window and a pool of quantized blocks; `records`
+defines the layout. Sink and window lie together so that one product serves both. Lowering a layer rewrites its records
+in fewer bytes, from the front of the pool on; new blocks go where that frees space at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a layer counts: of every sequence its rows and the blocks that it has flushed; and the layer's stage."""
+    """The counts of a layer: the rows and the flushed blocks of every sequence, and the stage of the layer."""
 
     rows: list[int]
     flushed: list[int]
@@ -61,8 +61,8 @@ class Counts:
 class LayerCache:
     """The cache of one layer for `batch_size` sequences, each with its own length.
 
-    `rows`, `flushed` and `stage` are for everyone to read. They change with what is stored and lowered here, through
-    `grow`, `grow_to` and `lowering` where kernels do the work, and through `seek` and `go_back` where nobody does any.
+    Everyone may read `rows`, `flushed` and `stage`; only this class writes them. Kernels that store or lower codes
+    report it through `grow`, `grow_to` and `lowering`; `seek` and `go_back` change the counts alone.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class LayerCache:
     ) -> None:
         self.plan = plan = fitted(plan, max_len)
         self.ring = blocks_needed(plan, max_len)
-        """Blocks that are ever alive at once; a sliding-window layer reuses the slots of passed ones."""
+        """The most blocks that are alive at once. A sliding-window layer reuses the slots of blocks that have left its
+        window."""
         size = head_bytes(plan, max_len, batch_size, dtype.itemsize)
         self._look_into(
             torch.empty(batch_size, plan.num_key_value_heads, size, dtype=torch.uint8, device=device), dtype
@@ -79,10 +80,10 @@ class LayerCache:
         self.rows = [0] * batch_size
         self.flushed = [0] * batch_size
         self.overwritten = False
-        """Whether a change that is under way wrote over what was there before it: rows of the window, codes."""
+        """Whether the current change has written over rows of the window or over codes that were there before it."""
 
     def _look_into(self, arena: Tensor, dtype: torch.dtype) -> None:
-        """Hold an arena, and the views of it that everything else reads and writes."""
+        """Set the arena, and the views of it that everything else reads and writes."""
         plan, self.arena = self.plan, arena
         rows, numbers = plan.sink + plan.window, row_numbers(plan.key_head_dim, plan.value_head_dim)
         buffers = buffer_bytes(plan, dtype.itemsize)
@@ -108,15 +109,15 @@ class LayerCache:
         return self.copy_on(self.arena.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arena goes as bytes: a tensor would be shared with the process that it is sent to, and written by both.
-        Views are made anew."""
+        """The arena is pickled as bytes: a tensor would be shared with the receiving process, and both would write to
+        it. `__setstate__` makes the views anew."""
         arena, counted = io.BytesIO(), ("plan", "ring", "stage", "rows", "flushed", "overwritten")
         torch.save(self.arena.cpu(), arena)
         place = {"arena": arena.getvalue(), "dtype": self.keys.dtype, "device": str(self.arena.device)}
         return {**{name: getattr(self, name) for name in counted}, **place}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """On the device that it was on, or on the CPU where that is not there."""
+        """Restore the layer on its device, or on the CPU if this process does not have that device."""
         state = dict(state)
         arena, dtype, device = (state.pop(name) for name in ("arena", "dtype", "device"))
         vars(self).update(state)
@@ -128,18 +129,18 @@ class LayerCache:
         return Counts(list(self.rows), list(self.flushed), self.stage)
 
     def go_back(self, counts: Counts) -> None:
-        """Count what was counted before. The arena stays as it is."""
+        """Return to earlier counts. The arena stays as it is."""
         self.rows, self.flushed, self.stage = list(counts.rows), list(counts.flushed), counts.stage
 
     def seek(self, lengths: Sequence[int], stage: int | None = None) -> None:
-        """Count what a layer counts whose sequences have had `lengths` tokens, at the widest codes that hold them or at
-        a stage that is given. The arena stays as it is, so that what it holds means nothing until it is filled."""
+        """Set the counts for sequences that have had `lengths` tokens, at `stage`, or else at the first stage that
+        holds them. The arena stays as it is; its content means nothing until it is filled."""
         self.flushed = [flushed_blocks(self.plan, length) for length in lengths]
         self.rows = [length - flushed * self.plan.block for length, flushed in zip(lengths, self.flushed, strict=True)]
         self.stage = self._stage_for(max(self.flushed), 0) if stage is None else stage
 
     def _stage_for(self, flushed: int, first: int) -> int:
-        """The first stage, from `first` on, at which the pool holds what is alive of so many flushed blocks."""
+        """The first stage, from `first` on, at which the pool holds the live ones among `flushed` blocks."""
         stage = first
         while min(flushed, self.ring) > self.capacity(stage):
             stage += 1
@@ -147,7 +148,7 @@ class LayerCache:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """Present widths of K and V codes (of the model's dtype in a layer that is never quantized)."""
+        """The present bits of K and V (those of the model's dtype in a layer that is never quantized)."""
         return self.plan.stages[self.stage] if self.plan.quantized else (self.plan.key_bits, self.plan.value_bits)
 
     @property
@@ -160,7 +161,7 @@ class LayerCache:
         return used
 
     def capacity(self, stage: int | None = None) -> int:
-        """Blocks of a sequence that the pool holds at a stage (the present one unless told)."""
+        """Blocks of a sequence that the pool holds at a stage (by default the present one)."""
         if not self.ring:
             return 0
         widths = self.plan.stages[self.stage if stage is None else stage]
@@ -186,7 +187,7 @@ class LayerCache:
         return torch.cat([pooled.flatten(), buffered])
 
     def records(self, sequence: int, start: int, stop: int, bits: tuple[int, int] | None = None) -> Records:
-        """The blocks in slots `start` to `stop` at the present widths, or as they lie at `bits`."""
+        """The blocks in slots `start` to `stop`, whose codes have the present bits or the given ones."""
         plan, (key_bits, value_bits) = self.plan, bits or self.bits
         size, fields = block_bytes(plan, key_bits, value_bits), plan.record.fields
         raw = self.pool[sequence, :, start * size : stop * size].unflatten(-1, (stop - start, size))
@@ -209,18 +210,20 @@ class LayerCache:
 
     @property
     def longest_at_stage(self) -> int | None:
-        """Tokens that a sequence may have before the layer must be lowered; None where it never must."""
+        """How many tokens a sequence may have before the layer must be lowered; None if it never must."""
         capacity, plan = self.capacity(), self.plan
         return None if capacity == self.ring else plan.sink + plan.window + capacity * plan.block
 
     def grow(self, counts: Sequence[int]) -> int:
-        """Count new tokens that kernels put into the arena; returns the most blocks that a sequence has flushed."""
+        """Count new tokens that kernels put into the arena; returns the most blocks that a sequence flushes for
+        them."""
         before = list(self.flushed)
         self.grow_to([self.length(sequence) + count for sequence, count in enumerate(counts)])
         return max(after - flushed for after, flushed in zip(self.flushed, before, strict=True))
 
     def grow_to(self, lengths: Sequence[int]) -> None:
-        """Count tokens that kernels put into the arena, up to `lengths` of the sequences. It may be done twice."""
+        """Count tokens that kernels put into the arena, so that the sequences have `lengths`. A second call with the
+        same lengths changes nothing."""
         for sequence, length in enumerate(lengths):
             flushed = max(self.flushed[sequence], flushed_blocks(self.plan, length))
             self.overwritten |= flushed > self.flushed[sequence]
@@ -302,9 +305,9 @@ class LayerCache:
         self.flushed = [self.flushed[source] for source in sequences]
 
     def take(self, source: LayerCache, sequences: Sequence[int]) -> None:
-        """Hold what `sequences` of `source` hold, a layer of the same plan and `max_len`, lowered where it must be.
+        """Copy `sequences` of `source`, a layer of the same plan and `max_len`.
 
-        A cache of more sequences has less room for each.
+        More sequences have less room each, so the codes are lowered where they do not fit.
         """
         self.rows = [source.rows[sequence] for sequence in sequences]
         self.flushed = [source.flushed[sequence] for sequence in sequences]
@@ -318,9 +321,9 @@ class LayerCache:
                 _lower_records(source.records(sequence, start, stop), self.records(own, start, stop))
 
     def croppable(self, sequence: int) -> int:
-        """The last tokens of a sequence that can be taken back: those that were not quantized.
+        """How many of a sequence's last tokens can be taken back: those that are not quantized yet.
 
-        Where a sliding window has let blocks go, what the remaining tokens see must not be among them.
+        Where a sliding window has dropped blocks, enough tokens must stay that no dropped block comes into view again.
         """
         flushed, plan = self.flushed[sequence], self.plan
         if not flushed:
@@ -334,8 +337,8 @@ class LayerCache:
 
     @contextmanager
     def lowering(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """For a with-statement around what rewrites the records, from the present widths to those of the next stage: it
-        is given both. The layer is at that stage when the statement ends."""
+        """For a `with` statement around code that rewrites the records. It gives the present bits of K and V and those
+        of the next stage, at which the layer is when the statement ends."""
         self.overwritten = True
         yield self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
         self.stage += 1

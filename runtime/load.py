@@ -1,7 +1,7 @@
-"""Load an artifact: check it, bind its weights to its generated code.
+"""Load an artifact: check it, and bind its weights to its generated code.
 
 Loading runs the artifact's `model.py`, `plan.py` and kernels, from the text that was compared with its digest. The
-digests find damage, not malice: load artifacts that you would run code from, or with `trust_code=False`.
+digests find damage, not malice: load only artifacts whose code you would run, or load with `trust_code=False`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def load(
     backend: Backend | None = None,
     trust_code: bool = True,
 ) -> CompiledModel:
-    """The model in the artifact folder `path`, in its own dtype and on the CPU unless told otherwise.
+    """The model in the artifact folder `path`, by default in its own dtype and on the CPU.
 
-    `backend` says what attends: "triton", the artifact's generated kernels (a CUDA device is needed), or "reference",
-    plain PyTorch. Unless told, it is the kernels on a CUDA device and the reference elsewhere.
+    `backend` chooses the attention: "triton" for the artifact's generated kernels, which need a CUDA device, or
+    "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere.
 
-    With `trust_code=False`, no Python of the artifact is run that the installed compiler would not write, byte for
-    byte, for its config and plan; machine code of `--aot` is not used then. It needs the compiler, and a few seconds.
+    With `trust_code=False`, Python of the artifact is run only if the installed compiler would write the same, byte for
+    byte, for the artifact's config and plan; machine code of `--aot` is not used. This takes a few seconds more.
 
-    Raises `ArtifactError` where the folder is no artifact, holds a changed file, has a newer format, or is not what
-    its manifest says, and `InputError` where the device is not there or the backend cannot run on it.
+    Raises `ArtifactError` where the folder is not an artifact, holds a changed file, has another format version, or
+    contradicts its manifest, and `InputError` where the device is missing or the backend cannot run on it.
     """
     artifact = open_artifact(Path(path))
     target = DTYPES[artifact.manifest.plan.dtype] if dtype is None else _dtype(dtype)
@@ -100,7 +100,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-# ---- what the artifact says of itself, compared with what it holds ----
+# ---- the manifest compared with the files ----
 
 
 def tensor_table(path: Path) -> dict[str, str]:
@@ -114,14 +114,14 @@ def tensor_table(path: Path) -> dict[str, str]:
 
 
 def _check_tensors(artifact: Artifact) -> None:
-    """Raises `ArtifactError` where a tensor is missing, is one too many, or has another dtype or shape."""
+    """Raises `ArtifactError` where a tensor is missing, is not listed, or has another dtype or shape."""
     for path, expected in _tensor_files(artifact):
         found = tensor_table(path)
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
                 raise ArtifactError(
                     f"{path}: tensor {brief(name)} is {brief(found.get(name, 'missing'))} where {MANIFEST} "
-                    f"says {brief(expected.get(name, 'nothing of it'))}; {AGAIN}"
+                    f"says {brief(expected.get(name, 'nothing about it'))}; {AGAIN}"
                 )
 
 
@@ -134,18 +134,18 @@ def _tensor_files(artifact: Artifact) -> list[tuple[Path, dict[str, str]]]:
 
 
 def _ids(artifact: Artifact) -> tuple[frozenset[int], int | None]:
-    """Tokens that end a text, and the one that fills a batch, of generation_config.json. Ids beyond the vocabulary,
-    such as a pad token of -1, can never occur and are as good as none."""
+    """The ids in generation_config.json of the tokens that end a text, and of the one that pads a batch. Ids outside
+    the vocabulary, such as a pad token of -1, can never occur and are left out."""
     name = "generation_config.json"
     generation = parse_json(artifact.files.read(name), name)
     if not isinstance(generation, dict):
-        raise ArtifactError(f"{name} is no JSON object; {AGAIN}")
+        raise ArtifactError(f"{name} is not a JSON object; {AGAIN}")
     found = {}
     for key in ("eos_token_id", "pad_token_id"):
         value = generation.get(key)
         ids = [] if value is None else value if isinstance(value, list) and key.startswith("eos") else [value]
         if any(type(one) is not int for one in ids):
-            raise ArtifactError(f"{name}: {key} is {brief(value)!r}, which is no token id; {AGAIN}")
+            raise ArtifactError(f"{name}: {key} is {brief(value)!r}, which is not a token id; {AGAIN}")
         found[key] = [one for one in ids if 0 <= one < artifact.manifest.vocab_size]
     return frozenset(found["eos_token_id"]), next(iter(found["pad_token_id"]), None)
 
@@ -154,8 +154,8 @@ def _check_code(artifact: Artifact) -> None:
     """Raises `ArtifactError` where the artifact's Python is not what the installed compiler would write."""
     parent = __package__.rpartition(".")[0]
     try:
-        # The one place where the runtime asks for the compiler, whose part it is when it is not a copy in an artifact:
-        # a copy has no such sibling, and could not vouch for itself.
+        # Only here does the runtime use the compiler. The copy of the runtime in an artifact has no compiler beside it,
+        # and could not vouch for its own artifact.
         regenerate = importlib.import_module(f"{parent}.regenerate")
     except ModuleNotFoundError as error:
         raise ArtifactError(
@@ -166,7 +166,7 @@ def _check_code(artifact: Artifact) -> None:
 
 
 def _generated(artifact: Artifact) -> tuple[CachePlan, ModuleType]:
-    """The plan, and the generated model; both as the manifest has them."""
+    """The plan and the generated model. Raises `ArtifactError` where they differ from the manifest."""
     plan = _attribute(_run(artifact.package, "plan.py"), "PLAN")
     if plan != artifact.manifest.plan:
         raise ArtifactError(f"{artifact.package.folder / 'plan.py'} and {MANIFEST} have different plans; {AGAIN}")
@@ -199,10 +199,10 @@ def _run(package: Files, name: str) -> ModuleType:
 
 
 def import_generated(path: Path, text: bytes | None = None) -> ModuleType:
-    """Run a generated file as a sibling of this runtime, which its relative imports then find.
+    """Run a generated file as a module beside this runtime, so that its relative imports find this runtime.
 
-    That holds inside an artifact and in the compiler's environment alike, and leaves one set of classes in either.
-    What runs is `text`, or what the file holds; a `.pyc` beside it is neither read nor written.
+    This works inside an artifact and inside the compiler, and in both there is only one set of the runtime's classes.
+    It runs `text`, or else the file's content; a `.pyc` beside the file is neither read nor written.
     """
     parent = __package__.rpartition(".")[0]
     name = f"{parent}._artifact_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}_{path.stem}"
@@ -210,7 +210,7 @@ def import_generated(path: Path, text: bytes | None = None) -> ModuleType:
     module = ModuleType(name)
     module.__file__, module.__package__ = str(path), parent
     code = compile(text, str(path), "exec", dont_inherit=True)
-    # Triton, and tracebacks, show the source of what runs, not of what lies there by then.
+    # Triton and tracebacks read the source from here: the text that runs, even if the file changes later.
     lines = text.decode("utf-8").splitlines(keepends=True)
     linecache.cache[str(path)] = len(text), None, lines, str(path)
     sys.modules[name] = module
@@ -218,7 +218,7 @@ def import_generated(path: Path, text: bytes | None = None) -> ModuleType:
     return module
 
 
-# ---- what attends ----
+# ---- attention backends ----
 
 
 def choose_attention(
@@ -229,12 +229,12 @@ def choose_attention(
     dtype: torch.dtype | None = None,
     compiled: bool = True,
 ) -> Sequence[Attention]:
-    """What attends over the cache of every layer of the artifact's `package`, its listed files or its folder: the
-    reference path, or the layer's kernels.
+    """The attention of every layer: the reference path, or the layer's kernels in the artifact's `package`, which is
+    given as its listed files or as its folder.
 
-    The kernels are those that were compiled with the artifact, where they are for such a device and the model's `dtype`
-    (the plan's unless told), else those that Triton compiles when they are first launched. An artifact that has
-    compiled kernels, but none that fit, warns of that. Without `compiled` they are left alone.
+    Kernels that were compiled with the artifact are used if they are for this device and the model's `dtype` (by
+    default the plan's). Otherwise Triton compiles the kernels at their first launch; where the artifact has compiled
+    kernels and none fit, a warning says so. With `compiled=False` the artifact's compiled kernels are ignored.
 
     Raises `InputError` where the backend is not known or cannot run on the device, and `ArtifactError` where the
     kernels cannot be read.
@@ -266,7 +266,7 @@ def choose_attention(
 def _fitting_archive(
     package: Files, stored: torch.dtype, device: torch.device, dtype: torch.dtype | None
 ) -> Archive | None:
-    """The compiled kernels for the device; None, and a warning if there are others, where there are none."""
+    """The compiled kernels for the device and dtype. None if there are none, with a warning if there are others."""
     places = {target: f"kernels/aot/{path.name}" for target, path in archives(package.folder).items()}
     found = {target: name for target, name in places.items() if name in package}
     if not found:
@@ -286,7 +286,7 @@ def _fitting_archive(
 
 
 def _check_triton(device: torch.device) -> None:
-    """Raises `InputError` where Triton is not there or cannot run kernels on the device."""
+    """Raises `InputError` where Triton is not installed or cannot run kernels on the device."""
     try:
         import triton
     except ImportError as error:
@@ -302,7 +302,8 @@ def _check_triton(device: torch.device) -> None:
 
 
 def _read_weights(artifact: Artifact, target: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Weights of the model's own dtype in `target`; constants, and what the model keeps in float32, as they are."""
+    """The weights and constants. Weights that are stored in the model's own dtype are converted to `target`; constants,
+    and weights that the model keeps in float32, stay as they are."""
     stored = DTYPES[artifact.manifest.plan.dtype]
     *checkpoint, (constants, _) = _tensor_files(artifact)
     weights: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
-"""What an artifact says of itself: `pmkvq.json`, read once, compared with a schema, and the files that it lists.
+"""The manifest of an artifact, `pmkvq.json`: it is read once and checked against a schema. Also reads the listed files.
 
-The schema is the dataclasses: every value is of the annotated type, every key is known and none is missing.
+The dataclasses are the schema: every value is of the annotated type, every key is known and none is missing.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 FORMAT_VERSION = 3
 MANIFEST = "pmkvq.json"
 LARGEST_JSON = 64 << 20
-"""Bytes of a JSON file beyond which it is not read: a model of a hundred thousand tensors takes a tenth."""
+"""A JSON file with more bytes is not read. The manifest of a model with 100,000 tensors has a tenth of this."""
 
 LARGEST_INTEGER = 1 << 62
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CODES_PACKED = 8
-"""Channels of a head, and tokens of a block, are multiples of so many: their codes fill whole bytes at every width."""
+"""Head dimensions, and tokens of a block, are multiples of this, so that codes fill whole bytes at every width."""
 
 LONGEST_QUOTE = 200
-"""Characters of what a file says that a message quotes."""
+"""An error message quotes no more characters of a file than this."""
 
 AGAIN = "copy the artifact again or compile it again"
 Option = str | int | float | bool | None
@@ -44,8 +44,8 @@ Option = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` are the sha256 of every file that may be used. `tensors` are, for each safetensors file, dtype and shape
-    of its tensors, as in "F32 [128, 64]". `key_rotations` are the layers whose keys are turned at run time."""
+    """`files` has the sha256 of every file that may be used. `tensors` has, for each safetensors file, the dtype and
+    shape of its tensors, as in "F32 [128, 64]". `key_rotations` lists the layers whose keys are rotated at run time."""
 
     format_version: int
     package: str
@@ -60,15 +60,15 @@ class Manifest:
 
     @property
     def constants(self) -> str:
-        """The file of tensors that are no weights."""
+        """The file of the tensors that are not weights."""
         return f"{self.package}/constants.safetensors"
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files of a folder by their names in it, of which only those are read that `digests` lists (sha256).
+    """The files of a folder. Only those are read that `digests` lists by name, if their sha256 is the listed one.
 
-    While the compiler writes a folder there are no digests (None), and files are read as they lie there.
+    While the compiler writes a folder there are no digests (None), and any file is read.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ class Files:
         return (self.folder / name).is_file() if self.digests is None else name in self.digests
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, which are those that its digest was compared with. Raises `ArtifactError`."""
+        """The bytes of a file, after its digest was compared with them. Raises `ArtifactError`."""
         path = self._listed(name)
         try:
             content = path.read_bytes()
@@ -88,7 +88,7 @@ class Files:
         return content
 
     def check(self, name: str) -> Path:
-        """Where a file lies that has the listed digest; for files that are too large to be held twice."""
+        """The path of a file, after its digest was compared, for files too large for memory. Raises `ArtifactError`."""
         path = self._listed(name)
         try:
             with path.open("rb") as file:
@@ -114,7 +114,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A manifest and where the files that it lists lie: `files` beside it, those of `package` by their names there."""
+    """A manifest and the files that it lists: `files` lie beside it, those of `package` in the package's folder."""
 
     folder: Path
     manifest: Manifest
@@ -129,7 +129,7 @@ class Artifact:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """The artifact in `folder`: a folder that the compiler wrote, or the one that a wheel has put inside the package.
+    """The artifact in `folder`: a folder that the compiler wrote, or the one inside a package that was installed.
 
     Raises `ArtifactError` where there is none, or where its manifest is damaged or of another format version. The
     files themselves are compared with their digests when they are read.
@@ -159,7 +159,7 @@ def file_digest(path: Path) -> str:
 
 
 def brief(value: object) -> str:
-    """What a file said, for a message of one sentence."""
+    """A quote from a file for an error message, on one line and not too long."""
     text = " ".join(str(value).split())
     return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
 
@@ -168,7 +168,7 @@ def brief(value: object) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises `ArtifactError` where it is too large, no JSON, or not read alike by everyone."""
+    """The value in a JSON file. Raises `ArtifactError` where the file is too large, is not JSON, or is ambiguous."""
     try:
         with path.open("rb") as file:
             return parse_json(file.read(LARGEST_JSON + 1), str(path))
@@ -197,7 +197,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 # ---- the schema ----
@@ -207,7 +207,7 @@ def conform(value: Any, expected: Any, where: str) -> Any:
     """A JSON value as the type `expected`: a dataclass, whose fields with defaults may be missing, a dict, a tuple, a
     union, a Literal or a plain type.
 
-    Raises `ArtifactError` that names the first place where the value is something else.
+    Raises `ArtifactError`, which names the first place where the value does not fit.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected):
@@ -307,31 +307,30 @@ def _check_version(folder: Path, data: Any) -> None:
 def _check_names(manifest: Manifest) -> None:
     """Every path stays inside the artifact and is written one way only."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", manifest.package):
-        raise ArtifactError(
-            f"{MANIFEST}: package is {brief(manifest.package)!r}, which is no name of a package; {AGAIN}"
-        )
+        raise ArtifactError(f"{MANIFEST}: package is {brief(manifest.package)!r}, which cannot name a package; {AGAIN}")
     for name, digest in manifest.files.items():
         path = PurePosixPath(name)
         if name != path.as_posix() or path.is_absolute() or {"..", "."} & {*path.parts} or re.search(r"[\\:\0]", name):
-            raise ArtifactError(f"{MANIFEST}: files: {brief(name)!r} is no path inside the artifact; {AGAIN}")
+            raise ArtifactError(f"{MANIFEST}: files: {brief(name)!r} is not a path inside the artifact; {AGAIN}")
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ArtifactError(f"{MANIFEST}: files: {brief(name)}: {brief(digest)!r} is no sha256; {AGAIN}")
+            raise ArtifactError(f"{MANIFEST}: files: {brief(name)}: {brief(digest)!r} is not a sha256; {AGAIN}")
     if not manifest.weights or len({*manifest.weights}) < len(manifest.weights) or "/" in "".join(manifest.weights):
-        raise ArtifactError(f"{MANIFEST}: weights names no file beside it, or one twice; {AGAIN}")
+        raise ArtifactError(f"{MANIFEST}: weights must list files beside it, each of them once; {AGAIN}")
     for name in (*manifest.weights, manifest.constants):
         if name not in manifest.files or name not in manifest.tensors:
             raise ArtifactError(f"{MANIFEST} lists {brief(name)!r} without its digest or its tensors; {AGAIN}")
     tensors = [name for table in manifest.tensors.values() for name in table]
     if len(manifest.tensors) != len(manifest.weights) + 1 or len({*tensors}) < len(tensors):
-        raise ArtifactError(f"{MANIFEST}: tensors are of other files than the weights, or in two of them; {AGAIN}")
+        raise ArtifactError(f"{MANIFEST}: tensors must be those of the weights' files, each tensor once; {AGAIN}")
     if not 0 < manifest.vocab_size < 1 << 31:
-        raise ArtifactError(f"{MANIFEST}: vocab_size {manifest.vocab_size} is no size of a vocabulary; {AGAIN}")
+        raise ArtifactError(f"{MANIFEST}: vocab_size {manifest.vocab_size} is not between 1 and 2^31 - 1; {AGAIN}")
     if any(not 0 <= layer < len(manifest.plan.layers) for layer in manifest.key_rotations):
-        raise ArtifactError(f"{MANIFEST}: key_rotations are of layers that the plan does not have; {AGAIN}")
+        raise ArtifactError(f"{MANIFEST}: key_rotations names layers that the plan does not have; {AGAIN}")
 
 
 def _check_plan(plan: CachePlan) -> None:
-    """What no plan of the compiler has: it would hang, or end somewhere far from here."""
+    """Raises `ArtifactError` for a plan that the compiler never writes. The runtime would hang, or fail far from
+    here."""
     if plan.dtype not in DTYPES:
         raise ArtifactError(f"{MANIFEST}: plan: dtype {brief(plan.dtype)!r} is not one of {', '.join(DTYPES)}; {AGAIN}")
     itemsize = DTYPES[plan.dtype].itemsize
@@ -340,7 +339,7 @@ def _check_plan(plan: CachePlan) -> None:
     for number, layer in enumerate(plan.layers):
         fault = _fault(layer)
         if fault is None and layer.arena_bytes < plan.batch_size * sequence_bytes(layer, plan.max_len, itemsize):
-            fault = f"arena_bytes {layer.arena_bytes:,} do not hold {plan.batch_size} x {plan.max_len:,} tokens"
+            fault = f"arena_bytes {layer.arena_bytes:,} cannot hold {plan.batch_size} x {plan.max_len:,} tokens"
         if fault is not None:
             raise ArtifactError(f"{MANIFEST}: plan: layers[{number}]: {fault}; {AGAIN}")
     if plan.arena_bytes > plan.budget:
@@ -348,21 +347,21 @@ def _check_plan(plan: CachePlan) -> None:
 
 
 def _fault(layer: LayerPlan) -> str | None:
-    """What is wrong with a layer's plan by itself."""
+    """What is wrong with the plan of a layer, if anything."""
     sizes = (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim, layer.window, layer.block)
     if min(sizes) < 1 or layer.sink < 0 or max(*sizes, layer.sink) >= 1 << 31:
-        return "heads, head dimensions, window and block are at least 1 and sink at least 0"
+        return "heads, head dimensions, window and block must be at least 1, sink at least 0, and all below 2^31"
     if layer.key_head_dim % CODES_PACKED or layer.value_head_dim % CODES_PACKED:
-        return f"head dimensions are multiples of {CODES_PACKED}"
+        return f"head dimensions must be multiples of {CODES_PACKED}"
     if layer.sliding_window is not None and layer.sliding_window < 1:
-        return f"sliding_window is {layer.sliding_window}"
+        return f"sliding_window is {layer.sliding_window} and must be at least 1"
     if not layer.quantized:
         return None
     if layer.stages[-1] != (layer.key_bits, layer.value_bits) or not {*itertools.chain(*layer.stages)} <= {*CODE_BITS}:
-        return f"stages are pairs of {', '.join(map(str, CODE_BITS))} bits that end at key_bits and value_bits"
+        return f"stages must be pairs of {', '.join(map(str, CODE_BITS))} bits that end at key_bits and value_bits"
     for wide, narrow in itertools.pairwise(layer.stages):
         if wide == narrow or wide[0] < narrow[0] or wide[1] < narrow[1]:
-            return "stages become narrower"
+            return "every stage must have fewer bits than the one before"
     if layer.block % CODES_PACKED:
-        return f"a block is a multiple of {CODES_PACKED} tokens"
+        return f"a block must be a multiple of {CODES_PACKED} tokens"
     return None

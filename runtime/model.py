@@ -17,7 +17,7 @@ from .generate import Streamer, generate
 
 @dataclass(frozen=True, eq=False)
 class CompiledModel(Forward):
-    """Call it for logits, or let it generate. Threads may share it; each needs a cache of its own."""
+    """Call it for logits, or let it generate. Threads may share it; each needs its own cache."""
 
     def generate(
         self,
@@ -58,6 +58,6 @@ class CompiledModel(Forward):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise InputError(
-            "a loaded model cannot be pickled or saved, for its code is the artifact's; pass the artifact's folder on "
-            "and load it there"
+            "a loaded model cannot be pickled or saved, because its code is in the artifact; pass on the artifact's "
+            "folder and load it there"
         )

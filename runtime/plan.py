@@ -14,14 +14,14 @@ from .records import Record, row_numbers
 KeyAxis = Literal["token", "channel"]
 
 CODE_BITS = (16, 8, 4, 2)
-"""The widths that codes may have, widest first; nothing else lists them. Each is half of the one before, for lowering a
-code keeps its upper half. A layer begins at the first width."""
+"""The widths that codes may have, widest first; nothing else lists them. Each is half of the one before, because
+lowering a code keeps its upper half. A layer begins at the first width."""
 
 FINAL_BITS = CODE_BITS[1:]
 """The widths that a layer may end at."""
 
 ALIGNMENT = 16
-"""Arenas of a head begin and end at multiples of so many bytes."""
+"""The arena of a head begins and ends at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LayerPlan:
 class CachePlan:
     """The caches of all layers, made for `batch_size` sequences of `max_len` tokens within `budget` bytes.
 
-    `dtype` names the model's own dtype ("float32", "bfloat16", "float16"), which sink and window are counted in.
+    `dtype` names the model's own dtype ("float32", "bfloat16", "float16"), in which sink and window are kept.
     """
 
     recipe: str
@@ -105,8 +105,8 @@ def buffer_bytes(layer: LayerPlan, itemsize: int) -> int:
 def blocks_needed(layer: LayerPlan, max_len: int) -> int:
     """Quantized blocks that a sequence of `max_len` tokens holds at most.
 
-    A full window sends its oldest block away when the next token arrives, so at least `window - block + 1` recent
-    tokens are in it. A sliding-window layer needs no token that its window has passed.
+    A full window flushes its oldest block when the next token arrives, so it keeps at least `window - block + 1` recent
+    tokens. A sliding-window layer needs no token that has left its window.
     """
     if not layer.quantized:
         return 0
@@ -117,13 +117,14 @@ def blocks_needed(layer: LayerPlan, max_len: int) -> int:
 
 
 def flushed_blocks(layer: LayerPlan, length: int) -> int:
-    """Blocks that a sequence of `length` tokens has sent out of its window, those that a sliding window passed
-    included."""
+    """Blocks that a sequence of `length` tokens has flushed from its window, including those that a sliding window no
+    longer sees."""
     return max(0, -(-(length - layer.sink - layer.window) // layer.block))
 
 
 def head_bytes(layer: LayerPlan, max_len: int, batch_size: int, itemsize: int) -> int:
-    """Bytes of the arena of one sequence and head: its share, as far as it can use it."""
+    """Bytes of the arena of one sequence and head: its share of the layer's bytes, or what it can use if that is
+    less."""
     if not blocks_needed(layer, max_len):
         return buffer_bytes(layer, itemsize) // ALIGNMENT * ALIGNMENT
     widest = sequence_bytes(layer, max_len, itemsize, stage=0)
@@ -137,7 +138,7 @@ def pool_blocks(layer: LayerPlan, head_bytes: int, itemsize: int, stage: tuple[i
 
 
 def sequence_bytes(layer: LayerPlan, max_len: int, itemsize: int, stage: int = -1) -> int:
-    """Bytes that one sequence of `max_len` tokens takes in this layer at a stage (the final one unless told)."""
+    """Bytes that one sequence of `max_len` tokens takes in this layer at a stage (by default the final one)."""
     pool = blocks_needed(layer, max_len) * block_bytes(layer, *layer.stages[stage]) if layer.quantized else 0
     return layer.num_key_value_heads * (buffer_bytes(layer, itemsize) + pool)
 
@@ -154,7 +155,7 @@ def fitted(layer: LayerPlan, max_len: int) -> LayerPlan:
 
 
 def longest(plan: CachePlan, batch_size: int, itemsize: int) -> int:
-    """Tokens a sequence that `batch_size` sequences may have within the plan's arenas, 0 if none."""
+    """The most tokens that each of `batch_size` sequences may have within the plan's arenas; 0 if none fit."""
 
     def fits(max_len: int) -> bool:
         return all(

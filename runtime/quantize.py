@@ -4,14 +4,15 @@ A group has a middle, a range and codes `c` in `[0, 2^b - 1]`:
 
     x = mid + (c - (2^b - 1) / 2) * range / 2^b
 
-The range is cut into 2^b cells of one width and a code stands for the middle of its cell. Cells of narrower codes are
-cells of wider ones put together, so the upper bits of a code are the code of a narrower width: lowering the bits drops
-the lower ones, touches nothing else, and gives exactly what quantizing at the narrow width at once gives.
+The range is cut into 2^b cells of equal width and a code stands for the middle of its cell. Each cell of a narrower
+code consists of whole cells of a wider one, so the upper bits of a code are the code at fewer bits: lowering drops the
+low bits, touches nothing else, and gives exactly the codes that quantizing at fewer bits would have given.
 
 Middle and range are stored in one 16-bit word. Its low byte is the range, the upper bits of an fp16 number: five of
-exponent, three of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are made with what
-is stored, so that these few bits cost no precision: only a range is up to a quarter wider than it need be, and at least
-an eighth of its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits, for groups of 64.
+exponent, three of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are computed from
+the stored middle and range, so rounding these adds no error of its own. It only makes a range up to a quarter wider
+than it need be, and at least an eighth of its middle. Two fp16 numbers instead would be a fifth of all bytes at 2 bits,
+for groups of 64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 WORD_BITS = 16
 LARGEST = 61440.0
-"""The largest range, and middle, that is stored; its byte is `LARGEST_RANGE`."""
+"""The largest range and the largest middle that are stored; `LARGEST_RANGE` is the byte of this range."""
 LARGEST_RANGE = 0xF7
 MIDS_PER_RANGE = 16
 LARGEST_MID = 127
@@ -36,7 +37,7 @@ def group_parameters(x: Tensor, dim: int) -> Tensor:
     """The words (int16, `dim` kept at size 1) of the groups along `dim`.
 
     A range is the smallest that holds all values around the *stored* middle, or the next larger one, so no value of
-    the group clips. Numbers beyond 61,440 saturate.
+    the group is clipped. Numbers beyond 61,440 saturate.
     """
     low, high = (bound.to(torch.float32) for bound in torch.aminmax(x, dim=dim, keepdim=True))
     mid, spread = (low / 2 + high / 2).clamp(-LARGEST, LARGEST), high - low
@@ -55,7 +56,7 @@ def _range_byte(x: Tensor) -> Tensor:
 
 
 def _word(mid: Tensor, range_byte: Tensor) -> Tensor:
-    """The word (int16) of a middle (float32) as nearly as a range can have it."""
+    """The word (int16) of a range and a middle (float32), which is rounded to sixteenths of the range."""
     value_range = range_of(range_byte)
     mid_byte = torch.where(value_range > 0, mid * (MIDS_PER_RANGE / value_range), 0.0).round_()
     mid_byte = mid_byte.clamp_(-LARGEST_MID, LARGEST_MID).to(torch.int32) + 128
@@ -127,9 +128,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 def fields_of(x: Tensor, bits: int) -> Tensor:
     """The last dimension of `x` [..., n] as fields of packed bytes: [F, ..., n / F], F codes a byte.
 
-    A byte's field f, over all bytes of a little-endian word array, holds elements in an order of its own: byte `2 w +
-    o` has element `(f + o * F) * W + w`. Contracting `unpack_bytes` with an operand in the same order spares 16-bit
-    arithmetic and the sorting of codes.
+    In field f, byte `2 w + o` of a little-endian array of W words holds element `(f + o * F) * W + w`. An operand in
+    this order can be contracted with `unpack_bytes` directly, without 16-bit arithmetic and without sorting codes.
     """
     if bits == WORD_BITS:
         return x.unsqueeze(0)

@@ -1,12 +1,12 @@
-"""Where everything lies that a cache keeps on its device.
+"""The memory layout of everything that a cache keeps on its device.
 
     arena of a sequence and head    [rows of K | rows of V | pool of records]
     record of a block               [K parameters | V parameters | K codes | V codes]
     state, a column a sequence      [length | start | count | reached]
 
-Rows are the tokens of sink and window in the model's dtype. This is written here alone: the cache makes its views with
-it, the plan counts bytes with it, the generated kernels have it as constants, and the ONNX function takes the shapes of
-its tensors from it. Put a tuple below in another order, and all of them follow.
+Rows are the tokens of sink and window in the model's dtype. No other module defines this layout: the cache makes its
+views from it, the plan counts bytes with it, the generated kernels have it as constants, and the ONNX function takes
+the shapes of its tensors from it. Reorder a tuple below, and all of them follow.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ROWS: tuple[RowsName, ...] = ("keys", "values")
 """The rows of an arena, in their order. The pool follows and takes what they leave."""
 
 FIELDS: tuple[FieldName, ...] = ("key_parameters", "value_parameters", "key_codes", "value_codes")
-"""The fields of a record, in their order. Parameters of K and V are neighbours: lowering moves them as one."""
+"""The fields of a record, in their order. The parameters of K and V must be neighbours: lowering moves them as one."""
 
 STATE: tuple[StateName, ...] = ("length", "start", "count", "reached")
-"""The rows of `state` (int32), by which kernels know each sequence: its length before the call, the first column and
-the count of its own tokens in the call, and a length that it has had and that says how many blocks every layer has
-flushed."""
+"""The rows of `state` (int32), from which kernels read of each sequence: its length before the call, the first column
+of its tokens in the call and their count, and a past length from which every layer's number of flushed blocks
+follows."""
 
 
 def state_row(name: StateName) -> int:
@@ -40,7 +40,7 @@ def state_row(name: StateName) -> int:
 
 
 def state_rows(told: Mapping[StateName, list[int]]) -> list[list[int]]:
-    """What `state` is to hold, in the order of its rows."""
+    """The values of `state`, in the order of its rows."""
     return [told[name] for name in STATE]
 
 
@@ -63,7 +63,7 @@ class Record:
     """The layout of a record: a quantized block of `block` tokens of one head.
 
     K is packed along the channels of a token, V along the tokens of a channel. A group of K is a channel of the block
-    where keys go `key_by_channel`, else a token; a group of V is a token.
+    if `key_by_channel`, else a token; a group of V is a token.
     """
 
     block: int
@@ -88,7 +88,7 @@ class Record:
         return {name: shapes[name] for name in FIELDS}
 
     def before(self, name: FieldName) -> list[Field]:
-        """The fields that lie before one."""
+        """The fields that lie before the one of this name."""
         fields = self.fields
         return [fields[other] for other in FIELDS[: FIELDS.index(name)]]
 

@@ -1,12 +1,12 @@
 """The reference path: attention over a layer's cache in plain PyTorch.
 
-Codes are never turned back into K and V. With x = zero + c * step, the query meets integer codes:
+K and V are never restored from their codes: with x = zero + c * step, products are taken with the integer codes.
 
     K grouped by token    q . k_t = step_t (q . c_t) + zero_t sum(q)
     K grouped by channel  q . k_t = (q * step) . c_t + q . zero
     V grouped by token    sum_t p_t v_t = sum_t (p_t step_t) c_t + sum_t p_t zero_t
 
-A few blocks at a time are unpacked to floats, contracted and forgotten.
+Codes are converted to floats a few blocks at a time, and not kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .layer_cache import LayerCache, Records
 from .quantize import fields_of, step_and_zero, unpack_bytes
 
 UNPACKED_NUMBERS = 1 << 19
-"""Codes unpacked at once: two megabytes of floats. Smaller chunks fit a nearer cache but pay more calls."""
+"""Codes unpacked at once: two megabytes of floats. Smaller chunks fit a faster CPU cache but take more calls."""
 
 SCORES = 1 << 22
 """Scores held at once; a long prompt's queries are taken in tiles of about so many."""
@@ -61,7 +61,7 @@ class Reference:
 
 
 REFERENCE = Reference()
-"""It knows nothing of a layer, so one serves them all."""
+"""It keeps nothing about a layer, so one object serves them all."""
 
 
 def _attend(

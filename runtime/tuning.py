@@ -1,4 +1,4 @@
-"""How the generated kernels are launched, as was measured on devices: `kernels/tuning.json` of an artifact."""
+"""The launch parameters of the generated kernels, as measured per device: `kernels/tuning.json` of an artifact."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from .plan import CODE_BITS
 TUNING, DEFAULT_TUNING = "tuning.json", "default"
 
 LARGEST_REGISTERS = 248
-"""Registers of a lane, of which eight single warps have the most that can be had."""
+"""The most registers that a lane is given: with these, eight programs of one warp fit a multiprocessor."""
 
 NARROW_REGISTERS = 168
-"""Registers of a lane for heads of up to 64 channels: more programs at once are worth more than more registers."""
+"""The most registers of a lane for heads of up to 64 channels, where more programs at once help more than more
+registers."""
 
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """The decode kernel runs in single warps of so many `registers` a lane, for heads of 128 channels; a lane takes
-    `cells` words of V in a step, and blocks of the pool are asked for `prefetch` ahead."""
+    """Launch parameters of the decode kernel, whose programs are single warps.
+
+    A lane has so many `registers`, for heads of 128 channels, and takes `cells` words of V in a step. Blocks of the
+    pool are prefetched `prefetch` blocks ahead.
+    """
 
     cells: int
     registers: int
     prefetch: int
 
     def registers_for(self, channels: int) -> int:
-        """Sums of values and queries take registers in proportion to a head's channels."""
+        """Registers of a lane for heads of so many channels, in proportion to which queries and sums of values take
+        them."""
         most = NARROW_REGISTERS if channels <= 64 else LARGEST_REGISTERS
         return LARGEST_REGISTERS if channels > 128 else min(self.registers, most)
 
@@ -49,11 +54,11 @@ class Tuning:
     append_warps: int = 4
     lower_warps: int = 8
     prefill_scratch: int = 256 << 20
-    """Bytes for what new tokens attend to, unpacked."""
+    """Bytes for unpacked keys and values, which new tokens attend to."""
 
     def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Queries and keys of a step of the prefill kernel. Wide keys are taken fewer at a time, for the sake of shared
-        memory, and fp32 numbers, which are no operands of the matrix unit, in tiles that registers hold."""
+        """How many queries and keys a step of the prefill kernel takes. Wider heads take fewer keys, to fit shared
+        memory. The matrix unit cannot multiply fp32 numbers, so their tiles are small enough for registers."""
         if dtype == torch.float32:
             return 32, 16
         return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
@@ -62,7 +67,7 @@ class Tuning:
 def read_tunings(text: str) -> dict[str, Tuning]:
     """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices.
 
-    Raises `ArtifactError` where it is something else.
+    Raises `ArtifactError` where the text is not such a table.
     """
     tunings: dict[str, Tuning] = conform(parse_json(text.encode(), TUNING), dict[str, Tuning], TUNING)
     if DEFAULT_TUNING not in tunings:
@@ -79,6 +84,6 @@ def read_tunings(text: str) -> dict[str, Tuning]:
 
 
 def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:
-    """How to launch kernels on a device: as was measured on it, or cautiously."""
+    """How to launch kernels on a device: as measured on it, or by the default."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((tuning for known, tuning in tunings.items() if known in name), tunings[DEFAULT_TUNING])

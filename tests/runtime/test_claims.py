@@ -17,7 +17,7 @@ from pmkvq_compiler.runtime.model import CompiledModel
 from ..fuzz.interrupts import PLANS, plans, tiny_model
 
 MAX_LEN = 330
-BUSY = r"^this cache is in use by another thread; give each thread a cache of its own, or wait until .*$"
+BUSY = r"^this cache is in use by another thread; give each thread its own cache, or wait until .*$"
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_a_device_that_is_not_there_is_told_in_a_sentence(cache: Cache) -> None:
         if device is not None:
             with pytest.raises(runtime.InputError, match=r"a cache cannot be moved to .*; name a device"):
                 cache.to(device)  # type: ignore[arg-type]
-    with pytest.raises(runtime.InputError, match="cannot be shared between processes; send it to one"):
+    with pytest.raises(runtime.InputError, match="cannot be shared between processes; send it to one process"):
         cache.share_memory_()
 
 

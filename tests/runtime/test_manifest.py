@@ -57,8 +57,8 @@ TEXTS = {
     "[" * 100_000: "nested too deeply",
     '{"a":' * 100_000 + "1" + "}" * 100_000: "nested too deeply",
     '{"format_version": 2, "format_version": 2}': "'format_version' occurs twice",
-    '{"format_version": NaN}': "NaN is no number",
-    '{"format_version": -Infinity}': "-Infinity is no number",
+    '{"format_version": NaN}': "NaN is not a number",
+    '{"format_version": -Infinity}': "-Infinity is not a number",
     '{"format_version": ' + "9" * 5000 + "}": "cannot be read",
     '{"format_version": 1e999}': "names no format_version",
     '{"format_version": true}': "names no format_version",
@@ -116,22 +116,22 @@ CHANGES: list[tuple[Change, str]] = [
         at("plan", "layers", 1, "stages", to=[[16, 16], [8]]),
         r"layers\[1\]: stages\[1\] is \[8\] instead of a list of 2",
     ),
-    (at("plan", "layers", 1, "stages", to=[[3, 3]]), r"layers\[1\]: stages are pairs"),
+    (at("plan", "layers", 1, "stages", to=[[3, 3]]), r"layers\[1\]: stages must be pairs"),
     (at("plan", "layers", 1, "stages", to=lambda s: s[::-1]), r"layers\[1\]: stages"),
     (at("plan", "layers", 0, "key_axis", to="row"), "key_axis is \"row\" instead of 'token' or 'channel'"),
     (at("plan", "layers", 0, "sliding_window", to=0), "sliding_window is 0"),
     (at("plan", "layers", 0, "sliding_window", to=[]), "instead of an integer or null"),
-    (at("plan", "layers", 0, "key_head_dim", to=7), "head dimensions are multiples of 8"),
-    (at("plan", "layers", 0, "arena_bytes", to=1), "do not hold"),
+    (at("plan", "layers", 0, "key_head_dim", to=7), "head dimensions must be multiples of 8"),
+    (at("plan", "layers", 0, "arena_bytes", to=1), "cannot hold"),
     (at("plan", "layers", 0, "window", to=-64), "at least 1"),
     (at("vocab_size", to=129), "has a vocab_size of 129 and model.py 128"),
     (at("vocab_size", to=96), "has a vocab_size of 96 and model.py 128"),
-    (at("vocab_size", to=-1), "no size of a vocabulary"),
-    (at("weights", to=[]), "names no file beside it"),
-    (at("weights", to=["model.safetensors"] * 2), "or one twice"),
+    (at("vocab_size", to=-1), "is not between 1 and"),
+    (at("weights", to=[]), "must list files beside it"),
+    (at("weights", to=["model.safetensors"] * 2), "each of them once"),
     (at("weights", to=["other.safetensors"]), "without its digest or its tensors"),
     (at("weights", to="model.safetensors"), "instead of a list"),
-    (at("weights", to=[f"{PACKAGE}/constants.safetensors"]), "names no file beside it"),
+    (at("weights", to=[f"{PACKAGE}/constants.safetensors"]), "must list files beside it"),
     (at("tensors", to={}), "without its digest or its tensors"),
     (lambda m: m["tensors"]["model.safetensors"].pop("lm_head.weight"), "tensor lm_head.weight is F32 .* says nothing"),
     (lambda m: m["tensors"]["model.safetensors"].update(more="F32 [1]"), "tensor more is missing"),
@@ -141,8 +141,8 @@ CHANGES: list[tuple[Change, str]] = [
     (at("key_rotations", to=[9]), "layers that the plan does not have"),
     (at("key_rotations", to=[False]), r"key_rotations\[0\] is false instead of an integer"),
     (at("files", "model.safetensors", to="0" * 64), "was changed after the compile"),
-    (at("files", "model.safetensors", to="0"), "is no sha256"),
-    (at("package", to=""), "no name of a package"),
+    (at("files", "model.safetensors", to="0"), "is not a sha256"),
+    (at("package", to=""), "cannot name a package"),
     (at("package", to="elsewhere"), "without its digest|is missing"),
     (at("options", to={"a": {"b": {}}}), "options: a is"),
     (at("fingerprints", to=[]), "fingerprints is"),
@@ -169,7 +169,7 @@ def test_weights_that_are_others_than_the_code_needs_are_named(folder: Path) -> 
         ({**tensors, name: tensors[name].reshape(-1)}, rf"tensor {name} is F32 \[4096\]"),
         (
             {**tensors, "another": tensors[name].clone()},
-            r"tensor another is F32 \[64, 64\] where .* says nothing of it",
+            r"tensor another is F32 \[64, 64\] where .* says nothing about it",
         ),
         ({}, "is missing"),
     ):
@@ -208,12 +208,12 @@ def test_ids_beyond_the_vocabulary_never_reach_a_text(
 def test_what_is_no_id_is_named(folder: Path, key: str, value: Any) -> None:
     (folder / "generation_config.json").write_text(json.dumps({key: value}))
     signed(folder, "generation_config.json")
-    refused(folder, f"generation_config.json: {key} is .* which is no token id")
+    refused(folder, f"generation_config.json: {key} is .* which is not a token id")
 
 
 def test_settings_that_are_no_settings_are_named(folder: Path) -> None:
     for name, text, words in (
-        ("generation_config.json", "[]", "generation_config.json is no JSON object"),
+        ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
         ("generation_config.json", "[" * 100_000, "generation_config.json cannot be read"),
         (f"{PACKAGE}/kernels/tuning.json", "{}", "tuning.json has nothing for 'default'"),
         (f"{PACKAGE}/kernels/tuning.json", '{"default": 1}', "tuning.json: default is 1 instead of an object"),
