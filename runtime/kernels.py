@@ -306,10 +306,10 @@ def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
 
 
 def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
-    """In how many parts a head's pool is read, and how many parts that makes together with those of its rows.
+    """In how many parts a head's pool is read, and how many parts that makes with those of its rows.
 
-    The device runs `resident` programs on each multiprocessor at a time. The pool gets the fewest parts that keep nine
-    in ten of these places busy, but none of fewer than FEWEST_BLOCKS blocks.
+    As few as keep nine in ten of the places busy that the device has for programs, `resident` a multiprocessor, and no
+    smaller than is worth a program.
     """
     row_splits = -(-(store.plan.sink + store.plan.window) // ROWS_DECODED)
     places = multiprocessors(store.arena.device) * resident

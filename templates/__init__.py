@@ -10,7 +10,7 @@ import jinja2
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a template of this folder; a value that it lacks is an error."""
+    """The text of a template of this folder, filled with `values`; a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(read),
         undefined=jinja2.StrictUndefined,
@@ -23,7 +23,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def toml_string(text: str) -> str:
-    """A text as TOML writes strings. JSON's are the same, but that TOML has no raw DEL and no halves of characters."""
+    """A text as a TOML string, which is a JSON string except that TOML has no raw DEL and no lone surrogates."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -56,7 +56,7 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _generate(self, token_ids: Tensor) -> str:
-        """Generate after `token_ids` [1, S], of which only those are fed that the cache does not hold yet."""
+        """Continue `token_ids` [1, S]. Only the ids that the cache does not hold yet are fed to the model."""
         ids = token_ids[0].tolist()
         if ids[: len(self.cached)] != self.cached or len(ids) == len(self.cached):
             self.cache, self.cached = self.model.new_cache(), []
@@ -99,7 +99,7 @@ def _chat(talk: Conversation) -> int:
             print()
             return 0
         except UnicodeDecodeError as error:
-            print(f"what was typed is no text ({error}); type it again", file=sys.stderr)
+            print(f"the input is not valid text ({error}); type it again", file=sys.stderr)
             continue
         if text == "/quit":
             return 0
@@ -110,7 +110,7 @@ def _chat(talk: Conversation) -> int:
                 talk.say(text)
             except (ArtifactError, InputError) as error:  # the conversation goes on after /reset
                 print(error, file=sys.stderr)
-            except KeyboardInterrupt:  # what was said of the answer is forgotten
+            except KeyboardInterrupt:  # the conversation forgets the unfinished answer
                 talk.cache, talk.cached = talk.model.new_cache(), []
                 print()
 
@@ -119,8 +119,8 @@ def _parser(package: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"{__doc__} {HELP}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens an answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (%(default)s)")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--device", metavar="NAME", help="cpu (default), cuda:0 ...")

@@ -1,4 +1,4 @@
-"""Chats are rendered by `chat_template.py` in a process of its own, which gets little memory and time."""
+"""Renders chats by running `chat_template.py` in a separate process, with bounded memory and time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import jinja2
 import markupsafe
 
 RENDER_SECONDS, RENDER_BYTES = 8, 512 << 20
-"""What rendering chats may take before it is ended."""
+"""The seconds and bytes that rendering may take before it is stopped."""
 
 RENDER_CHARACTERS = 1 << 20
-"""Characters that a chat may be rendered to, beside sixteen for each of what it is made of."""
+"""A rendered chat may have this many characters, and sixteen more for each character of its template and messages."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that a message's reasoning is passed under; templates read the first, some the second."""
+"""The keys under which callers pass a message's reasoning. Templates read the first, and some the second."""
 
 
 class RenderFailed(Exception):
-    """The process ended or was ended, and which of its chats was the cause is not known."""
+    """The process failed or was stopped. Which of its chats was the cause is not known."""
 
 
 def usual(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def usual(message: Mapping[str, Any]) -> dict[str, Any]:
 def rendered(
     program: str, template: str, chats: Sequence[Mapping[str, Any]], seconds: int = RENDER_SECONDS
 ) -> list[dict[str, str]]:
-    """What a template makes of each of `chats`, which are its variables: `{"text": ...}`, or `{"error": a reason}`.
+    """Render a template once for each of `chats`, which are its variables: `{"text": ...}` or `{"error": a reason}`.
 
     `program` is the source of `chat_template.py`. All chats share one process, its memory and its `seconds`. Raises
     `RenderFailed` with the reason where that process gives no answer.
@@ -61,7 +61,7 @@ def rendered(
             check=False,
         )
         if done.returncode != 0:
-            raise RenderFailed(f"it ended with {done.returncode}")
+            raise RenderFailed(f"it ended with exit code {done.returncode}")
         answers: list[dict[str, str]] = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise RenderFailed(f"it takes more than {seconds} seconds") from error

@@ -1,7 +1,7 @@
-"""Renders a chat template, as a program of its own: `chat_process.py` runs it with little memory and time.
+"""Renders a chat template. `chat_process.py` runs this file as a program with bounded memory and time.
 
-A template is a program of whoever made the model. Jinja's sandbox keeps it from everything but memory and time:
-`'a' * 10**10` takes the one, nested loops the other. The request comes as JSON on standard input; the text of each
+A template is a program by whoever made the model. Jinja's sandbox keeps it from everything but memory, which
+`'a' * 10**10` uses up, and time, which nested loops do. The request comes as JSON on standard input; the text of each
 chat, or the reason why there is none, goes as JSON to standard output. The arguments are folders to find jinja2 in.
 """
 
@@ -24,12 +24,12 @@ from jinja2.utils import Namespace
 
 try:
     import resource
-except ImportError:  # where there are no such limits, the time that the parent waits is the only one
+except ImportError:  # a system without such limits: the parent's timeout is the only one
     resource = None  # type: ignore[assignment]
 
 
 class Generation(Extension):
-    """`{% generation %}`, with which templates mark what the model has said: a block that is rendered as it is."""
+    """`{% generation %}`, by which templates mark the model's answers. The block is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -43,7 +43,7 @@ class Generation(Extension):
 
 
 class Dict:
-    """`dict` for templates: makes dictionaries, and gives no way to the class."""
+    """`dict` for templates: it makes dictionaries but does not lead to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -53,7 +53,7 @@ class Dict:
 
 
 class PublicNamespace(Namespace):
-    """`namespace` for templates, whose attributes do not begin with an underscore."""
+    """`namespace` for templates; it refuses attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *pairs = args
@@ -73,7 +73,7 @@ class PublicNamespace(Namespace):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for: the environment in which transformers renders them."""
+    """The environment that chat templates are written for, as transformers sets it up."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
@@ -99,16 +99,17 @@ def refuse(message: str) -> None:
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Let this process take so many bytes and seconds of a processor."""
+    """Limit this process to so many bytes of memory and seconds of processor time."""
     if resource is not None:
         for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
             _, hard = resource.getrlimit(what)
-            with suppress(OSError, ValueError):  # some systems know a limit and refuse it
+            with suppress(OSError, ValueError):  # some systems define a limit but do not let it be set
                 resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """`{"text": ...}` of the request's template and variables in so many characters, or `{"error": a reason}`."""
+    """Render the request's template with its variables: `{"text": ...}`, or `{"error": a reason}`, for example that the
+    text is too long."""
     try:
         text = environment().from_string(request["template"]).render(**request["variables"])
     except TemplateError as error:
@@ -118,7 +119,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     except Exception as error:  # whatever a program may raise: a division by zero, a type that does not fit
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     if len(text) > request["characters"]:
-        return {"error": f"it makes {len(text):,} characters of them"}
+        return {"error": f"it renders them to {len(text):,} characters, which is too long"}
     return {"text": text}
 
 

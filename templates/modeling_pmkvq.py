@@ -49,9 +49,9 @@ UNSUPPORTED = {
 
 
 class PmkvqCache(Cache):
-    """The runtime's cache where transformers expects one of its own.
+    """The runtime's cache as a cache of transformers.
 
-    transformers counts columns, in which padding is included; `cache`, the runtime's, counts each sequence's tokens.
+    transformers counts columns, which include padding. `cache`, the runtime's, counts each sequence's tokens.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -60,7 +60,7 @@ class PmkvqCache(Cache):
         self._note(0, 0)
 
     def _note(self, columns: int, unpadded: int) -> None:
-        """Columns that were fed, how many of the last hold a token in every row, and the tokens that this makes."""
+        """Note how many columns were fed, how many of the last hold a token in every row, and each row's tokens."""
         self._counted = columns, unpadded, list(self.cache.length)
 
     @property
@@ -72,11 +72,11 @@ class PmkvqCache(Cache):
         return self._counted[1]
 
     def check(self) -> None:
-        """Raises `ValueError` where the runtime's cache holds other tokens than were counted here."""
+        """Raises `ValueError` where the runtime's cache holds more or fewer tokens than were counted here."""
         if self.cache.length != self._counted[2]:
             raise ValueError(
-                "this cache was interrupted in the middle of a call, or changed behind its back: it holds "
-                f"{self.cache.length} tokens where {self._counted[2]} were counted; reset() it or make a new one"
+                "this cache was interrupted in the middle of a call, or its runtime cache was changed directly: it "
+                f"holds {self.cache.length} tokens where {self._counted[2]} were counted; reset() it or make a new one"
             )
 
     def __copy__(self) -> PmkvqCache:
@@ -106,7 +106,7 @@ class PmkvqCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether a crop leaves no trace: it takes back neither a lowering of bits nor what a sliding window passed."""
+        """Whether a crop restores the cache exactly: it undoes no lowering, and what left a sliding window is lost."""
         plans = [layer.plan for layer in self.cache.layers]
         return not any(plan.quantized or plan.sliding_window is not None for plan in plans)
 
@@ -131,7 +131,7 @@ class PmkvqCache(Cache):
         raise NotImplementedError("this cache is filled by the artifact's own attention; pass it to no other model")
 
     def count(self, mask: Tensor) -> None:
-        """Note the columns of a call, whose `mask` [B, S] says which are tokens."""
+        """Count the columns of a call. Its `mask` [B, S] is true for tokens and false for padding."""
         padded = (~mask).any(0).flip(0)
         trailing = int(padded.int().argmax()) if bool(padded.any()) else len(padded) + self.unpadded
         self._note(self.columns + len(padded), trailing)
@@ -175,7 +175,7 @@ class PmkvqCache(Cache):
 
 
 class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
-    """A compiled model. For inference: it has no gradients, and its cache is always the artifact's."""
+    """A compiled model, for inference only: it has no gradients, and its cache is always the artifact's."""
 
     main_input_name = "input_ids"
     _supports_sdpa = True  # attention is the artifact's; this keeps transformers from refusing its own default
@@ -203,7 +203,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> PmkvqForCausalLM:
-        """The model in an artifact's folder or hub repository, in its own dtype and on the CPU unless told otherwise.
+        """The model in an artifact's folder or hub repository, by default in its own dtype and on the CPU.
 
         `dtype` is a torch dtype, its name or "auto"; `device_map` one device, {"": device} or "auto"; `backend` is
         "triton" or "reference", as in the runtime's `load`. Raises `ValueError` for what an artifact cannot do.
@@ -237,7 +237,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
-        """Move or convert the weights; constants move only. What attends is chosen for the device."""
+        """Move or convert the weights. Constants are moved, never converted. Attention is chosen for the device."""
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.compiled.dtype, device=self.compiled.device))
         weights = self.compiled.weights  # read by the generated code: changed in place
@@ -249,7 +249,8 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> PmkvqCache:
-        """An empty cache for `past_key_values`, of as many tokens a sequence as the budget allows unless given."""
+        """An empty cache for `past_key_values`, for sequences of up to `max_len` tokens (by default as many as the
+        budget allows)."""
         return PmkvqCache(self.compiled.new_cache(batch_size, max_len))
 
     @can_return_tuple
@@ -264,24 +265,25 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         cache: PmkvqCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of `input_ids` [B, S], of the last `logits_to_keep` columns or of those that it lists (0: of all).
+        """Logits [B, kept, vocab_size] of `input_ids` [B, S]: of the last `logits_to_keep` columns, of those that it
+        lists, or of all (0).
 
-        `attention_mask` [B, cached columns + S] marks padding (0), at either end of a row. `position_ids` follow the
-        mask unless given. `cache` and `past_key_values` are one, the newer and the older name. Long input is taken in
-        chunks, so that all but the first read a quantized cache.
+        `attention_mask` [B, cached columns + S] marks padding (0), at either end of a row. `position_ids` follow from
+        the mask by default. `cache` and `past_key_values` are the newer and the older name of one argument. Long input
+        is fed in chunks, and all chunks but the first attend to tokens that may be quantized already.
         """
         for name in UNSUPPORTED.keys() & kwargs.keys():
             if kwargs[name] is not None and kwargs[name] is not False:
                 raise ValueError(f"{name} is not supported by a compiled artifact; {UNSUPPORTED[name]}")
         for name, value in kwargs.items():
-            if isinstance(value, Cache):  # not to be ignored: without its past a text goes on with something else
+            if isinstance(value, Cache):  # ignoring it would continue the text without its past
                 raise ValueError(f"{name} holds a cache; give it as cache or past_key_values")
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument; give one of them")
         if input_ids is None:
             raise ValueError("input_ids are missing; a compiled artifact reads token ids only")
         ids, mask = self.compiled.check_inputs(input_ids, None)
-        ids = ids.cpu()  # where each look at them is free
+        ids = ids.cpu()  # every check reads them, which is fast there
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         past = past_key_values if cache is None else cache
         if past is None:
@@ -313,8 +315,8 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1), **{CACHE: past if use_cache else None})
 
     def generate(self, *args: Any, custom_generate: Any = None, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`, without strategies that fetch their code, whose caches are of another kind. A
-        cache that is given is in use until the end."""
+        """As `GenerationMixin.generate`, except that it refuses strategies that fetch their code, which is written for
+        other caches. A cache that is passed is in use until the end."""
         if isinstance(custom_generate, str):
             raise ValueError(
                 f"custom_generate={custom_generate!r} is not supported: it is code for other caches; leave it out, or "
@@ -338,7 +340,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Called by `generate`: the cache is ours, and a request that it cannot hold is refused before any work."""
+        """Called by `generate`: makes our cache, and refuses what it cannot hold before any work is done."""
         if generation_config.cache_implementation not in CACHE_IMPLEMENTATIONS:
             raise ValueError(FOREIGN_IMPLEMENTATION.format(generation_config.cache_implementation))
         _check_ids(generation_config, self.compiled.vocab_size)
@@ -372,7 +374,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _defaults(folder: Path, vocab_size: int) -> GenerationConfig:
-    """The artifact's own defaults. What they say of other caches, and ids beyond the vocabulary, mean nothing here."""
+    """The artifact's generation defaults, without settings of other caches and without ids beyond the vocabulary."""
     config = GenerationConfig.from_pretrained(folder)
     config.cache_implementation = config.cache_config = None
     config.use_cache = True
@@ -407,7 +409,7 @@ def _folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
 
 
 def _import_package(folder: Path) -> ModuleType:
-    """The package of the artifact in `folder`, under a name of its own: artifacts of one model may differ.
+    """The package of the artifact in `folder`, under a unique name, since artifacts of one model may differ.
 
     Its `__init__.py` is run from the text that was compared with its digest, and imports the rest in the same way.
     Raises `ValueError` where the manifest or that file is damaged.
@@ -418,7 +420,7 @@ def _import_package(folder: Path) -> ModuleType:
         content = json.loads(manifest)
         package, digest = content["package"], content["files"][f"{content['package']}/__init__.py"]
         if not package.isidentifier():
-            raise ValueError(f"package {package[:60]!r} is no name of one")
+            raise ValueError(f"{package[:60]!r} cannot name a package")
         path = (folder / package if (folder / package).is_dir() else folder.absolute().parent) / "__init__.py"
         text = path.read_bytes()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -442,7 +444,7 @@ def _import_package(folder: Path) -> ModuleType:
 
 
 def _attach(model: nn.Module, name: str, value: Tensor) -> None:
-    """Register a weight under its name in the checkpoint, so that the model has its parameters where others do."""
+    """Register a weight under its name in the checkpoint, as in an ordinary model of transformers."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in model._modules:
@@ -467,7 +469,7 @@ def _dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
 
 
 def _new_columns(attention_mask: Any, shape: torch.Size, cached: int) -> Tensor:
-    """The part [B, S] of a mask over cached and new columns that is about new ones of a `shape`."""
+    """The part [B, S] of a mask over cached and new columns that is for the new ones, which have `shape`."""
     expected = [shape[0], cached + shape[1]]
     try:
         mask = torch.as_tensor(attention_mask)
@@ -481,7 +483,7 @@ def _new_columns(attention_mask: Any, shape: torch.Size, cached: int) -> Tensor:
 
 
 def _kept(logits_to_keep: Any, count: int) -> Tensor:
-    """Which of `count` columns logits are asked for."""
+    """The columns, of `count`, whose logits are asked for."""
     columns = torch.arange(count)
     if not isinstance(logits_to_keep, Tensor):
         last = _whole("logits_to_keep", logits_to_keep)

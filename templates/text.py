@@ -26,9 +26,9 @@ CLEANED += tuple((f" {ending}", ending) for ending in ("'m", "'s", "'ve", "'re")
 
 
 class Tokenizer:
-    """Encodes prompts and chats, decodes tokens, as transformers does with the same files.
+    """Encodes prompts and chats and decodes tokens, as transformers does with the same files.
 
-    `chat_template` is the template for chats, None where the model has none; it may be replaced by another one.
+    `chat_template` is the template for chats, None where the model has none. It may be set to another one.
 
     Raises `ArtifactError` where the artifact in `folder` has no `tokenizer.json`, or its files are damaged.
     """
@@ -42,7 +42,7 @@ class Tokenizer:
             lambda: Encoder.from_buffer(content), ArtifactError, f"{folder / 'tokenizer.json'} cannot be read", AGAIN
         )
         self.settings = _settings(artifact)
-        self.encoder.no_truncation()  # what a tokenizer was trained with is not to shorten or fill a prompt
+        self.encoder.no_truncation()  # settings from the tokenizer's training must not cut or pad a prompt
         self.encoder.no_padding()
         self.encoder.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         self.special_tokens = _special_tokens(self.settings)
@@ -51,7 +51,7 @@ class Tokenizer:
         self.renderer = artifact.package.read("chat_template.py").decode("utf-8")
 
     def encode(self, text: str) -> Tensor:
-        """Token ids [1, S] of a text, with the special tokens that the tokenizer puts around one."""
+        """Token ids [1, S] of a text, with the special tokens that the tokenizer adds to one."""
         return self._encode(text, add_special_tokens=True)
 
     def encode_chat(
@@ -62,7 +62,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> Tensor:
-        """Token ids [1, S] of a conversation, up to where the model is to answer. Arguments are those of `render_chat`.
+        """Token ids [1, S] of a conversation, up to where the model is to answer. See `render_chat` for the arguments.
 
         Raises `ArtifactError` where the model has no chat template, or one that does not take these messages.
         """
@@ -80,7 +80,7 @@ class Tokenizer:
         """The text that the model's chat template makes of a conversation.
 
         `tools` are JSON schemas of functions that the model may call, `documents` what it may quote; `variables` are
-        whatever else the template reads, such as `enable_thinking`. Templates run in a process of their own, with
+        whatever else the template reads, such as `enable_thinking`. The template runs in a separate process with
         bounded time and memory. Raises `ArtifactError`.
         """
         template = self.chat_templates.get("tool_use") if tools is not None else None
@@ -126,7 +126,7 @@ class Tokenizer:
 
 
 class Stream:
-    """Call it with token after token: it returns the text that has become certain."""
+    """Decodes tokens one after another: each call returns the text that has become complete."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -157,12 +157,12 @@ def _settings(artifact: Artifact) -> dict[str, Any]:
         return {}
     settings = parse_json(artifact.files.read(name), str(artifact.folder / name))
     if not isinstance(settings, dict):
-        raise ArtifactError(f"{artifact.folder / name} is no JSON object; {AGAIN}")
+        raise ArtifactError(f"{artifact.folder / name} is not a JSON object; {AGAIN}")
     return settings
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that have a name, which templates know them by."""
+    """The special tokens by the names that templates use for them."""
     named = {name: value for name, value in settings.items() if name in SPECIAL_TOKENS or name.endswith("_token")}
     for extra in (settings.get("model_specific_special_tokens"), settings.get("extra_special_tokens")):
         named |= extra if isinstance(extra, dict) else {}
@@ -171,7 +171,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _chat_templates(artifact: Artifact, settings: dict[str, Any]) -> dict[str, str]:
-    """Templates by their names, of which one is "default"; files go before what is in the settings."""
+    """Chat templates by name, one of which is "default". Template files take precedence over the settings."""
     found: dict[str, str] = {}
     for name in artifact.files.digests or ():
         match = re.fullmatch(r"chat_template\.jinja|additional_chat_templates/([^/]+)\.jinja", name)
@@ -191,14 +191,14 @@ def _chat_templates(artifact: Artifact, settings: dict[str, Any]) -> dict[str, s
             return found
     except (KeyError, TypeError, ValueError):
         pass
-    raise ArtifactError(f"{artifact.folder / 'tokenizer_config.json'} has a chat_template that is no text; {AGAIN}")
+    raise ArtifactError(f"{artifact.folder / 'tokenizer_config.json'} has a chat_template that is not text; {AGAIN}")
 
 
 # ---- chats ----
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """A message as templates see it: of plain data, without empty values, its reasoning under the usual names."""
+    """A message as templates see it: plain data without empty values, with its reasoning under the usual names."""
     plain = _plain(message)
     if not isinstance(plain, dict):
         raise ArtifactError(f"a message is {brief(message)!r}; give a dictionary with role and content")
@@ -206,7 +206,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of a value; whatever else it is becomes the name of its type."""
+    """A value as JSON data. What JSON cannot express becomes the name of its type."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -220,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 
 def _render(renderer: str, template: str, variables: dict[str, Any]) -> str:
-    """Run the program `renderer`, which is chat_template.py. Raises `ArtifactError`."""
+    """Render one chat. `renderer` is the source of chat_template.py. Raises `ArtifactError`."""
     try:
         (answer,) = rendered(renderer, template, [variables], RENDER_SECONDS)
     except RenderFailed as error:
