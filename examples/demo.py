@@ -2,7 +2,7 @@
 
     python examples/demo.py out/demo
 
-`make demo` compiles the artifact and then runs this, in a process of its own.
+`make demo` compiles the artifact and then runs this script.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pmkvq_compiler.runtime.plan import original_bytes
 PIECE = 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DARK, LIGHT = 0, 1
-"""The browser's numbers of the colour schemes."""
+"""The browser's numbers for the two colour schemes."""
 
 
 def main(artifact: Path, folder: Path) -> None:
@@ -57,7 +57,7 @@ def photograph(page: Path, picture: Path, scheme: int, width: int = 1060, height
 
 
 def measured(artifact: Path) -> list[Sample]:
-    """What the cache held after every piece of a text of `max_len` tokens."""
+    """The state of the cache after each piece of a text of `max_len` tokens."""
     model = runtime.load(artifact)
     plan, cache = model.plan, model.new_cache()
     text = files("pmkvq_compiler").joinpath("data/heldout.txt").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Decode attention over a plain bf16 cache: the Triton kernel that the packed ones are compared with.
 
-Split over the tokens, one softmax per tile; it reads the cache at the speed of the memory.
+It splits the tokens among programs and takes one softmax per tile. The memory limits its speed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/decode.py out/demo --model demo --context 2048
 
-The two take turns, so that a drift of the machine's speed meets both; the table shows medians over all steps.
+The two take turns, so that changes in the machine's speed affect both. The table shows medians over all steps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("artifact", help="folder that pmkvq-compile wrote")
     parser.add_argument("--model", required=True, help="the model that it was compiled from")
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache before the first timed step")
-    parser.add_argument("--steps", type=int, default=16, help="tokens a turn")
-    parser.add_argument("--turns", type=int, default=8, help="turns of each")
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded in each turn")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each contender")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

@@ -1,18 +1,18 @@
 """A whole model decoding from a long context: compiled, with a packed cache, against transformers with a bf16 cache.
 
-    python examples/benchmarks/end_to_end.py                         # everything, on the CUDA device that is there
+    python examples/benchmarks/end_to_end.py                         # everything, on a CUDA device
     python examples/benchmarks/end_to_end.py --only packed,eager
     python examples/benchmarks/end_to_end.py --shape tiny --device cpu --memory 2MiB     # a trial of the script
 
-The model has the shape of Qwen2.5-7B and random weights, the same for all; caches hold random keys and values, which
-are put there directly. `packed`: K and V at 2 bits, K by channel, 2.13 bits a number without the window. `bf16`: the
-same runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache,
-compiled by torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the largest batch that fits the
-device, and `packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose
-layers are all lowered in one step.
+The model has the shape of Qwen2.5-7B and random weights, the same for all; caches are filled with random keys and
+values directly. `packed`: K and V at 2 bits, K by channel, 2.13 bits a number without the window. `bf16`: the same
+runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache, compiled by
+torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the largest batch that fits the device, and
+`packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose layers are all
+lowered in one step.
 
-A step is everything from tokens to the next tokens, with a wait for them. Medians. Every part has a process of its own.
-Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
+A step takes the time from tokens to the next tokens, waiting for them included. Times are medians. Every part runs in
+its own process. Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
 """
 
 from __future__ import annotations
@@ -80,22 +80,22 @@ FINAL: Bits = (2, 2)
 BEFORE: Bits = (4, 2)
 WARM_UP, STEPS = 4, 16
 PROBES = (2, 4)
-"""Batches whose memory is measured, to tell that of a larger one."""
+"""Batches whose memory is measured, to predict that of a larger one."""
 FILL_CHUNK = 4096
 ROOM = WARM_UP + STEPS
-"""Tokens that are decoded after a context; `--context` counts them in."""
+"""Tokens that are decoded after a context; `--context` includes them."""
 SHORTEST = 1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every part is told."""
+    """The settings of the benchmark, the same for every part."""
 
     shape: str
     device: str
     context: int
     memory: int | None
-    """Bytes that weights and cache may take where the device does not tell."""
+    """Bytes that the cache may take, where the device's free memory is not known."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -105,7 +105,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: the median of a step's milliseconds, and memory in GiB; `true_bits` counts windows and all."""
+    """A measurement: the median of a step's milliseconds, and memory in GiB; `true_bits` counts windows as well."""
 
     part: str
     what: str
@@ -150,14 +150,14 @@ class Contender(ABC):
 
     @abstractmethod
     def start(self, batch: int) -> None:
-        """Have caches of the context for so many sequences."""
+        """Make caches for `batch` sequences and fill them with the context."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """The tokens [B] that follow `tokens` [B]."""
 
     def stop(self) -> None:
-        """Give the caches' memory back."""
+        """Free the caches' memory."""
         self.cache = None
 
     @abstractmethod
@@ -269,7 +269,7 @@ class Artifact(Contender):
 
 
 class Called(Artifact):
-    """The same model and caches, every step a call of the model."""
+    """The same model and caches, but every step is a call of the model, without a graph."""
 
     def __init__(self, artifact: Artifact) -> None:
         vars(self).update(vars(artifact))
@@ -315,7 +315,7 @@ class StaticTransformers(Transformers):
         self.cache = StaticCache(config=self.config, max_cache_len=self.setting.context)
         self.cache.early_initialization(batch, self.heads, self.head_dim, DTYPE, torch.device(self.device))
         for layer in self.cache.layers:
-            # tensors without the mark that asks for another compile with every new cache: the graph is captured here
+            # new tensors lack the mark by which torch would compile anew for every cache; the graph is captured below
             layer.keys, layer.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
             layer.cumulative_length = torch.full_like(layer.cumulative_length, self.filled)
             for stored in (layer.keys, layer.values):
@@ -328,7 +328,7 @@ class StaticTransformers(Transformers):
 
         self.replay = run if self.device == "cpu" else captured(run)
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.filled)  # the run before a capture took a token's place
+            layer.cumulative_length.fill_(self.filled)  # the runs above have counted a token
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -358,12 +358,12 @@ def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a run of steps took."""
+    """The seconds and bytes that a run of steps took."""
 
     seconds: list[float]
     cache_bytes: int
     peak: int
-    """Bytes of all tensors at the worst moment; those of weights and cache where the device does not tell."""
+    """The most bytes of all tensors at a time on a CUDA device; the caches' bytes elsewhere."""
 
 
 def decoded(contender: Contender, batch: int, steps: int = WARM_UP + STEPS) -> Decoded:
@@ -400,7 +400,8 @@ def row_of(contender: Contender, part: str, what: str, batch: int, seconds: floa
 
 
 def largest(contender: Contender, part: str) -> Row:
-    """The measurement at the largest batch that fits: as two smaller ones foretell, fewer where that does not fit."""
+    """The measurement at the largest batch that fits, which is predicted from two small ones and reduced until it
+    fits."""
     peaks = [decoded(contender, batch, steps=WARM_UP).peak for batch in PROBES]
     slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
     batch = int((memory(contender) - (peaks[0] - slope * PROBES[0])) / slope)
@@ -413,7 +414,7 @@ def largest(contender: Contender, part: str) -> Row:
 
 
 def memory(contender: Contender) -> int:
-    """Bytes that tensors may take: all that is free or PyTorch's already, but for a GiB that is lost between them."""
+    """Bytes that tensors may take: what is free or belongs to PyTorch already, less 1 GiB for fragmentation."""
     if contender.setting.memory is not None:
         return contender.setting.memory
     free, _ = torch.cuda.mem_get_info()
@@ -479,7 +480,7 @@ FULL_PRECISION = (*TRANSFORMERS, "bf16")
 
 
 def run_part(name: str, setting: Setting, others: int | None) -> list[Row]:
-    """In a process of its own."""
+    """Run a part; `main` calls this in a new process."""
     torch.manual_seed(0)
     if setting.device == "cpu":
         torch.set_num_threads(1)
@@ -501,22 +502,22 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen2.5-7b", choices=SHAPES, help="(%(default)s)")
     parser.add_argument("--context", type=int, default=32768, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(%(default)s)")
-    parser.add_argument("--memory", help="bytes for the cache, as 64MiB, where the device does not tell: on the CPU")
+    parser.add_argument("--memory", help="bytes for the cache, such as 64MiB; needed on the CPU")
     parser.add_argument("--output", type=Path, default=Path("out/end_to_end"))
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if unknown := set(names) - set(PARTS):
-        parser.error(f"--only {min(unknown)} is no part; choose from {', '.join(PARTS)}")
+        parser.error(f"--only {min(unknown)} is not a part; choose from {', '.join(PARTS)}")
     if arguments.context < SHORTEST:
         parser.error(f"--context {arguments.context} leaves no token to quantize; give {SHORTEST} or more")
     if arguments.device == "cpu" and arguments.memory is None:
-        parser.error("--device cpu does not tell how much fits; give --memory, as 8MiB")
+        parser.error("--device cpu needs --memory, since a CPU does not say how much fits; give it, such as 8MiB")
     given = None if arguments.memory is None else parse_budget(arguments.memory, 0)
     setting = Setting(arguments.shape, arguments.device, arguments.context, given)
     rows: list[Row] = []
     failed = []
     for name in names:
-        # the default cache of transformers grows by copies, for which fixed segments have no room
+        # transformers' default cache grows by copying, and fixed segments fragment too much for that
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{name in TRANSFORMERS}"
         others = max((row.batch for row in rows if row.part in FULL_PRECISION), default=None)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -579,7 +580,7 @@ def comparisons(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens a second over the batch, a line a cache."""
+    """Draw tokens a second over the batch, with a line for each cache."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""The generated kernels against attention over a bf16 cache, on the CUDA device that is there.
+"""The generated kernels against attention over a bf16 cache, on a CUDA device.
 
     python examples/benchmarks/kernel_times.py                       # everything
     python examples/benchmarks/kernel_times.py --only decode,append
@@ -7,8 +7,8 @@
 token into the cache, against the decode attention of the same step. `lower`: codes lowered in place, against the
 device's copy bandwidth. `prefill`: a prompt in chunks, against flash attention over the whole prompt.
 
-Every row is measured in the same run as what it is compared with: medians of replayed CUDA graphs over random data, the
-second-level cache emptied before each. Writes DIR/kernels.csv, kernels.md and kernels.svg.
+Every row and its baseline are measured in the same run. Times are medians of replayed CUDA graphs over random data,
+with the second-level cache emptied before each. Writes DIR/kernels.csv, kernels.md and kernels.svg.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `ratio` is the baseline's time over ours (of `lower`: bandwidth over that of a copy)."""
+    """One measurement. `ratio` is the baseline's time over ours (for `lower`, our bandwidth over that of a copy)."""
 
     kernel: str
     shape: str
@@ -230,7 +230,7 @@ def decode_rows() -> Iterator[Row]:
 
 
 def full_cache(shape: Shape, packing: Packing) -> tuple[Cache, LayerKernels, LayerCache]:
-    """A packed cache that has room for one more token of each sequence, which has been announced."""
+    """A packed cache with room for one more token of each sequence, for which `begin` was called."""
     axis, block, bits = packing
     cache, kernels, store = packed_cache(shape, layer_plan(shape, bits, axis, block))
     fill(cache, shape, shape.tokens - 1)
@@ -256,7 +256,7 @@ def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Ro
 
 
 def append_rows() -> Iterator[Row]:
-    """A token that finds room in the window, and one that sends a block away, against the step's attention."""
+    """A token that fits in the window, and one that makes it flush a block, against the attention of the step."""
     for _, _, bits in CHANNEL_64[1:]:
         layer = layer_plan(LARGE, bits, "channel", 64)
         cache, kernels, store = packed_cache(LARGE, layer)
@@ -273,7 +273,7 @@ def append_rows() -> Iterator[Row]:
 
 
 def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float:
-    """Microseconds of one token's append to every sequence; the cache's bookkeeping is as before."""
+    """Microseconds to append one token to every sequence. The cache's counts are as before afterwards."""
     cache.begin([slice(0, 1)] * LARGE.batch)
     k, v = (random_heads(LARGE, LARGE.heads, 1) for _ in range(2))
     counts = store.counts
@@ -289,7 +289,7 @@ def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float
 
 
 def lower_rows() -> Iterator[Row]:
-    """A gigabyte of codes lowered in place; bytes read and written a second against those of a copy."""
+    """A gigabyte of codes lowered in place: bytes read and written a second, against those of a copy."""
     source = torch.randint(-128, 128, (1 << 30,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     copy = max(
@@ -300,7 +300,7 @@ def lower_rows() -> Iterator[Row]:
 
 
 def eager(target: Tensor, source: Tensor) -> float:
-    """Microseconds of a copy by a kernel, which a graph would make a memcpy of, slower on some devices."""
+    """Microseconds of a copy by a kernel. In a graph a copy is a memcpy, which is slower on some devices."""
     return seconds_and_peak(lambda: torch.bitwise_not(source, out=target))[0]
 
 
@@ -342,7 +342,7 @@ def prefill_rows() -> Iterator[Row]:
 
 
 def prompt_work(cache: Cache, q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Callable[[], None]:
-    """The whole prompt, in chunks, into an emptied cache of one layer."""
+    """Work that feeds the whole prompt in chunks to an empty cache of one layer."""
 
     def prompt() -> None:
         cache.reset()
@@ -365,7 +365,7 @@ def prefill_row(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: i
 
 
 def seconds_and_peak(work: Callable[[], object], repeats: int = 5) -> tuple[float, int]:
-    """Median microseconds, and the most bytes allocated beyond what was there before."""
+    """Median microseconds, and the most bytes allocated at a time, beyond those before."""
     work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -394,7 +394,7 @@ def write(rows: list[Row], folder: Path) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Decode attention: how many times as fast as over bf16, beside what fewer bytes would allow."""
+    """Draw decode attention: how many times as fast as over bf16, beside what the fewer bytes would allow."""
     import matplotlib.pyplot as plt
 
     if not rows:

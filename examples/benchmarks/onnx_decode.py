@@ -4,7 +4,7 @@
     pmkvq-compile demo --recipe none --max-len 4096 --onnx -o out/plain
     python examples/benchmarks/onnx_decode.py out/demo out/plain --context 2048
 
-The two take turns of 64 steps, so that a drift of the machine's speed meets both; the table shows medians over turns.
+The two take turns of 64 steps, so that changes in the machine's speed affect both. The table shows medians over turns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHUNK = 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder that pmkvq-compile --onnx wrote")
-    parser.add_argument("plain", type=Path, help="the same, of the same model with --recipe none")
+    parser.add_argument("plain", type=Path, help="the same model's folder, compiled with --recipe none --onnx")
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache before the first timed step")
-    parser.add_argument("--steps", type=int, default=64, help="tokens a turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each")
+    parser.add_argument("--steps", type=int, default=64, help="tokens decoded in each turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each artifact")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""The number format of PM-KVQ and of the methods that it is compared with, for simulations of them.
+"""The number format of PM-KVQ and of the methods that it is compared with, to simulate them.
 
 A group has two fp16 numbers and codes whose levels reach both ends of the range, in steps of `range / (2^b - 1)`:
 
     x = mid + (c - (2^b - 1) / 2) * range / (2^b - 1)
 
-Codes are made at 16 bits and lowered by the paper's equivalent right shift, `round(c / (2^n + 1))` from 2n to n bits,
-whose result is the code quantized at n bits at once.
+Numbers are quantized to 16 bits. The paper's equivalent right shift lowers codes from 2n to n bits,
+`round(c / (2^n + 1))`, which gives the code that quantizing at n bits would have given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WIDEST = 16
 
 @contextmanager
 def papers_format() -> Iterator[None]:
-    """Within it, plans count two fp16 numbers a group, and K and V are calibrated and scored in this format."""
+    """Inside this context, plans count two fp16 numbers per group, and K and V are calibrated and scored in this
+    format."""
     with (
         patch.object(records, "PARAMETER_BITS", PARAMETER_BITS),
         patch.object(formats, "fake_quantize", fake_quantize),
@@ -51,7 +52,8 @@ def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def group_parameters(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Middles and ranges, fp16 numbers as float32, `dim` kept at size 1; ranges are rounded up, so nothing clips."""
+    """Middles and ranges, fp16 numbers as float32, `dim` kept at size 1. Ranges are rounded up, so nothing is
+    clipped."""
     low, high = (bound.to(torch.float32) for bound in torch.aminmax(x, dim=dim, keepdim=True))
     mid = (low / 2 + high / 2).clamp(-LARGEST_FP16, LARGEST_FP16).to(torch.float16).to(torch.float32)
     exact = (2 * torch.maximum(high - mid, mid - low)).clamp(max=LARGEST_FP16)

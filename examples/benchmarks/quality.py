@@ -4,23 +4,23 @@
     python examples/benchmarks/quality.py --model demo --text held-out.txt  # perplexity of a language model
     python examples/benchmarks/quality.py --model FOLDER --problems p.jsonl --calib c.jsonl
 
-`best` and what is left out of it are scored in the number format of the runtime, `pmkvq_compiler.runtime.quantize`.
-PM-KVQ and the baselines are calibrated, planned and scored in that of their papers, `papers_format`: two fp16 numbers a
-group, which count as bytes, steps of `range / (2^b - 1)`, and the equivalent right shift. An artifact compiled with one
-of these recipes has the runtime's format.
+`best` and its ablations are scored in the number format of the runtime, `pmkvq_compiler.runtime.quantize`. PM-KVQ and
+the baselines are calibrated, planned and scored in that of their papers, `papers_format`: two fp16 numbers per group,
+which count as bytes, steps of `range / (2^b - 1)`, and the equivalent right shift. An artifact that is compiled with
+one of these recipes has the runtime's format.
 
-Chains are scored by teacher forcing under the progressive cache (`pmkvq_compiler.teacher_forcing`), which gives exactly
-what greedy decoding would: a chain is right if and only if every argmax is. Problems are JSON lines with "prompt" and
-"chain"; the own reasoner's are drawn from seed 1, its calibration texts from seed 2, at most half as long. All
-recipes see the same problems, so differences are paired: the interval is the 95% bootstrap interval of the difference
-in exact chains to the first recipe.
+Chains are scored by teacher forcing under the progressive cache (`pmkvq_compiler.plan.teacher_forcing`), which gives
+the same result as greedy decoding: a chain is right if and only if every argmax is. Problems are JSON lines with
+"prompt" and "chain". Those of the project's reasoner are drawn from seed 1, its calibration texts from seed 2, at most
+half as long. All recipes see the same problems, so differences are paired: the interval is the 95% bootstrap interval
+of the difference in exact chains to the first recipe.
 
-`--decode 4` compiles each plan of the runtime's format and lets the artifact decode a few of the chains, half of them
-scored as wrong as far as there are any. What is decoded rounds as what is scored with `--dtype float32`; else in the
-model's own dtype.
+`--decode 4` compiles each plan of the runtime's format and lets the artifact decode four of the chains. Half of these
+are chains that were scored as wrong, as far as there are any. Scores are computed in float32 and the artifact decodes
+in its own dtype; with `--dtype float32` both round alike.
 
-Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number. Last comes Kendall's rank
-correlation of the predicted losses with the measured divergences, over all plans.
+Writes DIR/quality.csv, quality.md and quality.svg: quality against true bits a number. At the end it prints Kendall's
+rank correlation of the predicted losses with the measured divergences, over all plans.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ SMALL_VOCABULARY = 1024
 
 @dataclass(frozen=True)
 class Item:
-    """A text to score: tokens that are given, and tokens to be reproduced."""
+    """A text to score: the tokens of the prompt, and those that the model should reproduce."""
 
     prompt: list[int]
     chain: list[int]
@@ -146,9 +146,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipes", default="best,pm-kvq,kivi,kivi-128,rotation,uniform")
     parser.add_argument("--budgets", default="2.6bits,2.8bits,3bits,3.3bits,3.7bits,4.3bits")
     parser.add_argument("--ablations", action="store_true", help="leave one thing out at a time, at each budget")
-    parser.add_argument("--dtype", default="auto", help="what sink and window are counted in (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="dtype of sink and window in the byte counts (%(default)s)")
     parser.add_argument(
-        "--decode", type=int, default=0, help="chains of each plan that a compiled artifact decodes step by step, too"
+        "--decode", type=int, default=0, help="how many chains of each plan a compiled artifact decodes step by step"
     )
     parser.add_argument("--batch", type=int, default=12, help="items scored at once (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/quality"))
@@ -157,8 +157,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Bench:
-    """The source model, in float32 to score and in its own dtype to plan, its items with their full-precision scores,
-    and its calibrations."""
+    """The source model (in float32 to score, in its own dtype to plan), the items with their full-precision scores, and
+    the calibrations."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -216,7 +216,7 @@ class Bench:
         return [Item(begin + ids(prompt), ids(chain) + end) for prompt, chain in pairs]
 
     def recipes(self) -> list[Row]:
-        """A row for each recipe and budget that it can meet."""
+        """A row for each recipe and each budget that the recipe can meet."""
         rows = [self._full_row()]
         for recipe in self.arguments.recipes.split(","):
             for budget in self.arguments.budgets.split(","):
@@ -249,8 +249,8 @@ class Bench:
         )
 
     def plan(self, recipe: str, budget: str, effective_len: int) -> tuple[Tried, Calibration]:
-        """The plan of a recipe as a compile would take it, and the calibration that it was found from, which serves all
-        recipes that measure the same. Raises `CompileError` where none fits the budget."""
+        """The plan that a compile with this recipe would choose, and the calibration that it is based on. Recipes that
+        measure the same share a calibration. Raises `CompileError` where no plan fits the budget."""
         options = self._options(recipe, effective_len)
         problem = resolve(replace(options, budget=budget), self.sites, self.max_len, self.source.dtype)
         check_feasible(problem)
@@ -290,7 +290,7 @@ class Bench:
         return [row]
 
     def _decode(self, options: CompileOptions, budget: str, solution: Solution, scores: list[Score]) -> None:
-        """Print whether the compiled plan, step by step, decodes chains as they were scored."""
+        """Print whether the compiled artifact, decoding step by step, makes the chains that the scores say."""
         from stepwise import first_errors
 
         wrong = [index for index, score in enumerate(scores) if score.first_error is not None]
@@ -343,7 +343,7 @@ class Bench:
         return scores
 
     def _reference(self, start: int, batch: list[Item]) -> Tensor:
-        """Full-precision logits of a batch; those of small vocabularies are kept."""
+        """Full-precision logits of a batch; kept for the next plan if the vocabulary is small."""
         if start in self.references:
             return self.references[start]
         logits = self._logits(batch, None, None)
@@ -358,7 +358,7 @@ class Bench:
             ids[row, : len(item.prompt) + len(item.chain)] = torch.tensor(item.prompt + item.chain)
         positions = torch.arange(width, device=self.model.device).unsqueeze(0)
         if solution is None or calibration is None:
-            with observed(lambda call: None):  # one at a time: exact attention has all its scores in memory at once
+            with observed(lambda call: None):  # one at a time: exact attention holds all its scores in memory
                 return torch.cat([run(self.model, row.to(self.model.device), positions) for row in ids.split(1)])
         folds = Folds.of(solution, calibration)
         attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
@@ -367,7 +367,7 @@ class Bench:
 
 
 def own_problems() -> ModuleType:
-    """`problems.py` of the project's own reasoner."""
+    """The module `problems.py` of the project's reasoner."""
     sys.path.insert(0, str(OWN))
     import problems
 
@@ -375,13 +375,13 @@ def own_problems() -> ModuleType:
 
 
 def number_format(recipe: str) -> AbstractContextManager[None]:
-    """Where a recipe is calibrated, planned and scored: with its own authors' number format, or the runtime's."""
+    """The context in which a recipe is calibrated, planned and scored: its authors' number format, or the runtime's."""
     return papers_format() if recipe in IN_PAPERS_FORMAT else nullcontext()
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one item: its tokens, the first wrong one, and sums over its tokens."""
+    """The scores of one item: how many tokens, which is the first wrong one, and sums over the tokens."""
 
     tokens: int
     first_error: int | None
@@ -414,7 +414,7 @@ def paired_interval(differences: list[int], draws: int = 2000) -> tuple[float, f
 
 
 def kendall_tau(pairs: Collection[tuple[float, float]]) -> float:
-    """Kendall's rank correlation (tau-a) of pairs: 1 where both rank the same; nan of fewer than two."""
+    """Kendall's rank correlation (tau-a) of pairs: 1 where both rank alike; nan for fewer than two pairs."""
     orders = [
         math.copysign(1, (a - c) * (b - d)) if (a - c) * (b - d) else 0
         for (a, b), (c, d) in itertools.combinations(pairs, 2)
@@ -423,7 +423,8 @@ def kendall_tau(pairs: Collection[tuple[float, float]]) -> float:
 
 
 def rank_agreement(rows: Sequence[Row]) -> dict[str, float]:
-    """tau of predicted loss and measured divergence over all plans, and over those of each recipe that has several."""
+    """Kendall's tau of predicted loss and measured divergence, over all plans and over those of each recipe that has
+    several."""
     plans = {(row.predicted_loss, row.divergence): row.recipe for row in rows if row.budget}
     agreement = {"all": kendall_tau(plans)}
     for recipe in dict.fromkeys(plans.values()):
@@ -466,7 +467,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Quality against true bits, a line a recipe."""
+    """Draw quality against true bits, with a line for each recipe."""
     import matplotlib.pyplot as plt
 
     chains = any(row.exact > 0 for row in rows)

@@ -1,10 +1,10 @@
-"""The search for key scales: all candidates in one walk over the texts, against one walk for each candidate.
+"""The search for key scales: all candidates in one pass over the texts, against one pass for each candidate.
 
     python examples/benchmarks/scale_search.py --model demo
 
-Both use the same figure of merit, the squared error of the attention's output, at the same queries of the same texts
-(PM-KVQ evaluates its 20 exponents one after another, each by a run of the layer), and so must choose the same ones.
-Prints the median seconds of each over the repetitions, and their ratio.
+PM-KVQ evaluates its 20 exponents one after another, each by a run of the layer. Both ways minimize the squared error of
+the attention's output, at the same queries of the same texts, so they must choose the same exponents. Prints the median
+seconds of each over the repetitions, and their ratio.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="hub id, folder, .gguf file or `demo`")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024, help="tokens a sample (%(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sample (%(default)s)")
     parser.add_argument("--effective-len", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
@@ -85,7 +85,7 @@ def all_at_once(walk: Callable[[ScaleSearch], None], maxima: dict[int, Tensor]) 
 
 
 def one_after_another(walk: Callable[[ScaleSearch], None], maxima: dict[int, Tensor]) -> dict[int, float]:
-    """The same by a walk for each candidate."""
+    """The exponent of each layer, found with one pass for each candidate."""
     errors = []
     for index in range(GRID + 1):
         search = ScaleSearch(maxima, BITS, SINK, BLOCK)

@@ -1,4 +1,4 @@
-"""Chains decoded step by step by a compiled artifact: what `quality.py --decode` compares its scores with."""
+"""Decodes chains step by step with a compiled artifact, for `quality.py --decode` to compare its scores with."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pmkvq_compiler.runtime.plan import CachePlan
 def first_errors(
     options: CompileOptions, plan: CachePlan, items: Sequence[tuple[list[int], list[int]]], device: str
 ) -> list[int | None]:
-    """Compile what `options` ask for and decode each (prompt, right chain) greedily, one at a time; the first wrong
-    token of each chain, None where there is none.
+    """Compile a model with `options` and decode each (prompt, right chain) greedily, one at a time. Returns the step of
+    the first wrong token of each chain, None where all are right.
 
-    The artifact computes in its own dtype and attends with the backend that is `device`'s own. Raises `RuntimeError`
-    where the compiler's plan is not `plan`.
+    The artifact runs in its own dtype with the default backend of `device`. Raises `RuntimeError` where the compiler's
+    plan is not `plan`.
     """
     with TemporaryDirectory() as folder:
         options = replace(options, output=Path(folder) / "artifact")
         result = compile_model(options, lambda *_: None)
         if result.plan.layers != plan.layers:
-            raise RuntimeError("the artifact has another plan than the one that was scored")
+            raise RuntimeError("the artifact's plan is not the plan that was scored")
         assert result.path is not None
         model = runtime.load(result.path, device=device)
         return [first_error(model, prompt, chain) for prompt, chain in items]
@@ -36,6 +36,6 @@ def first_errors(
 
 @torch.inference_mode()
 def first_error(model: runtime.CompiledModel, prompt: list[int], chain: list[int]) -> int | None:
-    """Where the model's greedy continuation of a prompt leaves the right chain."""
+    """The first step at which the model's greedy continuation of a prompt differs from the right chain."""
     found = model.generate(torch.tensor([prompt]), max_new_tokens=len(chain))[0, len(prompt) :].tolist()
     return next((step for step, token in enumerate(chain) if found[step : step + 1] != [token]), None)

@@ -1,11 +1,11 @@
-"""Find how the kernels are launched best on the CUDA device that is there, and write that into a table of tunings.
+"""Find the fastest launch parameters of the kernels on this CUDA device, and write them into a table of tunings.
 
     python examples/benchmarks/tune.py --name H200 templates/kernels/tuning.json     # what new artifacts carry
     python examples/benchmarks/tune.py --name H200 ARTIFACT/PACKAGE/kernels/tuning.json
 
 Candidates are compiled by many processes and then timed one at a time: decode attention at the benchmark's largest
 shape for every width, and prefill of 32,768 tokens in chunks of 8,192. The fastest are written under --name, a part of
-the device's name. An artifact whose table has changed must be given its new sha256 in pmkvq.json, or compiled again.
+the device's name. After you change the table of an artifact, put its new sha256 into pmkvq.json, or compile again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compile_all(jobs: list[functools.partial[float]]) -> None:
-    """Run every job once, in processes: what Triton compiles for it is in its cache afterwards."""
+    """Run every job once, in parallel processes, so that Triton has its kernels in its cache."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=context) as pool:
         for _ in pool.map(run_quietly, jobs):

@@ -45,7 +45,7 @@ print(json.dumps({package}.load().generate(torch.tensor([ids]), new_tokens, eos_
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder that pmkvq-compile --onnx wrote")
-    parser.add_argument("--prompt-tokens", type=int, default=600, help="of held-out text")
+    parser.add_argument("--prompt-tokens", type=int, default=600, help="length of the prompt, from held-out text")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def same_code(artifact: Path, ids: Tensor, new_tokens: int) -> dict[str, list[int]]:
-    """The tokens that follow `ids` [1, S], by the name of each way but onnxruntime's."""
+    """The tokens that follow `ids` [1, S] in each of the three ways that run the same code."""
     start = ids.shape[1]
     compiled = AutoModelForCausalLM.from_pretrained(artifact, trust_remote_code=True)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
@@ -97,8 +97,8 @@ def with_wheel(artifact: Path, ids: Tensor, new_tokens: int) -> list[int]:
 
 
 def with_onnxruntime(artifact: Path, ids: Tensor, new_tokens: int) -> tuple[list[int], list[int], float]:
-    """The tokens of onnxruntime, those of the runtime at final bits, and by how much the logits differ in relative
-    norm, up to and with the first that another token was chosen from."""
+    """The tokens of onnxruntime, those of the runtime at final bits, and the difference of their logits in relative
+    norm, up to and including the first step at which the two choose different tokens."""
     decoder = OnnxDecoder(artifact / "model.onnx", threads=torch.get_num_threads())
     model, cache = as_in_onnx(artifact)
     found = _greedy(lambda piece: torch.from_numpy(decoder(piece.numpy())), ids, new_tokens)
@@ -110,8 +110,8 @@ def with_onnxruntime(artifact: Path, ids: Tensor, new_tokens: int) -> tuple[list
 
 
 def as_in_onnx(artifact: Path, batch_size: int = 1) -> tuple[runtime.CompiledModel, runtime.Cache]:
-    """The artifact and a cache that compute as `model.onnx` does: in float32, rows of a 16-bit model in float16, at the
-    bits that layers would end at, each sequence with the bytes of the plan."""
+    """The artifact and a cache that compute as `model.onnx` does: in float32, with a 16-bit model's rows in float16 and
+    final bits from the start. Each sequence has the bytes of the whole plan."""
     model = runtime.load(artifact, dtype="float32")
     layers = tuple(
         dataclasses.replace(layer, stages=layer.stages[-1:], arena_bytes=batch_size * layer.arena_bytes)
@@ -133,7 +133,7 @@ def _greedy(step: Callable[[Tensor], Tensor], ids: Tensor, new_tokens: int) -> T
 
 def _agreement(tokens: list[int], expected: list[int]) -> str:
     same = int(np.cumprod(np.equal(tokens, expected)).sum())
-    return f"all {same} tokens are the runtime's" if same == len(expected) else f"token {same + 1} is another"
+    return f"all {same} tokens are the runtime's" if same == len(expected) else f"token {same + 1} differs"
 
 
 if __name__ == "__main__":

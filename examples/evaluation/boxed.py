@@ -1,4 +1,4 @@
-"""How the answer in a chain of thought is judged: the harness's own way for AIME."""
+"""Judges the answer in a chain of thought as lm-evaluation-harness does for AIME."""
 
 from lm_eval.tasks.aime.utils import process_results
 

@@ -16,7 +16,7 @@ PROGRAM = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 
 
 def programs(samples: Iterable[str]) -> list[dict[str, Any]]:
-    """The last program of each answer in JSON `samples`, an empty one where an answer has none."""
+    """The last program in each answer of the JSON lines `samples`; an empty text where an answer has none."""
     found = []
     for sample in map(json.loads, samples):
         answers = [answer for answers in sample["resps"] for answer in answers]

@@ -2,7 +2,7 @@
 
     python examples/onnx/onnx_generate.py out/demo "The whale rose" --max-new-tokens 64
 
-It needs onnxruntime and tokenizers; neither torch nor the compiler.
+It needs onnxruntime and tokenizers, but neither torch nor the compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 
 
 class OnnxDecoder:
-    """A session and the cache of its sequences, which begin empty and all have the same length."""
+    """An onnxruntime session and the cache of its sequences, which start empty and all have the same length."""
 
     def __init__(self, path: Path, batch_size: int = 1, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
@@ -40,7 +40,7 @@ class OnnxDecoder:
             "position_ids": _value(np.ascontiguousarray(np.broadcast_to(positions, (batch, count)))),
         }
         logits, *present = self.session.run_with_ort_values(self.outputs, {**inputs, **self.state})
-        self.state = dict(zip(self.state, present, strict=True))  # present comes in the order of past
+        self.state = dict(zip(self.state, present, strict=True))  # outputs come in the order of the inputs
         self.length += count
         return logits.numpy()
 

@@ -1,13 +1,13 @@
-"""Long chains of thought that are right or wrong: ledgers of sums, one character a token.
+"""Long chains of thought that are right or wrong: ledgers of sums, with one character for each token.
 
-A problem's prompt lists named entries, each a digit or the sum or difference (modulo 10) of two earlier entries. Its
-chain works every entry out:
+A problem's prompt lists named entries. Each is a digit, or the sum or difference (modulo 10) of two earlier entries.
+The chain works every entry out:
 
     prompt   q8;か7;ネq-か;Bネ+q;?\\n
     chain    q8;か7;ネq8-か7=ネ1;Bネ1+q8=B9;!\\n
 
-The right chain is unique, every entry may be needed again until the end, and one wrong character spoils all that is
-built on it: a lossy key/value cache shows. An entry costs 15 tokens, prompt and chain together.
+The right chain is unique. Every entry may be needed again until the end, and one wrong character spoils all entries
+that depend on it, so the losses of a key/value cache show. An entry takes 15 tokens, prompt and chain together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODEL = Path(__file__).with_name("model")
 
 
 def ledger(rng: random.Random, entries: int) -> tuple[str, str]:
-    """Prompt and right chain of a random ledger of `entries` entries, at most as many as there are `NAMES`."""
+    """Prompt and right chain of a random ledger of `entries` entries, of which there are at most `len(NAMES)`."""
     prompt, chain, values = [], [], []
     names = rng.sample(NAMES, entries)
     for index, name in enumerate(names):
@@ -47,7 +47,7 @@ def ledger(rng: random.Random, entries: int) -> tuple[str, str]:
 
 
 def most_entries(tokens: int) -> int:
-    """Entries of the longest ledger whose prompt and chain, with `<s>` and `</s>`, have at most so many tokens."""
+    """Entries of the longest ledger whose prompt and chain, with `<s>` and `</s>`, have at most `tokens` tokens."""
     around, literal, entry = 6, 6, 15
     return min(len(NAMES), LITERALS + (tokens - around - LITERALS * literal) // entry)
 

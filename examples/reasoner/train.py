@@ -1,7 +1,7 @@
 """Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
 
-A Llama of 3 million parameters learns to work ledgers out (`problems.py`). Ledgers get longer whenever the present
-longest ones are nearly learnt. Matrices are trained by Muon, all else by AdamW.
+A Llama of 3 million parameters learns to work out ledgers (`problems.py`). Longer ledgers are added when the longest
+ones so far are nearly learnt. Muon trains the matrices, AdamW everything else.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CONTEXT = 4096
 TOKENS_A_BATCH = 16 * CONTEXT
 LENGTHS = (256, 512, 1024, 2048, 4096)
 LEARNT = 0.02
-"""Loss (nats a token) of the longest ledgers so far at which longer ones are added."""
+"""Longer ledgers are added when the loss of the longest ones so far is below this (nats a token)."""
 
 IGNORED = -100
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
-    """Batches (`input_ids`, `labels`) of ledgers that fill one of the first `level` + 1 of `LENGTHS`, half of them the
-    longest; only the chain is to be learnt."""
+    """Batches (`input_ids`, `labels`) of ledgers whose length is one of the first `level` + 1 of `LENGTHS`. Half of the
+    batches have the longest; only the chain is to be learnt."""
 
     def __init__(self, level: Synchronized[int]) -> None:
         self.level = level
@@ -110,7 +110,7 @@ def train(model: LlamaForCausalLM, minutes: float, workers: int) -> None:
 
 @torch.no_grad()
 def exact(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
-    """Share of the problems whose greedy chain is right to the last character, by teacher forcing."""
+    """The share of problems whose greedy chain is right in every character, found by teacher forcing."""
     rng, right = random.Random(seed), 0
     for _ in range(problems):
         prompt, chain = token_ids(tokenizer, *ledger(rng, entries))
