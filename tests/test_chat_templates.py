@@ -537,7 +537,10 @@ def test_a_template_cannot_hang_or_exhaust_the_machine(
 
 
 def test_a_template_is_told_what_it_took_too_much_of(with_template: Open, text_module: Any) -> None:
-    for bomb, reason in (("a product", "it takes too much memory"), ("a long text", "it renders them to 100,000,000 characters")):
+    for bomb, reason in (
+        ("a product", "it takes too much memory"),
+        ("a long text", "it renders them to 100,000,000 characters"),
+    ):
         with pytest.raises(text_module.ArtifactError, match=reason):
             with_template(BOMBS[bomb]).encode_chat([USER])
 
