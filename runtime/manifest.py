@@ -361,7 +361,7 @@ def _fault(layer: LayerPlan) -> str | None:
         return f"stages must be pairs of {', '.join(map(str, CODE_BITS))} bits that end at key_bits and value_bits"
     for wide, narrow in itertools.pairwise(layer.stages):
         if wide == narrow or wide[0] < narrow[0] or wide[1] < narrow[1]:
-            return "every stage must have fewer bits than the one before"
+            return "stages must each have fewer bits than the one before"
     if layer.block % CODES_PACKED:
         return f"a block must be a multiple of {CODES_PACKED} tokens"
     return None
