@@ -119,7 +119,7 @@ def _parser(package: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"{__doc__} {HELP}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens per answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (%(default)s)")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")

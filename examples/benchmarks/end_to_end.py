@@ -511,7 +511,7 @@ def main() -> None:
     if arguments.context < SHORTEST:
         parser.error(f"--context {arguments.context} leaves no token to quantize; give {SHORTEST} or more")
     if arguments.device == "cpu" and arguments.memory is None:
-        parser.error("--device cpu needs --memory, since a CPU does not say how much fits; give it, such as 8MiB")
+        parser.error("--device cpu needs --memory, because a CPU does not say how much fits; give bytes, such as 8MiB")
     given = None if arguments.memory is None else parse_budget(arguments.memory, 0)
     setting = Setting(arguments.shape, arguments.device, arguments.context, given)
     rows: list[Row] = []
