@@ -59,8 +59,8 @@ class Forward:
         and its logits mean nothing. `position_ids` [B, S] continue each sequence by default. Without a `cache` a
         temporary one is used. `only=(rows, columns)` asks for the logits [N, vocab_size] of some tokens.
 
-        Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then. A
-        call that any other exception ends leaves the cache as it was, or refusing everything but `reset`.
+        Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then. If
+        any other exception ends a call, the cache is as it was, or refuses everything but `reset`.
         """
         ids, mask = self.check_inputs(input_ids, attention_mask)
         columns = _own_columns(mask)

@@ -49,7 +49,8 @@ def load(
     "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere.
 
     With `trust_code=False`, Python of the artifact is run only if the installed compiler would write the same, byte for
-    byte, for the artifact's config and plan; machine code of `--aot` is not used. This takes a few seconds more.
+    byte, for the artifact's config and plan; machine code of `--aot` is not used. This needs the compiler and a few
+    seconds.
 
     Raises `ArtifactError` where the folder is not an artifact, holds a changed file, has another format version, or
     contradicts its manifest, and `InputError` where the device is missing or the backend cannot run on it.

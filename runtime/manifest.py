@@ -1,4 +1,4 @@
-"""The manifest of an artifact, `pmkvq.json`: it is read once and checked against a schema. Also reads the listed files.
+"""The manifest of an artifact, `pmkvq.json`, which is read once and checked against a schema, and the listed files.
 
 The dataclasses are the schema: every value is of the annotated type, every key is known and none is missing.
 """

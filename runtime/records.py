@@ -29,9 +29,8 @@ FIELDS: tuple[FieldName, ...] = ("key_parameters", "value_parameters", "key_code
 """The fields of a record, in their order. The parameters of K and V must be neighbours: lowering moves them as one."""
 
 STATE: tuple[StateName, ...] = ("length", "start", "count", "reached")
-"""The rows of `state` (int32), from which kernels read of each sequence: its length before the call, the first column
-of its tokens in the call and their count, and a past length from which every layer's number of flushed blocks
-follows."""
+"""The rows of `state` (int32). Kernels read there, for each sequence, its length before the call, the first column of
+its tokens in the call, their count, and a past length from which every layer's number of flushed blocks follows."""
 
 
 def state_row(name: StateName) -> int:

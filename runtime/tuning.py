@@ -33,8 +33,7 @@ class DecodeTuning:
     prefetch: int
 
     def registers_for(self, channels: int) -> int:
-        """Registers of a lane for heads of so many channels, in proportion to which queries and sums of values take
-        them."""
+        """Registers of a lane for heads with so many channels: queries and sums of values need them in proportion."""
         most = NARROW_REGISTERS if channels <= 64 else LARGEST_REGISTERS
         return LARGEST_REGISTERS if channels > 128 else min(self.registers, most)
 
