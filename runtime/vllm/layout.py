@@ -17,7 +17,6 @@ sequences that begin alike can share pages. The pages before it hold the sink.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -138,7 +137,7 @@ def paged_layers(plan: CachePlan, itemsize: int, ranks: int = 1) -> list[PagedLa
     return [PagedLayer(layer, max(1, layer.num_key_value_heads // ranks), itemsize) for layer in plan.layers]
 
 
-def pool_of(layers: Sequence[PagedLayer], max_len: int, in_flight: int, stages: Sequence[range] | None = None) -> Pool:
+def pool_of(layers: Sequence[PagedLayer], max_len: int, stages: Sequence[range] | None = None) -> Pool:
     """The pool that holds sequences of `max_len` tokens in the fewest bytes.
 
     `stages` are the layers of each pipeline stage, whose blocks are alike; all layers are one stage unless told.
@@ -148,7 +147,7 @@ def pool_of(layers: Sequence[PagedLayer], max_len: int, in_flight: int, stages: 
     sights = {sight: [i for i, layer in enumerate(layers) if layer.plan.sliding_window == sight] for sight in seen}
     largest = max(_widest([(i, layers[i].page_bytes) for i in indices], stages) for indices in sights.values())
     pools = (_pool(layers, sights, -(-largest // parts), stages) for parts in range(1, MOST_PARTS + 1))
-    return min(pools, key=lambda pool: pool.block_bytes * pool.blocks_per_sequence(max_len, in_flight))
+    return min(pools, key=lambda pool: pool.block_bytes * pool.blocks_per_sequence(max_len, 0))
 
 
 def _pool(
@@ -166,7 +165,7 @@ def _pool(
             members = tuple(indices[part::count])
             widest = max(widest, _widest([(i, layers[i].page_bytes) for i in members], stages))
             groups.append(Group("pages", members, block, sight))
-    block_bytes = _aligned(widest, math.lcm(ALIGNMENT, ALIGNMENT * block))
+    block_bytes = _aligned(widest, ALIGNMENT * block)
     rows = [(i, layer) for i, layer in enumerate(layers) if not layer.exact]
     return Pool((*groups, *_row_groups(rows, block, block_bytes, stages)), block_bytes)
 
@@ -184,10 +183,12 @@ def _row_groups(
         found: dict[int, tuple[int, list[Group]]] = {}
         for start in range(end):
             group = _row_group(rows[start:end], block, block_bytes, stages)
+            if group is None:
+                continue
             for count, (blocks, groups) in enumerate(best[start]):
-                total = blocks + (group.blocks(ENDLESS, 0) if group else ENDLESS)
+                total = blocks + group.blocks(ENDLESS, 0)
                 if count < MOST_ROW_GROUPS and total < found.get(count + 1, (ENDLESS, []))[0]:
-                    found[count + 1] = total, [*groups, group] if group else groups
+                    found[count + 1] = total, [*groups, group]
         best.append([found.get(count, (ENDLESS, [])) for count in range(MOST_ROW_GROUPS + 1)])
     return min(best[-1], key=lambda item: item[0])[1]
 

@@ -64,7 +64,7 @@ class Paged:
 
     def __init__(self, plan: LayerPlan, sequences: int, seed: int = 0) -> None:
         self.layer = PagedLayer(plan, plan.num_key_value_heads, 4)
-        self.pool = pool_of([self.layer], LENGTH, LENGTH)
+        self.pool = pool_of([self.layer], LENGTH)
         needed = [sequences * -(-LENGTH // group.block) for group in self.pool.groups]
         memory = torch.randint(0, 256, (1 + sum(needed), self.pool.block_bytes), dtype=torch.uint8)
         handed = (torch.randperm(sum(needed), generator=torch.Generator().manual_seed(seed)) + 1).split(needed)
