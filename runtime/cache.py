@@ -184,7 +184,7 @@ class LayerCache:
     def records(self, sequence: int, start: int, stop: int, bits: tuple[int, int] | None = None) -> Records:
         """The blocks in slots `start` to `stop` at the present widths, or as they lie at `bits`."""
         plan, (key_bits, value_bits) = self.plan, bits or self.bits
-        size, fields = block_bytes(plan, key_bits, value_bits), plan.record.fields
+        size = block_bytes(plan, key_bits, value_bits)
         raw = self.pool[sequence, :, start * size : stop * size].unflatten(-1, (stop - start, size))
         return record_views(raw, plan, key_bits, value_bits)
 
