@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
+from ..load import choose_kernels
 from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, open_artifact
 from ..plan import CachePlan
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention.attention import Attention
 
+    from ..kernels import LayerKernels
     from .backend import Store
 
 SUPPORTED = ((0, 30), (0, 32))
@@ -268,6 +270,7 @@ class Served:
     in_flight: int
     max_len: int
     dtype: torch.dtype
+    kernels: list[LayerKernels] | None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
 
@@ -312,7 +315,8 @@ def attach(original: Callable[..., None], attention: Attention, args: Any, kwarg
     pages, rows = (_placed(served, kind, index) for kind in ("pages", "rows"))
     assert pages is not None
     layer = served.layers[index]
-    attention.impl.attach(layer, pages[0], pages[1], *(rows or (None, 0)), served.rotations.get(index))
+    kernels = None if served.kernels is None else served.kernels[index]
+    attention.impl.attach(layer, pages[0], pages[1], *(rows or (None, 0)), served.rotations.get(index), kernels)
     attention.kv_sharing_target_layer_name = pages[0].name  # the layer owns no cache of its own
     served.attached.add(index)
 
@@ -358,7 +362,22 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         in_flight=in_flight,
         max_len=config.model_config.max_model_len,
         dtype=config.model_config.dtype,
+        kernels=_kernels(artifact),
     )
+
+
+def _kernels(artifact: Artifact) -> list[LayerKernels] | None:
+    """The kernels of every layer on a GPU; None on a CPU, where the reference attends. Raises `InputError`."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return None
+    if not current_platform.is_cuda():
+        raise InputError(
+            f"{artifact.folder} is served on CUDA devices and on CPUs, and vLLM runs on {current_platform.device_type}; "
+            f"serve it on one of these"
+        )
+    return choose_kernels(artifact.package, artifact.manifest.plan, torch.device("cuda"), "triton", compiled=False)
 
 
 def _check_attention(arguments: dict[str, Any], served: Served, prefix: str) -> None:

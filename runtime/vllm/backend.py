@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -20,44 +21,70 @@ from vllm.v1.attention.backend import (
 
 from ..errors import InputError
 from ..rotation import rotate_heads
+from .kernels import KernelPages
 from .layout import PagedLayer
-from .pages import LayerPages, Step
+from .pages import Attends, Batch, LayerPages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
+    from ..kernels import LayerKernels
     from .attach import Served
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """A group's part in a step: where each sequence's new tokens begin in the batch (and where the last ones end), the
-    lengths of the sequences with them, and the table of their blocks."""
+    """A group's part in a step: what `Batch` says, with the table of the group's blocks."""
 
-    starts: list[int]
-    lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
     table: Tensor
+    longest_new: int
+    longest: int
+    several: range
+    single: bool
+
+    def batch(self, rows: Metadata) -> Batch:
+        """The batch, of which this is the part of its pages and `rows` that of its rows."""
+        bounds = (self.longest_new, self.longest, self.several, self.single)
+        return Batch(self.starts, self.lengths, self.table, rows.table, *bounds)
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
-    """The reference path goes from sequence to sequence, so it wants lengths on the host."""
-
-    _cudagraph_support = AttentionCGSupport.NEVER
+    """Takes what is on the device as it is, so that the kernels of a captured graph find it there again."""
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if device.type == "cuda":  # sequences of one new token come first
+            self._init_reorder_batch_threshold(1)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        if current_platform.is_cuda():
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
-        count = common_attn_metadata.num_reqs
+        count, longest_new = common_attn_metadata.num_reqs, common_attn_metadata.max_query_len
+        several, single = range(0), True
+        if longest_new > 1:
+            starts = common_attn_metadata.query_start_loc_cpu[: count + 1]
+            more = (starts.diff() > 1).nonzero().flatten().tolist()
+            several = range(more[0], more[-1] + 1) if more else several
+            single = len(more) < count
         return Metadata(
-            common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
-            common_attn_metadata.seq_lens[:count].tolist(),
+            common_attn_metadata.query_start_loc[: count + 1],
+            common_attn_metadata.seq_lens[:count],
             common_attn_metadata.block_table_tensor[:count],
+            longest_new,
+            common_attn_metadata.max_seq_len,
+            several,
+            single,
         )
 
 
@@ -142,11 +169,12 @@ class Impl(AttentionImpl[Metadata]):
         rows: Store | None,
         row_offset: int,
         rotation: Tensor | None,
+        kernels: LayerKernels | None,
     ) -> None:
         """What the layer is, the stores of its group of pages and of rows, and where in their blocks it begins.
-        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries."""
+        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries. `kernels` attend on a GPU."""
         self.layer, self.stores, self.places = layer, (pages, rows), (page_offset, row_offset)
-        self.rotation = rotation
+        self.rotation, self.kernels = rotation, kernels
 
     def forward(
         self,
@@ -162,33 +190,44 @@ class Impl(AttentionImpl[Metadata]):
     ) -> Tensor:
         """`query` [T, Hq, key_head_dim], `key` and `value` [T, H, d] of all new tokens, to `output` [T, Hq, dv]."""
         if attn_metadata is None:  # a trial run that measures memory
+            self._try(query, key, value, output)
             return output.zero_()
-        pages, views = attn_metadata, self._views()
-        rows = pages if self.stores[1] is None else get_forward_context().attn_metadata[self.stores[1].name]
-        q, k, v = (part.transpose(0, 1) for part in (query, key, value))
+        rows = attn_metadata
+        if self.stores[1] is not None:
+            rows = get_forward_context().attn_metadata[self.stores[1].name]
+        q, k = query, key
         if self.rotation is not None:
             turn = self.rotation = self.rotation.to(query.device)
-            q, k = rotate_heads(q[None], turn)[0], rotate_heads(k[None], turn)[0]
-        steps = {}
-        for number, length in enumerate(pages.lengths):
-            own = slice(pages.starts[number], pages.starts[number + 1])
-            if own.start < own.stop:
-                cached = length - (own.stop - own.start)
-                steps[own.start] = Step(k[:, own], v[:, own], cached, pages.table[number], rows.table[number])
-        for step in steps.values():
-            views.write_tokens(step)
-        for step in steps.values():
-            views.write_blocks(step)
-        for start, step in steps.items():
-            own = slice(start, start + step.keys.shape[1])
-            output[own] = views.attend(q[:, own], step, self.scale, self.softcap, self.sinks).transpose(0, 1)
+            q, k = (rotate_heads(part.transpose(0, 1)[None], turn)[0].transpose(0, 1) for part in (query, key))
+        batch = attn_metadata.batch(rows)
+        self._attends().attend_batch(q, k, value, batch, self.scale, self.softcap, self.sinks, output)
         return output
 
-    def _views(self) -> LayerPages:
-        """The layer's views of the pool, made anew when vLLM has made another pool."""
+    def _attends(self) -> Attends:
+        """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
         pages, rows = self.stores
         if self._seen is not pages.blocks:
-            placed = () if rows is None else (rows.blocks, self.places[1], rows.group.block)
-            self._pages = LayerPages.of(self.layer, pages.served.dtype, pages.blocks, self.places[0], *placed)
+            self._made = self._over(pages.blocks, None if rows is None else rows.blocks)
             self._seen = pages.blocks
-        return self._pages
+        return self._made
+
+    def _over(self, pages: Tensor, rows: Tensor | None) -> Attends:
+        served = self.stores[0].served
+        placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0]}
+        if self.stores[1] is not None:
+            placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
+        if self.kernels is None:
+            return LayerPages.of(self.layer, served.dtype, **placed)
+        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed)
+
+    def _try(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """Compile the kernels, on a batch of nothing, and take the memory that a prefill takes at most."""
+        if self.kernels is None:
+            return
+        nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
+        zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
+        attends = self._over(nobody, nobody)
+        for new in (1, 2):
+            batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
+            attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
+        torch.empty(self.kernels.tuning.prefill_scratch, dtype=torch.uint8, device=query.device)
