@@ -21,6 +21,7 @@ from pmkvq_compiler.report.charts import (
 )
 from pmkvq_compiler.runtime.cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, flushed_blocks, original_bytes
+from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 from pmkvq_compiler.source.source import Source
 
 
@@ -55,7 +56,27 @@ def report_contents(
         "original_bytes": original,
         "true_bits": 16 * plan.arena_bytes / original,
         "predicted_loss": tried.loss,
+        "serving": serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
         "bytes_over_tokens": bytes_over_tokens(plan),
+    }
+
+
+FED_AT_ONCE = 8192
+"""Tokens that vLLM feeds in a step unless told otherwise; only pages of sliding windows depend on it."""
+
+
+def serving(plan: CachePlan) -> dict[str, Any] | None:
+    """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
+    where nothing is quantized (and its caller knows the other case, latent attention)."""
+    layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
+    if all(layer.exact for layer in layers):
+        return None
+    pool = pool_of(layers, plan.max_len)
+    return {
+        "block_bytes": pool.block_bytes,
+        "blocks_per_sequence": pool.blocks_per_sequence(plan.max_len, FED_AT_ONCE),
+        "tokens_per_gib": pool.tokens(1 << 30, plan.max_len, FED_AT_ONCE),
+        "sequences_per_gib": pool.sequences(1 << 30, plan.max_len, FED_AT_ONCE),
     }
 
 
