@@ -130,7 +130,7 @@ def listed_widths(path: Path) -> list[str]:
         numbers = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else []
         numbers = node.keys if isinstance(node, ast.Dict) else numbers
         values = {int(one.value) for one in numbers if isinstance(one, ast.Constant) and str(one.value).isdecimal()}
-        if len(values & {*CODE_BITS}) >= 3:
+        if len(values) >= 3 and values <= {*CODE_BITS}:
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     return found
 
