@@ -1,4 +1,4 @@
-"""Checks of the kernels that read pages, against the reference: the pool has its bits, and attention is that of float64.
+"""Checks of the kernels that read pages: the pool has the reference's bits, and attention is that of float64.
 
 They run on a GPU, and anywhere in Triton's interpreter, as `kernel_checks` do:
 

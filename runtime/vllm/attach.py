@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
-from ..load import choose_kernels
-from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, open_artifact
+from ..load import check_code, choose_kernels
+from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, Files, open_artifact
 from ..plan import CachePlan
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
@@ -151,6 +151,7 @@ def prepare(config: VllmConfig) -> None:
         return
     _check_model(config, artifact)
     _check_features(config)
+    _check_kernels(config, artifact)
     block = plan.layers[0].block
     cache = config.cache_config
     if cache.user_specified_block_size and cache.block_size != block:
@@ -230,6 +231,26 @@ def _check_features(config: VllmConfig) -> None:
             raise InputError(
                 f"{name} does not go with an artifact, whose plan says how its cache is kept; leave it out"
             )
+
+
+def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
+    """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
+    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or config.model_config.trust_remote_code:
+        return
+    own = Files(Path(__file__).parent.parent.parent)
+    names = [name for name in artifact.package.digests or () if name.startswith("kernels/") and name.endswith(".py")]
+    if all(name in own and own.read(name) == artifact.package.read(name) for name in names):
+        return
+    try:
+        check_code(artifact)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{artifact.folder} has kernels that nothing on this machine vouches for ({error}); install the artifact "
+            f"with pip, or pass --trust-remote-code if you would run code of whoever made it"
+        ) from error
 
 
 def _dtype_name(config: VllmConfig) -> str:
@@ -374,7 +395,7 @@ def _kernels(artifact: Artifact) -> list[LayerKernels] | None:
         return None
     if not current_platform.is_cuda():
         raise InputError(
-            f"{artifact.folder} is served on CUDA devices and on CPUs, and vLLM runs on {current_platform.device_type}; "
+            f"{artifact.folder} is served on a CUDA device or a CPU, and vLLM runs on {current_platform.device_type}; "
             f"serve it on one of these"
         )
     return choose_kernels(artifact.package, artifact.manifest.plan, torch.device("cuda"), "triton", compiled=False)
