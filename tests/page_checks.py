@@ -173,9 +173,7 @@ def on(device: torch.device, batch: Batch) -> Batch:
     return dataclasses.replace(batch, starts=starts, lengths=lengths, page_table=tables[0], row_table=tables[1])
 
 
-def dense(
-    pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: float, sinks: Tensor | None
-) -> Tensor:
+def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
     """Attention of a sequence's last `queries` [n, Hq, d] in float64: [n, Hq, d]. What it sees as codes is taken from
     the pool, everything else from `tokens` [T, H, 2 d], which are those that were fed."""
     layer, plan, end = pool.layer, pool.layer.plan, len(tokens)
