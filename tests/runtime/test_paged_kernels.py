@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..kernel_checks import TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import SMALL, PagedCase, run_case
+from ..page_checks import MORE, PagedCase, run_case
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,7 +44,7 @@ LENGTHS = [
 
 def covering() -> list[PagedCase]:
     """Every head_dim with either axis and several groups, every pair of widths thrice."""
-    cases = list(SMALL)
+    cases = list(MORE)
     widths = list(itertools.product((16, 8, 4, 2), repeat=2))
     shapes = itertools.product((64, 80, 96, 128, 256), ("token", "channel"))
     for number, (head_dim, axis) in enumerate(shapes):
@@ -72,6 +72,6 @@ def covering() -> list[PagedCase]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", covering(), ids=str)
+@pytest.mark.parametrize("case", covering(), ids=lambda case: "exact" if case.exact else "packed")
 def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
