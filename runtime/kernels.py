@@ -142,9 +142,7 @@ class LayerKernels:
     ) -> Tensor:
         """Attention [B, Hq, 1, value_dim] of one query a sequence, `q` [B, Hq, 1, key_head_dim], over the layer."""
         batch, query_heads = q.shape[:2]
-        q = q.contiguous()
-        heads = batch * store.plan.num_key_value_heads
-        widths = _widths(store)
+        heads, widths = batch * store.plan.num_key_value_heads, _widths(store)
         tuning = self.tuning.decode[widths["VALUE_BITS"]]
         registers = tuning.registers_for(max(store.plan.key_head_dim, store.plan.value_head_dim))
         rows = store.plan.sink + store.plan.window
@@ -154,7 +152,7 @@ class LayerKernels:
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
         self.module.decode[parts[:2]](
-            q,
+            q.contiguous(),
             store.words,
             store.buffers,
             partial,
