@@ -18,9 +18,10 @@ POINTERS = {
     "state": "*i32",
     "keys": "*fp16",
     "values": "*fp16",
+    "rotation": "*fp32",
     **dict.fromkeys(("starts", "lengths", "page_table", "row_table"), "*i32"),
 }
-ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
+ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"query_strides", "key_strides", "value_strides"}
 
 
@@ -30,7 +31,7 @@ def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -
     types |= {name: kind for name, kind in POINTERS.items() if name in types}
     types |= dict.fromkeys(ROWS & set(names), "*bf16" if dtype == torch.bfloat16 else "*fp16")
     types |= dict.fromkeys({"scale"} & set(names), "fp32")
-    types |= dict.fromkeys(STRIDES & set(names), ("i32",) * (2 if "page_table" in names else 3))
+    types |= dict.fromkeys(STRIDES & set(names), ("i32",) * (2 if "heads" in names else 3))
     return types | dict.fromkeys(constants, "constexpr")
 
 
@@ -72,6 +73,7 @@ def compile_pages(case: Case, capability: int, exact: bool = False) -> dict[str,
     }
     work |= {
         "decode": (module.decode_pages, 1, {**layer, "CELLS": 1, "PREFETCH": 2}),
+        "rotate": (module.rotate, 4, {"TILE": 16}),
         "merge": (module.merge_pages, 4, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack_pages, 4, {**layer, "ROWS": 64}),
         "prefill": (module.prefill_pages, 4, {"EXACT": exact, "TILE": 64, "STEP": 64}),

@@ -19,6 +19,7 @@ from torch import Tensor
 from pmkvq_compiler.runtime.cache import record_views
 from pmkvq_compiler.runtime.kernels import LayerKernels, Tuning
 from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime.rotation import rotate_heads
 from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
@@ -195,6 +196,27 @@ def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: flo
     return reference(q, keys, values, visible, scale, pool.case.layer.softcap, sinks).transpose(0, 1)
 
 
+def check_rotation(case: Case, device: torch.device) -> None:
+    """Keys and queries, which lie side by side as projections do, are turned as `rotate_heads` does it in float64."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, query_heads, channels = 19, case.heads * case.group, case.head_dim
+    both = torch.randn(tokens, query_heads + case.heads, channels, generator=generator).to(case.dtype)
+    turns = torch.linalg.qr(torch.randn(case.heads, channels, channels, generator=generator)).Q.contiguous()
+    pages = KernelPages(
+        PagedLayer(case.plan(), case.heads, case.dtype.itemsize),
+        LayerKernels(render_module(case, paged=True), case.tuning),
+        case.dtype,
+        case.max_len,
+        torch.zeros(1, 1024, dtype=torch.uint8, device=device),
+        0,
+        rotation=turns.to(device),
+    )
+    found = pages._rotated(*both.to(device).split([query_heads, case.heads], dim=1), turns.to(device))
+    for part, one in zip(found, both.double().split([query_heads, case.heads], dim=1), strict=True):
+        expected = rotate_heads(one.transpose(0, 1)[None], turns.double())[0].transpose(0, 1).to(case.dtype)
+        torch.testing.assert_close(part.cpu(), expected, rtol=2**-7, atol=1e-5)
+
+
 SMALL = [
     PagedCase(
         Case(key_axis="token", key_bits=2, value_bits=4, group=7, heads=2), ((70, 130), (1, 65), (62, 1), (1, 1)), 8
@@ -222,9 +244,14 @@ MORE = [
 ]
 
 
+ROTATED = [Case(head_dim=80, group=3, heads=2, dtype=torch.float32), Case(heads=2, group=1)]
+
+
 if __name__ == "__main__":
     repair_interpreter()
     torch.set_num_threads(1)
+    for case in ROTATED:
+        check_rotation(case, torch.device("cpu"))
     for number in [int(argument) for argument in sys.argv[1:]] or range(len(SMALL)):
         found = run_case(SMALL[number], torch.device("cpu"))
         tolerance = INTERPRETED_BFLOAT16 if SMALL[number].layer.dtype == torch.bfloat16 else TOLERANCE

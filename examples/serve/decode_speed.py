@@ -165,9 +165,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     asked = sorted(map(int, options.batches.split(",")))
     length = options.tokens + options.new
-    steps: dict[str, Any] = (
-        {} if options.eager else {"compilation_config": {"max_cudagraph_capture_size": options.largest}}
-    )
+    captured = {*asked, *range(64, options.largest + 1, 64)}
+    steps: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": sorted(captured)}}
     begun = time.monotonic()
     llm = LLM(
         model=str(options.folder / ("packed" if options.measure == "packed" else "bf16")),
@@ -183,7 +182,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         enable_prefix_caching=True,
         enforce_eager=options.eager,
         seed=0,
-        **steps,
+        **({} if options.eager else steps),
     )
     started = time.monotonic() - begun
     cache = llm.llm_engine.vllm_config.cache_config

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
-from ..kernels import LayerKernels
+from ..kernels import LayerKernels, check_kernels
 from ..load import check_code, choose_attention
 from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, Files, open_artifact
 from ..plan import CachePlan
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CacheConfig, VllmConfig
     from vllm.model_executor.layers.attention.attention import Attention
 
     from .backend import Store
@@ -234,12 +234,26 @@ def _check_features(config: VllmConfig) -> None:
 
 
 def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
-    """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
-    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
+    """Raises `InputError` where the kernels of a GPU do not fit, and `ArtifactError` where nobody vouches for them."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda() or config.model_config.trust_remote_code:
+    if not current_platform.is_cuda():
         return
+    ranks = config.parallel_config.tensor_parallel_size
+    for layer in artifact.manifest.plan.layers:
+        check_kernels(layer)
+        if ranks > layer.num_key_value_heads:
+            raise InputError(
+                f"--tensor-parallel-size {ranks} is more than {layer.num_key_value_heads} key/value heads, and the "
+                f"kernels of {artifact.folder} take all queries of one; use {layer.num_key_value_heads} ranks at most"
+            )
+    if not config.model_config.trust_remote_code:
+        _check_trust(artifact)
+
+
+def _check_trust(artifact: Artifact) -> None:
+    """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
+    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
     own = Files(Path(__file__).parent.parent.parent)
     names = [name for name in artifact.package.digests or () if name.startswith("kernels/") and name.endswith(".py")]
     if all(name in own and own.read(name) == artifact.package.read(name) for name in names):
@@ -291,6 +305,7 @@ class Served:
     in_flight: int
     max_len: int
     dtype: torch.dtype
+    cache: CacheConfig
     kernels: list[LayerKernels] | None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
@@ -305,7 +320,12 @@ class Served:
             )
 
     def check_size(self, blocks: int) -> None:
-        """Raises `InputError` where a sequence of the longest length could never be read into so many blocks."""
+        """Raises `InputError` where a sequence of the longest length could never be read into so many blocks.
+
+        vLLM also makes a few blocks to try graphs with, before it knows how many there will be.
+        """
+        if self.cache.num_gpu_blocks != blocks:
+            return
         needed = 1 + self.pool.blocks_per_sequence(self.max_len, self.in_flight)
         needed += sum(group.blocks(self.max_len, 0) for group in self.pool.groups if group.kind == "rows")
         if blocks < needed:
@@ -383,6 +403,7 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         in_flight=in_flight,
         max_len=config.model_config.max_model_len,
         dtype=config.model_config.dtype,
+        cache=config.cache_config,
         kernels=_kernels(artifact),
     )
 

@@ -195,9 +195,8 @@ class Impl(AttentionImpl[Metadata]):
         rows = attn_metadata
         if self.stores[1] is not None:
             rows = get_forward_context().attn_metadata[self.stores[1].name]
-        q, k = query, key
-        if self.rotation is not None:
-            turn = self.rotation = self.rotation.to(query.device)
+        q, k, turn = query, key, self.rotation
+        if turn is not None and self.kernels is None:
             q, k = (rotate_heads(part.transpose(0, 1)[None], turn)[0].transpose(0, 1) for part in (query, key))
         batch = attn_metadata.batch(rows)
         self._attends().attend_batch(q, k, value, batch, self.scale, self.softcap, self.sinks, output)
@@ -218,7 +217,8 @@ class Impl(AttentionImpl[Metadata]):
             placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
         if self.kernels is None:
             return LayerPages.of(self.layer, served.dtype, **placed)
-        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed)
+        rotation = None if self.rotation is None else self.rotation.to(pages.device, torch.float32)
+        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed, rotation=rotation)
 
     def _try(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Compile the kernels, on a batch of nothing, and take the memory that a prefill takes at most."""

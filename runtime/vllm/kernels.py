@@ -16,6 +16,9 @@ from ..kernels import MERGED_AT_ONCE, REGISTERS, ROWS_COPIED, LayerKernels, mult
 from .layout import PagedLayer
 from .pages import Batch
 
+TOKENS_TURNED = 16
+"""Tokens whose queries or keys a program rotates at once: rows of a matrix operand."""
+
 TOKENS_KEPT = 64
 """New tokens that a program writes to where they are kept as they are."""
 
@@ -26,7 +29,7 @@ class KernelPages:
 
     `pages` and `rows` [N, block_bytes] (uint8) are the pool seen as blocks of pages and of rows, in which the layer
     begins at these bytes; a block of rows has `row_block` tokens. An exact layer has no rows. Sequences have up to
-    `max_len` tokens.
+    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first.
     """
 
     layer: PagedLayer
@@ -38,6 +41,7 @@ class KernelPages:
     rows: Tensor | None = None
     row_offset: int = 0
     row_block: int = 0
+    rotation: Tensor | None = None
 
     def attend_batch(
         self,
@@ -55,11 +59,31 @@ class KernelPages:
         packed = queries.stride(-1) == 1 and queries.stride(1) == channels
         queries = queries if packed else queries.contiguous()
         keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (keys, values))
+        if self.rotation is not None:
+            queries, keys = self._rotated(queries, keys, self.rotation)
         self._append(keys, values, batch)
         if batch.single:
             self._decode(queries, batch, scale, sinks, out)
         if batch.longest_new > 1:
             self._prefill(queries, keys, values, batch, scale, sinks, out)
+
+    def _rotated(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """`rotate_heads` of both in one launch."""
+        tokens, heads = keys.shape[:2]
+        turned = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+        self.kernels.module.rotate[(-(-tokens // TOKENS_TURNED), heads, queries.shape[1] // heads + 1)](
+            queries,
+            keys,
+            rotation,
+            *turned,
+            queries.stride(0),
+            keys.stride()[:2],
+            tokens,
+            heads,
+            TILE=TOKENS_TURNED,
+            num_warps=4,
+        )
+        return turned
 
     def _append(self, keys: Tensor, values: Tensor, batch: Batch) -> None:
         """Keep the new tokens, and quantize the blocks that they complete."""

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..kernel_checks import TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import MORE, PagedCase, run_case
+from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,7 +30,7 @@ def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
 def test_kernels_over_pages_compile_without_a_device() -> None:
     case = Case(head_dim=128, group=7, key_bits=2, value_bits=4, sliding_window=200, steps=steps(1))
     compiled = compile_pages(case, 90)
-    assert {"append", "decode", "merge", "unpack", "prefill"} == {name.split()[0] for name in compiled}
+    assert {"rotate", "append", "decode", "merge", "unpack", "prefill"} == {name.split()[0] for name in compiled}
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
     assert "mma.sync" in compiled["decode"].asm["ptx"], "the matrix unit does the products"
 
@@ -75,3 +75,9 @@ def covering() -> list[PagedCase]:
 @pytest.mark.parametrize("case", covering(), ids=lambda case: "exact" if case.exact else "packed")
 def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ROTATED, ids=lambda case: str(case.dtype))
+def test_keys_and_queries_are_rotated_on_the_device(case: Case) -> None:
+    check_rotation(case, torch.device("cuda"))
