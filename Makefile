@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+SERVE := .venv-serve
 
-.PHONY: demo test fuzz lint venv
+.PHONY: demo test test-serve fuzz lint venv venv-serve
 
 demo: venv
 	$(BIN)/pmkvq-compile demo --budget 22MiB --max-len 4096 -o out/demo --force
@@ -14,6 +15,10 @@ demo: venv
 # Tests run with what every shell has: a variable of this one could hide a fault that others would meet.
 test: venv
 	env -i HOME="$$HOME" PATH="$$PATH" $(BIN)/pytest -q -n auto --dist loadfile
+
+# Artifacts in vLLM, which wants other versions than the compiler is developed with, so it has an environment of its own.
+test-serve: venv-serve
+	env -i HOME="$$HOME" PATH="$$PATH" $(SERVE)/bin/python -m pytest -q -rs tests/serve
 
 # Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
 fuzz: venv
@@ -39,6 +44,17 @@ $(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
+
+# vLLM for a CPU asks for the one torch that it was built with, in a wheel without CUDA. What it brings for images and
+# sound is left out.
+venv-serve: $(SERVE)/ready
+$(SERVE)/ready: pyproject.toml requirements/serve.txt requirements/build.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install -q --require-hashes --no-deps --no-build-isolation -r requirements/build.txt
+	$(SERVE)/bin/python -m pip install -q --require-hashes --no-deps --no-build-isolation -r requirements/serve.txt
+	$(SERVE)/bin/python -m pip install -q --no-deps torch==2.13.0+cpu
+	$(SERVE)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $(SERVE)/ready
 
 # `make test OLDEST=1` in a new clone: the oldest packages that pyproject.toml supports, in the place of the pinned ones.
 .venv/oldest: pyproject.toml .ci/oldest.py

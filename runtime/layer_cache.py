@@ -49,6 +49,29 @@ class Records:
     value_codes: Tensor
 
 
+def record_views(raw: Tensor, plan: LayerPlan, key_bits: int, value_bits: int) -> Records:
+    """The fields of n records of all heads, `raw` [H, n, bytes] (uint8), whose codes have these widths."""
+    fields = plan.record.fields
+    parts = raw.split([field.bits(key_bits, value_bits) // 8 for field in fields.values()], dim=-1)
+    views = {
+        name: part.view(torch.int16) if field.kind == "parameter" else part.unflatten(-1, (field.lines, -1))
+        for (name, field), part in zip(fields.items(), parts, strict=True)
+    }
+    return Records(key_bits=key_bits, value_bits=value_bits, key_by_channel=plan.key_axis == "channel", **views)
+
+
+def write_records(records: Records, keys: Tensor, values: Tensor) -> None:
+    """Quantize n blocks, `keys` [H, n, block, key_head_dim] and `values` [H, n, block, value_head_dim]."""
+    key_dim = -2 if records.key_by_channel else -1
+    key_parameters, value_parameters = group_parameters(keys, key_dim), group_parameters(values, -1)
+    records.key_parameters.copy_(key_parameters.squeeze(key_dim))
+    records.value_parameters.copy_(value_parameters.squeeze(-1))
+    key_codes = encode(keys, key_parameters, records.key_bits)
+    value_codes = encode(values, value_parameters, records.value_bits).transpose(-1, -2)
+    records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
+    records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
+
+
 @dataclass(frozen=True)
 class Counts:
     """The counts of a layer: the rows and the flushed blocks of every sequence, and the stage of the layer."""
@@ -189,14 +212,9 @@ class LayerCache:
     def records(self, sequence: int, start: int, stop: int, bits: tuple[int, int] | None = None) -> Records:
         """The blocks in slots `start` to `stop`, whose codes have the present bits or the given ones."""
         plan, (key_bits, value_bits) = self.plan, bits or self.bits
-        size, fields = block_bytes(plan, key_bits, value_bits), plan.record.fields
+        size = block_bytes(plan, key_bits, value_bits)
         raw = self.pool[sequence, :, start * size : stop * size].unflatten(-1, (stop - start, size))
-        parts = raw.split([field.bits(key_bits, value_bits) // 8 for field in fields.values()], dim=-1)
-        views = {
-            name: part.view(torch.int16) if field.kind == "parameter" else part.unflatten(-1, (field.lines, -1))
-            for (name, field), part in zip(fields.items(), parts, strict=True)
-        }
-        return Records(key_bits=key_bits, value_bits=value_bits, key_by_channel=plan.key_axis == "channel", **views)
+        return record_views(raw, plan, key_bits, value_bits)
 
     def reached(self, sequence: int) -> int:
         """The smallest past length that explains how many blocks the sequence has flushed."""
@@ -276,18 +294,8 @@ class LayerCache:
             slot = block % self.ring
             run = min(last - block, self.ring - slot)
             chosen = slice(block - first, block - first + run)
-            self._write(self.records(sequence, slot, slot + run), keys[:, chosen], values[:, chosen])
+            write_records(self.records(sequence, slot, slot + run), keys[:, chosen], values[:, chosen])
             block += run
-
-    def _write(self, records: Records, keys: Tensor, values: Tensor) -> None:
-        key_dim = -1 if self.plan.key_axis == "token" else -2
-        key_parameters, value_parameters = group_parameters(keys, key_dim), group_parameters(values, -1)
-        records.key_parameters.copy_(key_parameters.squeeze(key_dim))
-        records.value_parameters.copy_(value_parameters.squeeze(-1))
-        key_codes = encode(keys, key_parameters, records.key_bits)
-        value_codes = encode(values, value_parameters, records.value_bits).transpose(-1, -2)
-        records.key_codes.copy_(pack(key_codes, records.key_bits).view(torch.uint8))
-        records.value_codes.copy_(pack(value_codes, records.value_bits).view(torch.uint8))
 
     def reset(self) -> None:
         """Forget all tokens and start again at the widest codes."""

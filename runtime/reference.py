@@ -122,12 +122,12 @@ def _attend_tile(
     rows = store.rows[sequence]
     buffered_keys = store.keys[sequence, :, :rows].to(flat.dtype)
     buffered_values = store.values[sequence, :, :rows].to(flat.dtype)
-    pieces = [_key_scores(flat, records) for records in _chunks(store, sequence)]
+    pieces = [key_scores(flat, records) for records in _chunks(store, sequence)]
     pieces.append(flat @ buffered_keys.transpose(1, 2))
     if keys.shape[1]:
         pieces.append(flat @ keys.transpose(1, 2))
     scores = torch.cat(pieces, dim=-1).unflatten(1, (group, count))
-    weights = _softmax(scores, visible, softcap, sinks).flatten(1, 2)
+    weights = softmax(scores, visible, softcap, sinks).flatten(1, 2)
     pooled = store.live_blocks(sequence) * store.plan.block
     out: Tensor = weights[..., pooled : pooled + rows] @ buffered_values
     if keys.shape[1]:
@@ -135,12 +135,12 @@ def _attend_tile(
     done = 0
     for records in _chunks(store, sequence):
         tokens = records.value_parameters.shape[1] * store.plan.block
-        out += _value_sums(weights[..., done : done + tokens], records)
+        out += value_sums(weights[..., done : done + tokens], records)
         done += tokens
     return out.reshape(heads, group, count, -1)
 
 
-def _softmax(scores: Tensor, visible: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def softmax(scores: Tensor, visible: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Softmax over the last dimension of `scores` [Hkv, G, s, T], with soft cap, mask and sink logits."""
     if softcap is not None:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
@@ -161,7 +161,7 @@ def _chunks(store: LayerCache, sequence: int) -> list[Records]:
     return [store.records(sequence, start, min(live, start + step)) for start in range(0, live, step)]
 
 
-def _key_scores(queries: Tensor, records: Records) -> Tensor:
+def key_scores(queries: Tensor, records: Records) -> Tensor:
     """q . k of scaled `queries` [H, R, dk] with the keys of n blocks: [H, R, n * block]."""
     heads, blocks, bits = *records.key_codes.shape[:2], records.key_bits
     codes = unpack_bytes(records.key_codes, bits, queries.dtype)
@@ -176,7 +176,7 @@ def _key_scores(queries: Tensor, records: Records) -> Tensor:
     return torch.addcmul(total * zero.flatten(1).unsqueeze(1), scores, step.flatten(1).unsqueeze(1))
 
 
-def _value_sums(weights: Tensor, records: Records) -> Tensor:
+def value_sums(weights: Tensor, records: Records) -> Tensor:
     """Sum of the values of n blocks under `weights` [H, R, n * block]: [H, R, dv]."""
     heads, blocks, bits = *records.value_codes.shape[:2], records.value_bits
     codes = unpack_bytes(records.value_codes, bits, weights.dtype)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib.metadata
 import importlib.resources
+from collections.abc import Iterator
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,8 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
     kernels = kernel_files(program.sites, plan.layers)
     pages |= {target / "kernels" / name: text for name, text in kernels.items()}
     pages |= {target / "runtime" / name: text for name, text in _runtime_files().items()}
-    (target / "kernels").mkdir()
-    (target / "runtime").mkdir()
     for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
     save_tensors(constants, target / "constants.safetensors")
@@ -149,6 +150,13 @@ def plan_source(plan: CachePlan) -> str:
 
 
 def _runtime_files() -> dict[str, str]:
-    """The text of each file of the runtime, by its name."""
-    files = importlib.resources.files("pmkvq_compiler.runtime").iterdir()
-    return {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")}
+    """The text of each file of the runtime, by its path in it."""
+    return dict(_texts(importlib.resources.files("pmkvq_compiler.runtime"), ""))
+
+
+def _texts(folder: Traversable, place: str) -> Iterator[tuple[str, str]]:
+    for file in folder.iterdir():
+        if file.name.endswith(".py"):
+            yield f"{place}{file.name}", file.read_text(encoding="utf-8")
+        elif file.is_dir():
+            yield from _texts(file, f"{place}{file.name}/")

@@ -21,6 +21,7 @@ from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.report.charts import Sample
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
+from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 from pmkvq_compiler.source.source import Source
 
 
@@ -30,6 +31,17 @@ class ReportRow(PlanRow):
 
     fold: str
     value_fold: str
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What sequences of the longest length take in vLLM on one device, at the final bits: the bytes of a block, blocks
+    a sequence, and how much of that a GiB holds."""
+
+    block_bytes: int
+    blocks_per_sequence: int
+    tokens_per_gib: int
+    sequences_per_gib: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Report:
     original_bytes: int
     true_bits: float
     predicted_loss: float
+    serving: Serving | None
+    """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
     check: dict[str, float] | None = None
     """Figures of the check, by their names."""
@@ -64,6 +78,7 @@ class Report:
         """The report as JSON has it, without what is None."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         said["rows"] = [asdict(row) for row in self.rows]
+        said["serving"] = None if self.serving is None else asdict(self.serving)
         return {name: value for name, value in said.items() if value is not None}
 
 
@@ -97,7 +112,27 @@ def report_contents(
         original_bytes=problem.original_bytes,
         true_bits=16 * plan.arena_bytes / problem.original_bytes,
         predicted_loss=tried.loss,
+        serving=serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
         bytes_over_tokens=bytes_over_tokens(plan),
+    )
+
+
+FED_AT_ONCE = 8192
+"""Tokens that vLLM feeds in a step unless told otherwise; only pages of sliding windows depend on it."""
+
+
+def serving(plan: CachePlan) -> Serving | None:
+    """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
+    where nothing is quantized (and its caller knows the other case, latent attention)."""
+    layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
+    if all(layer.exact for layer in layers):
+        return None
+    pool = pool_of(layers, plan.max_len)
+    return Serving(
+        block_bytes=pool.block_bytes,
+        blocks_per_sequence=pool.blocks_per_sequence(plan.max_len, FED_AT_ONCE),
+        tokens_per_gib=pool.tokens(1 << 30, plan.max_len, FED_AT_ONCE),
+        sequences_per_gib=pool.sequences(1 << 30, plan.max_len, FED_AT_ONCE),
     )
 
 

@@ -86,7 +86,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     """The figures to see first, as (name, value, remark)."""
     reserved, budget, original = report.arena_bytes, report.budget, report.original_bytes
     tokens = f"{report.batch_size} x {report.max_len:,} tokens"
-    return [
+    found = [
         ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
         ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
         ("true bits a number", f"{report.true_bits:.2f}", "parameters, sink and window included"),
@@ -96,6 +96,10 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
             "nats a token at the final bits, from doubled errors: it ranks budgets",
         ),
     ]
+    if report.serving is not None:
+        sequences = f"{report.serving.sequences_per_gib:,.1f} sequences of {report.max_len:,}, at the final bits"
+        found.append(("tokens in a GiB of vLLM", f"{report.serving.tokens_per_gib:,}", sequences))
+    return found
 
 
 def folds(rows: Sequence[ReportRow]) -> list[tuple[str, str, str, dict[str, str]]]:

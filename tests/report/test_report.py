@@ -17,7 +17,7 @@ from pmkvq_compiler.cli import parse
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.report.charts import filling_chart, plan_chart, readable_bytes
-from pmkvq_compiler.report.contents import Report, ReportRow, bytes_over_tokens, reproduction_command
+from pmkvq_compiler.report.contents import Report, ReportRow, bytes_over_tokens, reproduction_command, serving
 from pmkvq_compiler.report.page import grouped_reasons, layer_ranges, write_report
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
@@ -73,6 +73,7 @@ def sample_report(plan: CachePlan) -> Report:
         original_bytes=sum(original_bytes(layer, plan.max_len) for layer in plan.layers),
         true_bits=4.5,
         predicted_loss=0.6,
+        serving=serving(plan),
         bytes_over_tokens=bytes_over_tokens(plan),
         check={"full_precision_error": 1.23456e-7, "planned_precision_kl": 0.0123},
         seconds={"capture": 1.25},

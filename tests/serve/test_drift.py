@@ -1,0 +1,70 @@
+"""What of vLLM is overridden and wrapped still has the form that it had."""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType
+
+import pytest
+
+METHODS = [
+    "get_num_blocks_to_allocate",
+    "allocate_new_blocks",
+    "_remove_blocks_in_range",
+    "pop_blocks_for_free",
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_the_rows_manager_have_vllms_signatures(name: str) -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager, SlidingWindowManager
+
+    from pmkvq_compiler.runtime.vllm.specs import RowsManager
+
+    own, theirs = getattr(RowsManager, name), getattr(SlidingWindowManager, name)
+    assert own is not theirs
+    assert parameters(own) == parameters(theirs)
+    # nothing between us and the base class overrides it for sliding windows
+    assert theirs is getattr(SingleTypeKVCacheManager, name)
+
+
+def test_every_method_that_is_overridden_is_among_them() -> None:
+    from pmkvq_compiler.runtime.vllm.specs import RowsManager
+
+    own = {name for name, value in vars(RowsManager).items() if isinstance(value, FunctionType)}
+    inherited = {name for base in RowsManager.__mro__[1:] for name in vars(base)}
+    assert own & inherited - {"__init__"} == {*METHODS}
+
+
+def test_specs_and_attention_have_vllms_signatures() -> None:
+    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+    from pmkvq_compiler.runtime.vllm.backend import Builder, Impl
+    from pmkvq_compiler.runtime.vllm.specs import GroupOfItsOwn, RowsSpec
+
+    pairs = [
+        (RowsSpec.max_admission_blocks_per_request, SlidingWindowSpec.max_admission_blocks_per_request),
+        (RowsSpec.max_memory_usage_bytes, SlidingWindowSpec.max_memory_usage_bytes),
+        (GroupOfItsOwn.is_uniform_with_collection, KVCacheSpec.is_uniform_with_collection),
+        (GroupOfItsOwn.merge, KVCacheSpec.merge),
+        (Builder.build, AttentionMetadataBuilder.build),
+        (Builder.__init__, AttentionMetadataBuilder.__init__),
+        (Impl.forward, AttentionImpl.forward),
+    ]
+    for own, theirs in pairs:
+        assert parameters(own) == parameters(theirs), own
+
+
+def test_wrapped_functions_take_what_is_passed_to_them() -> None:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    names = set(inspect.signature(Attention.__init__).parameters)
+    assert {"prefix", "attn_type", "attn_backend", "kv_sharing_target_layer_name", "extra_impl_args"} <= names
+    assert isinstance(inspect.getattr_static(VllmConfig, "max_in_flight_tokens"), property)
+
+
+def parameters(function: object) -> list[str]:
+    assert callable(function)
+    return list(inspect.signature(function).parameters)
