@@ -184,7 +184,7 @@ def test_budgets_none_of_which_holds_a_plan_end_in_one_sentence(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(model), *SMALL, "--dry-run", "--budgets", "2%,5%"]) == 1
-    assert "smallest feasible one" in capsys.readouterr().err
+    assert "smallest feasible budget" in capsys.readouterr().err
 
 
 def test_a_recipe_is_told_with_its_summary_in_the_order_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
