@@ -25,7 +25,7 @@ def progressive(
 ) -> Callable[[AttentionCall], Tensor]:
     """The attention over a cache with this `plan`, as a function for `attention_hook.observed`.
 
-    Row b of a call's batch is a text that begins with a prompt of `prompt_lengths[b]` tokens, with no padding before it.
+    Row b of a call's batch is a text that begins with a prompt of `prompt_lengths[b]` tokens, without padding.
     Quantization errors are multiplied by `magnified`.
     """
     prompts = torch.tensor(prompt_lengths)
