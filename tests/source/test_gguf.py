@@ -189,7 +189,7 @@ def test_a_window_pattern_and_a_local_base_of_gemma_3_are_applied(tmp_path: Path
         ({"rope.dimension_count": 0}, "turns 0 of 16"),
         ({"attention.head_count_kv": 0}, "num_key_value_heads is 0"),
         ({"attention.key_length": 0}, "0"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 0.0}, "betas from 1 to 0"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 0.0}, "from 1 to 0"),
         ({"context_length": "many"}, "context_length is 'many'"),
         ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
         ({"tokenizer.ggml.tokens": ["x"] * 129}, "more than the 128 tokens"),
