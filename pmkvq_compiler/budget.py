@@ -60,5 +60,5 @@ def read_budget(text: str) -> Budget:
 
 
 def parse_budget(text: str, original_bytes: int) -> int:
-    """`read_budget(text).bytes(original_bytes)`; raises what these raise."""
+    """`read_budget(text).bytes(original_bytes)`; raises the same errors."""
     return read_budget(text).bytes(original_bytes)

@@ -1,4 +1,4 @@
-"""Linear maps of K and V that are matched to the statistics of these tensors and of the gradients behind them.
+"""Linear maps of K and V that are matched to the statistics of these tensors and of the gradients of the loss.
 
 V of a head may be multiplied by any matrix M if M^-1 is applied after the attention. The codes of a token share one
 step, which is proportional to the spread of the token's channels. If all channels have a similar spread, the squared

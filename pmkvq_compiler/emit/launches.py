@@ -172,7 +172,7 @@ def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
     weights = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
                 some = part[:0] if part.get_shape() else file.get_tensor(name)
                 weights[name] = torch.empty(part.get_shape(), dtype=some.dtype, device=NOWHERE)

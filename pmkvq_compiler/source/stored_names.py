@@ -112,7 +112,7 @@ def _layer_pattern(name: str) -> str:
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor], wanted: Collection[str | None]) -> None:
-    """Refuse weights whose stored numbers are codes. Tensors of integers that the model does not use are no problem."""
+    """Refuse weights whose stored numbers are codes. Integer tensors that the model does not use may stay."""
     for name, tensor in tensors.items():
         taken = name in wanted or tensor.dtype.startswith("F") or name.endswith("weight")
         if taken and tensor.dtype not in PLAIN:
