@@ -44,7 +44,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
         raise CompileError(
-            f"{model_type} computes something beside its attention that cannot be compiled ({_cause(error)}); choose "
+            f"{model_type} computes something besides its attention that cannot be compiled ({_cause(error)}); choose "
             f"another architecture"
         ) from error
 

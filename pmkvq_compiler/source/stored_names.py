@@ -41,7 +41,7 @@ def skeleton(name: str, config: PretrainedConfig) -> dict[str, Tensor]:
         ) from error
     if sum(buffer.nbytes for buffer in model.buffers()) > MOST_BUFFER_BYTES:
         raise CompileError(
-            f"the config of {name} asks for buffers of more than {MOST_BUFFER_BYTES >> 30} GiB beside the weights, "
+            f"the config of {name} asks for buffers of more than {MOST_BUFFER_BYTES >> 30} GiB besides the weights, "
             f"which happens with too many positions; correct max_position_embeddings"
         )
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)

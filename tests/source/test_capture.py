@@ -119,7 +119,7 @@ def test_what_the_marker_cannot_express_is_refused(model_type: str, overrides: d
 @pytest.mark.parametrize("model_type", ["jetmoe", "lfm2"])
 def test_operations_that_cannot_be_written_are_refused_before_anything_is_measured(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-    with pytest.raises(CompileError, match=f"{model_type} computes something beside its attention") as caught:
+    with pytest.raises(CompileError, match=f"{model_type} computes something besides its attention") as caught:
         locate(capture(config), model_type)
     assert not isinstance(caught.value, Defect)
     assert "LocateAttention" not in str(caught.value)
