@@ -449,7 +449,7 @@ def test_a_tensor_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
 def test_what_transformers_would_load_besides_is_not_left_out_unsaid(tmp_path: Path, name: str) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     (folder / name).write_text("{}")
-    with pytest.raises(CompileError, match=r"which would be left out; merge it first"):
+    with pytest.raises(CompileError, match=r"which would be left out; merge it into the model first"):
         open_source(str(folder))
 
 
