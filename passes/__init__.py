@@ -1,1 +1,1 @@
-"""The passes: each rewrites the graph or records an edit of the weights."""
+"""The compiler's passes. Each one analyses or rewrites the graph, or records edits of the weights."""

@@ -13,10 +13,10 @@ from .verify import Stage
 
 
 class BakePlan(Pass):
-    """Give every cached attention its layer's plan as the constant `plan`, and the program the whole plan.
+    """Give every cached attention its layer's plan as the constant `plan`, and store the whole plan in the program.
 
-    1. The plan has one entry for each layer of the graph.
-    2. Heads, head dimensions and sliding window of each entry are those that LocateAttention read off the graph.
+    1. The plan must have one entry for each layer of the graph.
+    2. The heads, head dimensions and sliding window of each entry must be those that LocateAttention found.
     """
 
     takes = Stage.REWRITTEN
@@ -27,7 +27,7 @@ class BakePlan(Pass):
 
     def requires(self, program: Program) -> None:
         if len(self.plan.layers) != len(program.sites):
-            raise ValueError(f"the plan has {len(self.plan.layers)} layers and the graph {len(program.sites)}")
+            raise ValueError(f"the plan has {len(self.plan.layers)} layers, but the graph has {len(program.sites)}")
         for site in program.sites:
             _check(site, self.plan.layers[site.layer])
 
@@ -45,15 +45,15 @@ def cached_attentions(program: Program) -> list[Node]:
 
 
 def layer_plans(program: Program) -> list[LayerPlan]:
-    """The plan of each layer as the graph has it, outlined or not."""
+    """The plan of each layer, read from the graph, whether its layers are outlined or not."""
     plans = {node.args[4]: node.kwargs["plan"] for node in cached_attentions(program)}
     plans |= {call.args[0]: call.args[1] for call in program.graph.find_nodes(op="call_module")}
     return [plans[layer] for layer in sorted(plans)]
 
 
 def _check(site: AttentionSite, plan: LayerPlan) -> None:
-    """Raises `ValueError` where a layer's plan is not of its shape."""
+    """Raises `ValueError` if the plan does not fit the layer's shape."""
     for name in ("num_key_value_heads", "key_head_dim", "value_head_dim", "sliding_window"):
         planned, found = getattr(plan, name), getattr(site, name)
         if planned != found:
-            raise ValueError(f"the plan of layer {site.layer} has {name} {planned} and the graph {found}")
+            raise ValueError(f"the plan of layer {site.layer} has {name} {planned}, but the graph has {found}")

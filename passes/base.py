@@ -1,4 +1,4 @@
-"""What a pass is, after onnx's ir-py: a callable with conditions before and after, and precise errors."""
+"""The base class of passes, modelled on onnx's ir-py: callables with preconditions, postconditions and exact errors."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from .verify import Stage, verify
 
 
 class PassError(Defect):
-    """A pass failed; the cause is chained."""
+    """A pass failed. `__cause__` is the exception that it raised."""
 
 
 class PreconditionError(PassError):
-    """What a pass was given is not what it works on."""
+    """The program that a pass was given does not meet the pass's preconditions."""
 
 
 class PostconditionError(PassError):
-    """What a pass left is not what it promises."""
+    """The program that a pass left behind does not meet the pass's postconditions."""
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """`modified` says whether the graph, the sites or the edits were changed."""
+    """`modified` says whether the pass changed the graph, the sites or the edits."""
 
     modified: bool
 
 
 class Pass(ABC):
-    """One rewrite or analysis of a program, in place. It takes the graph at one stage and leaves it at another."""
+    """One rewrite or analysis of a program, in place."""
 
     takes: ClassVar[Stage]
+    """The stage that the program must have reached before the pass runs."""
     leaves: ClassVar[Stage]
+    """The stage that the program has reached afterwards."""
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
     def requires(self, program: Program) -> None:  # noqa: B027
-        """Raises `ValueError` where `program` lacks what this pass needs beyond its stage."""
+        """Raises `ValueError` if `program` lacks something that this pass needs besides the stage `takes`."""
 
     def ensures(self, program: Program) -> None:  # noqa: B027
-        """Raises `ValueError` where `program` lacks what this pass promises beyond its stage."""
+        """Raises `ValueError` if `program` lacks something that this pass promises besides the stage `leaves`."""
 
     @abstractmethod
     def run(self, program: Program) -> bool:
-        """Do the work; returns whether anything changed."""
+        """Transform `program`; returns whether anything changed."""
 
     def __call__(self, program: Program) -> PassResult:
-        """Check, run, check. Raises `PreconditionError`, `PassError` or `PostconditionError` from the cause; the
-        message names the passes that had run before."""
+        """Verify the program, run the pass, and verify again.
+
+        Raises `PreconditionError`, `PassError` or `PostconditionError`. The message names the passes that ran before.
+        """
         before = f"; before it ran: {', '.join(program.history) or 'no pass'}"
         try:
             verify(program, self.takes)
@@ -77,9 +81,9 @@ class Pass(ABC):
 
 
 def run_passes(program: Program, passes: Sequence[Pass], dump: Path | None = None) -> dict[str, PassResult]:
-    """Run `passes` in order, each verified before and after; the results by name.
+    """Run `passes` in order, each verified before and after; returns the results by the names of the passes.
 
-    The program after each of them is written into the folder `dump` as a readable file, if one is given.
+    If a folder `dump` is given, the program after each pass is written into it as a readable file.
     """
     results = {}
     for one in passes:

@@ -1,4 +1,4 @@
-"""Bring the graph into one plain form, without what has no effect."""
+"""Bring the graph into a canonical form, without operations that have no effect."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ aten = torch.ops.aten
 
 
 class Canonicalize(Pass):
-    """Drop what has no effect, and say the same thing in one way. Running it twice changes nothing more.
+    """Remove ops that have no effect, and write equivalent ops in the same way. Running it twice changes nothing more.
 
-    A cast to bfloat16 is one to the model's own dtype (see `capture`); casts are compared as they stand in the graph.
+    In a captured graph, a cast to bfloat16 means a cast to the model's own dtype (see `capture`). This pass compares
+    casts as they stand in the graph.
 
-    1. Assertions are dropped.
-    2. What returns its operand is replaced by it: dropout, casts to the dtype at hand, full slices, expansions to the
-       same shape, products with 1, detached and aliased tensors, copies made contiguous for a reshape alone.
-    3. Casts of every kind become `to.dtype`; a device named in one is that of its operand.
-    4. Batch and sequence size are read off `input_ids`, and every size is computed once.
-    5. An op in place becomes its functional form where no view shares the value, a copy into a slice a `slice_scatter`;
-       elsewhere the verifier refuses it.
-    6. `histc` counts in float32: of integers it exists on some devices only.
-    7. Dead code goes, and with it the weights that nothing reads.
+    1. Assertions are removed.
+    2. An op that returns its operand is replaced by the operand: dropout, casts to the same dtype, full slices,
+       expansions to the same shape, products with 1, `detach`, `alias`, and `contiguous` in front of a reshape.
+    3. Casts of every kind become `to.dtype`. A device that a cast names is dropped: the operand is already there.
+    4. The batch size and the sequence length are read from `input_ids`, and every size is computed once.
+    5. An in-place op becomes its functional form, and a copy into a slice becomes a `slice_scatter`, if no view shares
+       the memory. The verifier refuses in-place ops that remain.
+    6. `histc` counts in float32, because some devices cannot count integers.
+    7. Dead code is removed, together with weights and constants that nothing reads.
     """
 
     takes = Stage.REWRITTEN
@@ -89,7 +90,7 @@ def _unify_cast(node: Node) -> bool:
 
 
 def _make_functional(node: Node) -> bool:
-    """`x.op_(...)` becomes `op(x, ...)`, which later readers of x then read."""
+    """Turn `x.op_(...)` into `op(x, ...)`; later readers of x read the result."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return False
     functional, changed = _functional_form(node.target), node.args[0]
@@ -103,7 +104,7 @@ def _make_functional(node: Node) -> bool:
 
 
 def _scatter_slice(node: Node) -> bool:
-    """`x[a:b].copy_(y)` becomes `slice_scatter(x, y, a, b)`, which later readers of x then read."""
+    """Turn `x[a:b].copy_(y)` into `slice_scatter(x, y, a, b)`; later readers of x read the result."""
     if node.target is not aten.copy_.default or node.args[0].target is not aten.slice.Tensor:
         return False
     part, values = node.args[:2]
@@ -128,14 +129,14 @@ def _same_form(one: Node, other: Node) -> bool:
 
 
 def _functional_form(target: OpOverload) -> OpOverload | None:
-    """`aten.add.Tensor` of `aten.add_.Tensor`."""
+    """The op that is not in place: `aten.add.Tensor` for `aten.add_.Tensor`. None if there is none."""
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return getattr(packet, target._overloadname, None)
 
 
 def _shares_memory(node: Node) -> bool:
     """Whether the node's value may be a view of another node's."""
-    if node.target in CASTS:  # one to another dtype makes a copy
+    if node.target in CASTS:  # a cast to another dtype makes a copy
         return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)
     source = node.args[0] if node.target is operator.getitem else node
     schema = getattr(source.target, "_schema", None)
@@ -161,11 +162,11 @@ RULES: tuple[Callable[[Node], bool], ...] = (
     _make_functional,
     _count_in_float,
 )
-"""A node that one rule has changed or erased is not given to the next: `any` stops there."""
+"""The rules that apply to one node. `any` stops at the first rule that changes or erases it."""
 
 
 def _read_sizes_once(graph: Graph) -> bool:
-    """Read batch and sequence size off `input_ids`, and compute every size that follows from them once."""
+    """Read the batch size and sequence length from `input_ids`, and compute every size that depends on them once."""
     (input_ids,) = (node for node in graph.find_nodes(op="placeholder") if node.name == "input_ids")
     first: dict[str, Node] = {}
     for dim in (1, 0):
@@ -183,7 +184,7 @@ def _read_sizes_once(graph: Graph) -> bool:
 
 
 def _size_of(input_ids: Node, dim: int) -> Node:
-    """The node with one size of `input_ids`, before all other ops."""
+    """The node that reads one size of `input_ids`, placed before all other ops."""
     graph = input_ids.graph
     last = graph.find_nodes(op="placeholder")[-1]
     for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):

@@ -1,4 +1,4 @@
-"""A program as text: what `--dump-passes` writes after each pass, for people who want to see what a pass did."""
+"""A program as text. `--dump-passes` writes it after each pass, for people who want to see what the pass did."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .program import AttentionSite, Edit, Program, RowScale
 
 
 def write_dump(program: Program, folder: Path) -> None:
-    """Write `dump_text(program)` into `folder`, under the number and the name of the pass that ran last.
+    """Write `dump_text(program)` into `folder`. The file is named after the number and name of the pass that ran last.
 
-    A program that no pass has seen is `00-capture.py`. The folder is made where it is missing.
+    Before any pass has run, the file is `00-capture.py`. The folder is created if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = program.history[-1] if program.history else "capture"
@@ -19,9 +19,9 @@ def write_dump(program: Program, folder: Path) -> None:
 
 
 def dump_text(program: Program) -> str:
-    """The sites and the weight edits as comments, then the graph as Python, with the shape and dtype of every value.
+    """Attention sites and weight edits as comments, then the graph as Python, with the shape and dtype of every value.
 
-    Layers that OutlineLayers has made submodules of follow as classes of their own.
+    Layers that OutlineLayers has moved into submodules follow as classes.
     """
     facts = [
         f"passes: {', '.join(program.history) or 'none yet'}",
@@ -51,4 +51,4 @@ def _edit(edit: Edit) -> str:
         rows = f"rows {edit.start} to {edit.start + edit.scale.shape[0] - 1}"
         return f"{edit.tensor}: {rows} are multiplied by scales from {edit.scale.min():.3g} to {edit.scale.max():.3g}"
     heads, dim, _ = edit.matrices.shape
-    return f"{edit.tensor}: {heads} heads of {dim} {edit.side} from {edit.start} on are multiplied by a matrix each"
+    return f"{edit.tensor}: {heads} heads of {dim} {edit.side} from {edit.start} on are each multiplied by a matrix"

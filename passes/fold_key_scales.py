@@ -13,15 +13,15 @@ from .verify import Stage
 
 
 class FoldKeyScales(Pass):
-    """Record the weight edits that divide K by `scales` and multiply Q by them; q . k stays what it was.
+    """Record the weight edits that divide K by `scales` and multiply Q by them, so that q . k does not change.
 
-    `scales[layer]` is float64 [num_key_value_heads, key_head_dim]. Layers without an entry are left alone.
+    `scales[layer]` is float64 [num_key_value_heads, key_head_dim]. Layers without an entry do not change.
 
     1. The rows of k_proj and its bias are multiplied by 1 / s.
-    2. The rows of q_proj and its bias are multiplied by s; query head h meets key head h // group (GQA).
-    3. RoPE turns channels i and i + key_head_dim / 2 into each other, so the two must share a scale: only then does
-       scaling commute with it.
-    4. A layer whose site has a reason not to fold is refused, as are scales that are not finite and positive.
+    2. The rows of q_proj and its bias are multiplied by s. Query head h uses the scales of key head h // group (GQA).
+    3. RoPE mixes channels i and i + key_head_dim / 2. Scaling commutes with RoPE only if the two share a scale, so
+       other scales are refused.
+    4. A layer is refused if its site gives a reason not to fold, or if its scales are not finite and positive.
     """
 
     takes = Stage.CAPTURED
@@ -34,7 +34,7 @@ class FoldKeyScales(Pass):
         sites = {site.layer: site for site in program.sites}
         for layer, scale in self.scales.items():
             if layer not in sites:
-                raise ValueError(f"scales are given for layer {layer}, of which LocateAttention found nothing")
+                raise ValueError(f"scales are given for layer {layer}, where LocateAttention found no attention")
             _check(sites[layer], scale)
 
     def run(self, program: Program) -> bool:
@@ -45,7 +45,7 @@ class FoldKeyScales(Pass):
 
 
 def _check(site: AttentionSite, scale: Tensor) -> None:
-    """Raises `ValueError` where `scale` cannot be folded at `site`."""
+    """Raises `ValueError` if `scale` cannot be folded at `site`."""
     expected = (site.num_key_value_heads, site.key_head_dim)
     if site.reason is not None:
         raise ValueError(f"layer {site.layer} cannot be folded: {site.reason}")

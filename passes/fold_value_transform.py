@@ -13,17 +13,18 @@ from .verify import Stage
 
 
 class FoldValueTransform(Pass):
-    """Record the weight edits that multiply each head of V by a matrix, and its outputs by the inverse.
+    """Record the weight edits that multiply each head of V by a matrix, and the head's outputs by its inverse.
 
-    `matrices[layer]` is float64 [num_key_value_heads, value_head_dim, value_head_dim]. Layers without an entry are left
-    alone.
+    `matrices[layer]` is float64 [num_key_value_heads, value_head_dim, value_head_dim]. Layers without an entry do not
+    change.
 
-    1. v_proj's rows of each head, and its bias, are multiplied by the head's transposed matrix M: V becomes V M.
+    1. In v_proj, the rows (and bias) of each head are multiplied by the transpose of the head's matrix M, so that V
+       becomes V M.
     2. Attention is linear in V, so its output is multiplied by M as well.
-    3. The output projection's columns of each query head are multiplied by the transposed inverse of M, that of its
-       key-value head (GQA): what the layer puts out stays what it was.
-    4. A layer whose v_proj or output projection LocateAttention did not find is refused, as is a matrix without a
-       finite inverse.
+    3. In the output projection, the columns of each query head are multiplied by the transposed inverse of the matrix
+       of its key/value head (GQA), so that the output of the layer does not change.
+    4. A layer is refused if LocateAttention did not find its v_proj or output projection, or if one of its matrices
+       has no finite inverse.
     """
 
     takes = Stage.CAPTURED
@@ -36,7 +37,7 @@ class FoldValueTransform(Pass):
         sites = {site.layer: site for site in program.sites}
         for layer, matrices in self.matrices.items():
             if layer not in sites:
-                raise ValueError(f"V of layer {layer} is to be transformed, and LocateAttention found nothing of it")
+                raise ValueError(f"matrices are given for layer {layer}, where LocateAttention found no attention")
             _check(sites[layer], matrices)
 
     def run(self, program: Program) -> bool:
@@ -47,15 +48,17 @@ class FoldValueTransform(Pass):
 
 
 def can_transform(site: AttentionSite) -> bool:
-    """Whether V of the site comes from one projection and its outputs go to one."""
+    """Whether V of the site comes from one linear layer, and the outputs of all heads go into one linear layer."""
     return site.value is not None and site.output is not None
 
 
 def _check(site: AttentionSite, matrices: Tensor) -> None:
-    """Raises `ValueError` where `matrices` cannot be folded at `site`."""
+    """Raises `ValueError` if `matrices` cannot be folded at `site`."""
     expected = (site.num_key_value_heads, site.value_head_dim, site.value_head_dim)
     if not can_transform(site):
-        raise ValueError(f"V of layer {site.layer} cannot be transformed: v_proj or the output projection is not found")
+        raise ValueError(
+            f"V of layer {site.layer} cannot be transformed: its v_proj or its output projection was not found"
+        )
     if tuple(matrices.shape) != expected:
         raise ValueError(
             f"the matrices of layer {site.layer} have shape {list(matrices.shape)} instead of {list(expected)}"

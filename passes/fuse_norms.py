@@ -1,4 +1,4 @@
-"""Make every RMS normalization one op."""
+"""Turn every RMS normalization into one op."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .verify import Stage
 aten = torch.ops.aten
 
 ROOTS = frozenset({aten.rsqrt.default, aten.pow.Tensor_Scalar})
-"""What computes 1 / sqrt; Gemma 4 takes the power -0.5."""
+"""The ops that compute 1 / sqrt. Gemma 4 raises to the power -0.5 instead of calling `rsqrt`."""
 
 
 class FuseNorms(Pass):
-    """Turn RMS normalization that is written out into `rms_norm`, which a CUDA device runs as one kernel.
+    """Replace an RMS normalization that is written out op by op by `rms_norm`, which a CUDA device runs as one kernel.
 
     Below, x is `h.to(float32)` with h [..., d] in the model's dtype, and n is `x * rsqrt(mean(x ** 2, -1) + eps)`.
 
@@ -28,9 +28,10 @@ class FuseNorms(Pass):
        [d] in the model's dtype, become `rms_norm(h, [d], weight, eps)`. It computes in float32 and rounds once, where
        the first form rounds twice.
     2. `n * factor` with a float32 factor [d] (Gemma's `1 + weight`) becomes `rms_norm(x, [d], factor, eps)`. The casts
-       around it stay: the kernel needs operand and factor in one dtype, and the model's would round the factor.
+       around it stay: the kernel needs both operands in one dtype, and the model's dtype would round the factor.
     3. `n.to(h.dtype)` without a weight (Gemma 4's values) becomes `rms_norm(h, [d], None, eps)`.
-    4. All else stays: another dim, a mean that is subtracted before, a value in between that something else reads.
+    4. Everything else stays as it is: norms over another dimension, norms that subtract the mean, and norms with an
+       intermediate value that another op reads.
     """
 
     takes = Stage.CANONICAL
@@ -65,7 +66,7 @@ def _fuse(node: Node) -> bool:
 
 
 def _match(node: Node) -> Norm | None:
-    """The normalization whose n is `node`."""
+    """The normalization in which `node` computes n, or None."""
     if node.target is not aten.mul.Tensor:
         return None
     for x, root in itertools.permutations(node.args):
@@ -76,7 +77,7 @@ def _match(node: Node) -> Norm | None:
 
 
 def _match_root(node: Any, x: Any) -> float | None:
-    """eps if `node` is `rsqrt(mean(x ** 2, -1) + eps)`, of which nothing else reads a part."""
+    """eps if `node` is `rsqrt(mean(x ** 2, -1) + eps)` and no other op reads a value in between; else None."""
     chain = []
     for targets in (ROOTS, {aten.add.Tensor}, {aten.mean.dim}, {aten.pow.Tensor_Scalar}):
         if not isinstance(node, Node) or node.target not in targets or node.kwargs or len(node.users) > 1:
@@ -91,7 +92,7 @@ def _match_root(node: Any, x: Any) -> float | None:
 
 
 def _match_weight(n: Node, x: Node, eps: float) -> Norm | None:
-    """What becomes of `n`, by rules 1 to 3."""
+    """The normalization that ends with `n` or with the ops that follow it, by rules 1 to 3."""
     h, reader = x.args[0], _only_reader(n)
     if _is_cast(reader, _dtype(h)):
         weighted = _only_reader(reader)
@@ -109,7 +110,7 @@ def _match_weight(n: Node, x: Node, eps: float) -> Norm | None:
 
 
 def _weight(product: Node | None, operand: Node) -> Node | None:
-    """The other factor of `product`, if that is `operand` times one number for each channel."""
+    """The other factor, if `product` multiplies `operand` by one number for each channel; else None."""
     if product is None or product.target is not aten.mul.Tensor:
         return None
     other = product.args[1] if product.args[0] is operand else product.args[0]

@@ -27,15 +27,16 @@ LINEARS = frozenset({aten.linear.default, aten.addmm.default})
 
 
 class LocateAttention(Pass):
-    """Fill `program.sites`, one `AttentionSite` for each marker. Analysis only.
+    """Fill `program.sites` with one `AttentionSite` for each marker. This pass only analyses the graph.
 
-    1. Shapes, scale, window, soft cap, sinks and the layer's module are read off the marker.
-    2. From k, then from q, walk back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin` with x1, x2 the
-       halves of x's channels, then through the split into heads, to a linear layer with an optional bias.
-    3. Casts and copies are looked through; anything else in between ends the match with a reason.
-    4. What is matched must feed this attention only, or scaling it would change something else too.
-    5. v is walked back in the same way but without RoPE, and from the attention forward to the linear layer that takes
-       the outputs of all heads: between the two the channels of a head may be turned.
+    1. Shapes, scale, window, soft cap, sinks and the path of the layer's module are read from the marker.
+    2. From k, and then from q, the pass walks back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin`
+       (x1 and x2 are the halves of x's channels), and through the split into heads, to a linear layer with or without
+       bias.
+    3. The walk passes through casts and copies. Any other op ends it, and the site keeps the reason.
+    4. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
+    5. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
+       that takes the outputs of all heads. Between these two linear layers, the channels of a head can be transformed.
     """
 
     takes = Stage.CAPTURED
@@ -48,7 +49,7 @@ class LocateAttention(Pass):
 
     def ensures(self, program: Program) -> None:
         if len(program.sites) != len(markers(program.graph)):
-            raise ValueError(f"{len(program.sites)} sites for {len(markers(program.graph))} markers")
+            raise ValueError(f"there are {len(program.sites)} sites for {len(markers(program.graph))} markers")
 
 
 def markers(graph: Graph) -> list[Node]:
@@ -57,7 +58,7 @@ def markers(graph: Graph) -> list[Node]:
 
 
 class _NoMatchError(Exception):
-    """The walk met something else; the message is the reason."""
+    """The graph does not have the form that the walk looks for; the message is the reason."""
 
 
 def _locate(marker: Node, program: Program) -> AttentionSite:
@@ -92,7 +93,7 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
 
 
 def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projection:
-    """The rows of the linear layer behind an operand of `marker`. Raises `_NoMatchError`."""
+    """The rows of the linear layer that computes an operand of `marker`. Raises `_NoMatchError`."""
     seen: set[Node] = set()
     node = _match_rotary(operand, seen) if rotary else operand
     linear = _match_heads(node, seen)
@@ -116,18 +117,20 @@ def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projec
 
 
 def _walk_forward(marker: Node, program: Program) -> str:
-    """The weight of the linear layer that takes the heads of `marker`, side by side. Raises `_NoMatchError`."""
+    """The weight of the linear layer that takes the concatenated heads of `marker`. Raises `_NoMatchError`."""
     node, width = marker, marker.meta["val"].shape[1] * marker.meta["val"].shape[3]
     while node.target not in LINEARS:
         users = [user for user in node.users if not is_assertion(user)]
         if len(users) != 1 or users[0].target not in (*COPIES, *RESHAPES, *LINEARS):
-            raise _NoMatchError(f"{node.name} ({node.target}) feeds more or other than one linear layer")
+            raise _NoMatchError(f"{node.name} ({node.target}) feeds more than one op, or an op that is not linear")
         node = users[0]
     weight = node.args[1]
     if node.target is not aten.linear.default or weight.meta["val"].shape[1] != width:
         raise _NoMatchError(f"{node.name} does not take the {width} channels of all heads")
     if weight.name not in program.weights or len(weight.users) > 1:
-        raise _NoMatchError(f"{node.name} takes {weight.name}, which is not a tensor of the checkpoint of its own")
+        raise _NoMatchError(
+            f"{node.name} takes {weight.name}, which is not in the checkpoint or is shared with another op"
+        )
     return program.weights[weight.name]
 
 
@@ -140,7 +143,7 @@ def _look_through(node: Node, seen: set[Node]) -> Node:
 
 
 def _match_rotary(operand: Node, seen: set[Node]) -> Node:
-    """x of `x * cos + cat(-x2, x1) * sin`."""
+    """The node x, if `operand` is `x * cos + cat(-x2, x1) * sin`. Raises `_NoMatchError` otherwise."""
     node = _look_through(operand, seen)
     if node.target is aten.cat.default:
         raise _NoMatchError(_explain_parts(node))
@@ -148,7 +151,9 @@ def _match_rotary(operand: Node, seen: set[Node]) -> Node:
     if node.target is not aten.add.Tensor and norm is not None:
         raise _NoMatchError(f"a norm sits between {_source(node)} and the attention ({norm.name})")
     if node.target is not aten.add.Tensor:
-        raise _NoMatchError(f"no RoPE between {_source(node)} and the attention: it takes {node.name} ({node.target})")
+        raise _NoMatchError(
+            f"there is no RoPE between {_source(node)} and the attention, which takes {node.name} ({node.target})"
+        )
     for straight, turned in (node.args[:2], node.args[1::-1]):
         x = _match_turned(straight, turned, seen)
         if x is not None:
@@ -159,7 +164,7 @@ def _match_rotary(operand: Node, seen: set[Node]) -> Node:
 
 
 def _match_turned(straight: Node, turned: Node, seen: set[Node]) -> Node | None:
-    """x if `straight` is `x * cos` and `turned` is `cat(-x2, x1) * sin`; then `seen` takes what was matched."""
+    """The node x, if `straight` is `x * cos` and `turned` is `cat(-x2, x1) * sin`. Adds the matched nodes to `seen`."""
     matched: set[Node] = set()
     straight, turned = _look_through(straight, matched), _look_through(turned, matched)
     if straight.target is not aten.mul.Tensor or turned.target is not aten.mul.Tensor:
@@ -174,7 +179,7 @@ def _match_turned(straight: Node, turned: Node, seen: set[Node]) -> Node | None:
 
 
 def _match_rotate_half(node: Node, matched: set[Node]) -> Node | None:
-    """x if `node` is `cat(-x2, x1)` along the channels."""
+    """The node x, if `node` is `cat(-x2, x1)` along the channels. Adds the matched nodes to `matched`."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2 or not _is_last(node, node.args[1:]):
         return None
     negated, first = node.args[0]
@@ -196,7 +201,10 @@ def _is_last(node: Node, dim: tuple[int, ...]) -> bool:
 
 
 def _match_heads(node: Node, seen: set[Node]) -> Node:
-    """The linear layer whose output [B, S, heads * head_dim] was split into `node` [B, heads, S, head_dim]."""
+    """The linear layer whose output [B, S, heads * head_dim] was split into `node` [B, heads, S, head_dim].
+
+    Raises `_NoMatchError`.
+    """
     end = node = _look_through(node, seen)
     if node.target is aten.transpose.int and node.args[1:] == (1, 2):
         node = _look_through(node.args[0], seen)
@@ -208,7 +216,7 @@ def _match_heads(node: Node, seen: set[Node]) -> Node:
 
 
 def _behind(node: Node) -> Iterator[Node]:
-    """The nodes that `node` is computed from, nearest first, up to and with the linear layers behind it."""
+    """`node` and the nodes that it is computed from, nearest first, back to the nearest linear layers."""
     waiting, known = [node], {node}
     while waiting:
         one = waiting.pop(0)
@@ -222,7 +230,7 @@ def _behind(node: Node) -> Iterator[Node]:
 
 
 def _source(node: Node) -> str:
-    """The module of the linear layer behind `node`, as in "k_proj"."""
+    """The name of the module whose linear layer computes `node`, such as "k_proj"."""
     linear = next((one for one in _behind(node) if one.target in LINEARS), None)
     if linear is None:
         return str(node.name)
@@ -231,17 +239,17 @@ def _source(node: Node) -> str:
 
 
 def _explain_parts(node: Node) -> str:
-    """Why RoPE that ends in a concatenation does not match."""
+    """The reason why a RoPE that ends in a concatenation does not match."""
     first, width = node.args[0][0].meta["val"].shape[-1], node.meta["val"].shape[-1]
     if first < width and any(part.target in DIVISIONS for part in node.args[0][1:]):
         return f"RoPE turns only {first} of the {width} channels of {_source(node)} ({node.name})"
     if first == width:
-        return f"{node.name} adds an unturned part of no channels to what RoPE has turned"
-    return f"{node.name} joins the halves that RoPE has turned, which is not the form x * cos + cat(-x2, x1) * sin"
+        return f"{node.name} concatenates the channels that RoPE has turned with a part that has no channels"
+    return f"{node.name} concatenates halves that RoPE has turned, which is not the form x * cos + cat(-x2, x1) * sin"
 
 
 def _explain_between(node: Node, end: Node) -> str:
-    """Why the walk from `end`, what RoPE is applied to, stopped at `node`."""
+    """The reason why the walk from `end`, the operand of RoPE, stopped at `node`."""
     norm = next((one for one in _behind(end) if one.target in NORMS), None)
     if norm is not None:
         return f"a norm sits between {_source(end)} and RoPE ({norm.name})"

@@ -1,4 +1,4 @@
-"""Ops that several passes ask for; among them the marker that capture leaves, and what RewriteAttention makes of it."""
+"""Ops that several passes look for, among them the marker that the capture leaves and the op that replaces it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pmkvq_compiler.runtime.plan import LayerPlan
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, layer: int, sliding_window: int, softcap: float
 ) -> Tensor:
-    """Marks one causal attention. It is only ever traced.
+    """Marks one causal attention in a graph. It is traced but never run.
 
     `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim] and `sinks` [Hq];
-    `sliding_window` 0 and `softcap` 0 mean none. Stands for a tensor [B, Hq, S, value_head_dim] in the dtype of `q`.
+    `sliding_window` 0 and `softcap` 0 mean none. The result is [B, Hq, S, value_head_dim] in the dtype of `q`.
     """
     raise NotImplementedError("pmkvq::attention marks a place in a captured graph and cannot be run")
 
@@ -46,5 +46,6 @@ def cached_attention(
     key_rotation: Tensor | None = None,
     plan: LayerPlan | None = None,
 ) -> Tensor:
-    """The runtime's `cached_attention` as the target of a node; `plan` is what BakePlan knows of the layer's cache."""
+    """The runtime's `cached_attention` as the target of a node. BakePlan adds `plan`, the plan of the layer's cache,
+    which is not needed to run it."""
     return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation)

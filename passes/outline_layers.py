@@ -1,4 +1,4 @@
-"""Make equal layers calls of one function."""
+"""Turn layers that are equal into calls of one function."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ LAYER = "{layer}"
 
 
 class OutlineLayers(Pass):
-    """Move each layer's nodes into a submodule that equal layers share.
+    """Move each layer's nodes into a submodule, which equal layers share.
 
-    1. A layer is what its module computes, by the module path that export left on the nodes: `model.layers.3` around
-       the attention of layer 3. Only its last node may be read from outside. Sizes stay outside.
-    2. Two layers are equal where ops, constants and wiring are, and the names of their tensors differ in the layer's
-       index alone. Neither that index nor the plan tells them apart: they become arguments.
-    3. The submodule takes `layer`, `plan`, then the values and the tensors that the layer reads, each once, in the
-       order of their first use. A tensor's placeholder has its name with `{layer}` for the index as `meta["tensor"]`.
-    4. Where a layer cannot be cut out that way, the whole graph stays as it is.
+    1. A layer consists of the nodes that its module computes. torch.export leaves the module's path on each node, such
+       as `model.layers.3` around the attention of layer 3. Only the last node of a layer may be read from outside.
+       Nodes that compute sizes stay outside.
+    2. Two layers are equal if their ops, constants and connections are, and if the names of their tensors differ only
+       in the layer's index. The index and the plan may differ: they become arguments.
+    3. The submodule takes `layer`, `plan`, and then the values and tensors that the layer reads, each once, in the
+       order of their first use. The placeholder of a tensor keeps the tensor's name, with `{layer}` in place of the
+       index, in `meta["tensor"]`.
+    4. If one layer cannot be moved like this, the whole graph stays as it is.
     """
 
     takes = Stage.CANONICAL
@@ -44,7 +46,7 @@ class OutlineLayers(Pass):
                 name = f"decoder_layer_{len(names) + 1}" if names else "decoder_layer"
                 names[structure] = _add_submodule(program, region, name)
             submodules.append(names[structure])
-        # Backwards, because a region names the result of the layer before it.
+        # Backwards, because each region refers to the result of the layer before it.
         for region, submodule in zip(reversed(regions), reversed(submodules), strict=True):
             _replace(program, region, submodule)
         return bool(regions)
@@ -52,17 +54,18 @@ class OutlineLayers(Pass):
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes of one layer, in order, the last of which is its result; what they read, in the order of first use."""
+    """The nodes of one layer in order, the last of which is its result, and the values that they read from outside, in
+    the order of their first use."""
 
     layer: int
     nodes: list[Node]
     values: list[Node]
     tensors: dict[Node, str]
-    """Placeholders of weights and constants, and their names with `{layer}` for the layer's index."""
+    """Placeholders of weights and constants, with their names, in which `{layer}` stands for the layer's index."""
 
 
 def _find_regions(program: Program) -> list[Region]:
-    """All layers in order, or none where one of them cannot be cut out."""
+    """All layers in order, or none if one of them cannot be moved."""
     members: dict[str, list[Node]] = {}
     for attention in cached_attentions(program):
         owner = layer_module(attention)
@@ -81,7 +84,7 @@ def _find_regions(program: Program) -> list[Region]:
 
 
 def layer_module(node: Node) -> str | None:
-    """Path of the outermost module around `node` that is an element of a list."""
+    """The path of the outermost module around `node` that is an element of a list; None if there is none."""
     paths = (path for path, _ in node.meta.get("nn_module_stack", {}).values())
     return next((path for path in paths if path.rpartition(".")[2].isdecimal()), None)
 
@@ -109,7 +112,7 @@ def _tensor_name(node: Node, program: Program) -> str | None:
 
 
 def _structure(region: Region) -> Hashable:
-    """Everything by which two layers may differ, except for the layer's index and its plan."""
+    """A description of a layer without its index and its plan. Two layers are equal if their descriptions are."""
     numbers: dict[Node, Hashable] = {node: number for number, node in enumerate([*region.values, *region.nodes])}
     numbers |= {node: (name, _shape_and_dtype(node)) for node, name in region.tensors.items()}
 
@@ -135,7 +138,7 @@ def _shape_and_dtype(node: Node) -> Hashable:
 
 
 def _add_submodule(program: Program, region: Region, name: str) -> str:
-    """Make a submodule with copies of the region's nodes; returns its name."""
+    """Add a submodule with copies of the region's nodes; returns its name."""
     graph = Graph()
     layer, plan = graph.placeholder("layer"), graph.placeholder("plan")
     copies: dict[Node, Node] = {}
@@ -155,7 +158,7 @@ def _add_submodule(program: Program, region: Region, name: str) -> str:
 
 
 def _replace(program: Program, region: Region, submodule: str) -> None:
-    """Call `submodule` instead of the region's nodes."""
+    """Replace the region's nodes by a call of `submodule`."""
     (attention,) = (node for node in region.nodes if node.target is cached_attention)
     result = region.nodes[-1]
     with program.graph.inserting_after(result):

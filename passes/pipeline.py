@@ -1,4 +1,4 @@
-"""The passes in their order."""
+"""The passes, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def pipeline(
     value_transforms: Mapping[int, Tensor],
     plan: CachePlan,
 ) -> list[Pass]:
-    """From a located program to one that can be emitted. The tensors, by layer, are those of FoldKeyScales, RotateKeys
-    and FoldValueTransform.
+    """The passes that turn a program whose attention was located into one that can be written as an artifact.
 
-    LocateAttention is not among them: tensors and plan are made from the sites that it finds.
+    `key_scales`, `key_rotations` and `value_transforms` are by layer; FoldKeyScales, RotateKeys and FoldValueTransform
+    say what they are. LocateAttention is not in the list, because the tensors and the plan depend on what it finds.
     """
     return [
-        # While the sites still describe the graph as captured; they record edits and touch no node.
+        # These record weight edits and change no node, so they run while the sites still describe the captured graph.
         FoldKeyScales(key_scales),
         FoldValueTransform(value_transforms),
-        # After all that reads markers.
+        # After every pass that reads markers.
         RewriteAttention(),
-        # On the nodes that RewriteAttention makes.
+        # These work on the nodes that RewriteAttention creates.
         RotateKeys(key_rotations),
         BakePlan(plan),
-        # After the rewrite, so that what only the markers needed is dead by now.
+        # After the rewrite, so that nodes that only the markers needed are dead code by now.
         Canonicalize(),
-        # On casts that are all of one kind, among readers that all have an effect; before layers become submodules.
+        # After Canonicalize, which leaves one kind of cast and no reader without effect, and before OutlineLayers.
         FuseNorms(),
-        # Last, for layers are compared op by op: what tells equal ones apart without effect must be gone.
+        # Last, because it compares layers op by op: differences that have no effect must be gone.
         OutlineLayers(),
     ]

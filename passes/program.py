@@ -1,4 +1,4 @@
-"""The program that the passes work on: a graph without weights, and the edits its weights must get."""
+"""The program that the passes work on: a graph without weights, and the edits that its weights will get."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch.fx import Graph, GraphModule
 from pmkvq_compiler.runtime.plan import CachePlan
 
 WRAPPER = "model."
-"""Capture holds the model in an attribute of this name: module paths in a graph begin with it, tensor names do not."""
+"""The capture keeps the model in an attribute of this name, so module paths in a graph begin with it. Tensor names do
+not."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The rows `start : start + rows` of a linear layer's weight (and bias): where q, k or v come from."""
+    """The rows `start : start + rows` of a linear layer's weight (and bias) that compute q, k or v."""
 
     weight: str
     bias: str | None
@@ -27,11 +28,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention, read off the graph: layer index, marker node, shapes, and where q, k and v come from.
+    """One attention of the graph: layer index, name of its marker, shapes, and the projections of q, k and v.
 
-    `output` is the weight that takes the heads' outputs side by side, where it alone takes them. `module` is the path
-    of the layer's module in the model, where the layers are a list.
-    `reason` is None where the key scales can be folded, else a sentence why not; then the projections may be None.
+    `output` names the weight that takes the concatenated outputs of all heads; it is None if there is no such weight.
+    `module` is the path of the layer's module in the model, or None if the model's layers are not a list.
+    `reason` is None if the key scales can be folded. Otherwise it says why not, and projections may be None.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
 
@@ -55,7 +56,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class RowScale:
-    """Weight edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64."""
+    """An edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64."""
 
     tensor: str
     start: int
@@ -71,11 +72,11 @@ class RowScale:
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """Weight edit: multiply each head of a projection by a matrix of its own, in float64.
+    """An edit: multiply each head of a projection by a matrix, in float64.
 
-    `matrices` are [heads, d, d]. With `side` "rows", the groups of d rows from `start` on (and so of a bias) become
-    `matrix.T @ rows`: what the layer puts out is multiplied by the matrix. With "columns" the groups of d columns
-    become `columns @ matrix`: the layer takes what the transposed inverse of the matrix was applied to.
+    `matrices` are [heads, d, d]. With `side` "rows", each group of d rows of a weight or bias, from `start` on, becomes
+    `matrix.T @ rows`: the output of the layer is multiplied by the matrix. With "columns", each group of d columns
+    becomes `columns @ matrix`, for an input that has been multiplied by the matrix's transposed inverse.
     """
 
     tensor: str
@@ -102,7 +103,7 @@ Edit = RowScale | HeadTransform
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that is computed from the configuration (RoPE frequencies and the like), and its buffer's name."""
+    """A tensor that is computed from the configuration, such as RoPE frequencies, and the name of its buffer."""
 
     name: str
     value: Tensor
@@ -110,12 +111,12 @@ class Constant:
 
 @dataclass
 class Program:
-    """What passes read and rewrite.
+    """The data structure that passes read and rewrite.
 
-    `graph_module` has one placeholder for each input (`input_ids`, `position_ids`, from RewriteAttention on also
-    `cache`), for each weight and for each constant, and returns the logits. `weights` maps a placeholder's name to the
-    tensor's name in the checkpoint, `constants` a placeholder's name to the constant. `plan` is what BakePlan was
-    given; each layer's part is also on the node of its attention. `history` names the passes that have run, in order.
+    `graph_module` returns the logits. It has one placeholder for each input (`input_ids`, `position_ids`, and after
+    RewriteAttention also `cache`), for each weight and for each constant. `weights` maps the name of a placeholder to
+    the tensor's name in the checkpoint, and `constants` maps it to the constant. `plan` is set by BakePlan, which also
+    puts each layer's part on the node of its attention. `history` names the passes that have run, in order.
     """
 
     graph_module: GraphModule

@@ -1,4 +1,4 @@
-"""Put attention over the cache in place of the markers."""
+"""Replace the markers by attention over the cache."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RewriteAttention(Pass):
     """Turn every marker into `cached_attention(q, k, v, cache, layer, scale=, softcap=, sinks=)`.
 
     1. The graph gets one more input, `cache`, after `position_ids`.
-    2. Layer, scale and soft cap stay constants of the node, sinks an operand. The sliding window goes: the cache's plan
-       has it.
-    3. The sites name the new nodes.
+    2. Layer, scale and soft cap stay constants of the node, and sinks stay an operand. The sliding window is dropped,
+       because the plan of the cache has it.
+    3. The sites refer to the new nodes.
     """
 
     takes = Stage.CAPTURED

@@ -1,4 +1,4 @@
-"""Rotate Q and K behind RoPE, where nothing can be folded."""
+"""Rotate Q and K after RoPE, at run time, because no matrix can be folded through RoPE."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .verify import Stage
 
 
 class RotateKeys(Pass):
-    """Give cached attentions the operand `key_rotation`: they turn Q and K by it, and store K turned.
+    """Give cached attentions the operand `key_rotation`: they rotate Q and K by it and store the rotated K.
 
-    `rotations[layer]` is orthogonal, [num_key_value_heads, key_head_dim, key_head_dim]; q . k stays what it was. Layers
-    without an entry are left alone.
+    `rotations[layer]` is orthogonal, [num_key_value_heads, key_head_dim, key_head_dim], so q . k does not change.
+    Layers without an entry do not change.
 
-    1. Each rotation becomes a constant (float32), named as if it belonged to the layer's module.
-    2. Its placeholder follows the inputs; the attention's node takes it.
-    3. A matrix of another shape, or that is not orthogonal, is refused.
+    1. Each rotation becomes a float32 constant, named as if it belonged to the layer's module.
+    2. Its placeholder comes after the other placeholders, and becomes an operand of the attention's node.
+    3. A matrix that is not orthogonal or has another shape is refused.
     """
 
     takes = Stage.REWRITTEN
@@ -47,7 +47,7 @@ class RotateKeys(Pass):
 
 
 def rotated_layers(program: Program) -> list[int]:
-    """Layers whose keys are rotated, outlined or not."""
+    """The layers whose keys are rotated, whether they are outlined or not."""
     found = {node.args[4] for node in cached_attentions(program) if node.kwargs.get("key_rotation") is not None}
     for call in program.graph.find_nodes(op="call_module"):
         nodes = program.graph_module.get_submodule(call.target).graph.nodes
@@ -67,7 +67,7 @@ def _check(layer: int, rotation: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def _constant(program: Program, attention: Node, rotation: Tensor) -> Node:
-    """The placeholder of a new constant that the attention's layer owns."""
+    """Add a constant to the program, named as a buffer of the attention's layer; returns its placeholder."""
     owner = layer_module(attention)
     name = f"{owner.removeprefix(WRAPPER)}.key_rotation" if owner else f"key_rotation.{attention.args[4]}"
     last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]

@@ -1,4 +1,4 @@
-"""The verifier between passes: a sound graph whose ops are those that its stage allows."""
+"""The verifier that runs between passes: the graph must be well formed and have only ops that its stage allows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ class Stage(enum.IntEnum):
     """How far a program has come."""
 
     CAPTURED = 0
-    """As torch.export left it: a marker for each attention."""
+    """As torch.export left it, with a marker for each attention."""
     REWRITTEN = 1
-    """Attention over a cache in place of the markers."""
+    """The markers have been replaced by attention over a cache."""
     CANONICAL = 2
-    """Besides: no asserts, nothing in place, nothing without effect."""
+    """In addition, there are no assertions, no in-place ops and no ops without effect."""
     OUTLINED = 3
-    """Besides: equal layers are calls of one submodule."""
+    """In addition, layers that are equal are calls of one submodule."""
 
 
 class VerificationError(ValueError):
-    """The graph is not what its stage allows; the message names the node."""
+    """The graph is not valid at its stage; the message names the node."""
 
 
 INPUTS = ("input_ids", "position_ids", "cache")
 PYTHON_FUNCTIONS = frozenset(
     {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
 )
-"""They take multiple results apart and compute sizes."""
+"""Python functions that a graph may call, to take tuples apart and to compute sizes."""
 
 
 def verify(program: Program, stage: Stage) -> None:
-    """Raises `VerificationError` where `program` is not sound at `stage`."""
+    """Raises `VerificationError` if `program` is not valid at `stage`."""
     try:
         program.graph.lint()
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -79,5 +79,5 @@ def _allowed(node: Node, stage: Stage) -> bool:
 
 
 def is_assertion(node: Node) -> bool:
-    """Whether the node only checks something: an op of aten without a result."""
+    """Whether the node only checks something, which means that it is an aten op without a result."""
     return isinstance(node.target, OpOverload) and not node.target._schema.returns

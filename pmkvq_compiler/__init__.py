@@ -5,4 +5,4 @@ import sys
 
 _installed = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()] != [_installed]:
-    del sys.path[0]  # `python -m pmkvq_compiler.cli` must not take a `torch.py` of the folder that it is called in
+    del sys.path[0]  # `python -m pmkvq_compiler.cli` must not import a `torch.py` from the current folder

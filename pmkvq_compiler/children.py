@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Within, Python processes that are started do not look for modules in the current folder, in which a model may
-    have a `torch.py`, and write no bytecode, which would lie in the artifact that they import.
+    """Within, Python processes that are started import nothing from the current folder, where a downloaded model may
+    have a `torch.py`. They also write no bytecode, which would end up in the artifact that they import.
 
-    Packages that a user has installed for themselves, and those on PYTHONPATH, stay.
+    Packages in the user's own site directory and on PYTHONPATH can still be imported.
     """
     chosen = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": _without_relative_paths()}
     before = {name: os.environ.get(name) for name in chosen}
@@ -28,6 +28,6 @@ def isolated() -> Iterator[None]:
 
 
 def _without_relative_paths() -> str:
-    """PYTHONPATH without its empty entries, which mean the current folder, and with what others mean from here."""
+    """PYTHONPATH with absolute entries, and without empty ones, which mean the current folder."""
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(os.path.abspath(entry) for entry in entries if entry)

@@ -1,4 +1,4 @@
-"""The road of a model, from a source to an artifact."""
+"""The steps of a compile, from the source model to the artifact."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from pmkvq_compiler.source.source import Source, open_source
 
 MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_MAX_LEN = 4096
-"""Tokens a sequence, for models whose configuration sets no limit."""
+"""Tokens of the longest sequence, for models whose configuration sets no limit."""
 
 BESIDE_WEIGHTS = 16 * 2**20
-"""Bytes of an artifact that are no weights, roughly: a tokenizer, code, a report."""
+"""Roughly the bytes of everything in an artifact besides its weights: tokenizer, code and report."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class CompileResult:
 def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     """Compile `options.model` into an artifact at `options.output`.
 
-    Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met;
-    `options.output` is then absent or as it was.
+    Raises `UsageError` for a request that makes no sense and `CompileError` for one that cannot be met. In both cases
+    `options.output` stays as it was.
     """
     onnx_export = _onnx_export() if options.onnx else None
     check_targets(options.aot)
@@ -77,7 +77,7 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
 
 
 def _inputs(options: CompileOptions) -> dict[str, Path]:
-    """What is read from files, which an artifact must not replace: their paths by what they are."""
+    """The files and folders that the compile reads, each with a description. The artifact must not replace them."""
     model, calib = Path(options.model).expanduser(), Path(options.calib)
     inputs = {"the model": model} if model.exists() else {}
     return inputs if options.calib == "builtin" else {**inputs, "the calibration text": calib}
@@ -127,8 +127,10 @@ def _write_artifact(
     steps: Steps,
     place: Place,
 ) -> Report:
-    """Write and check the artifact in the folder of `place`; returns the complete report. The manifest, which loading
-    needs, is written before the check and again when all is there."""
+    """Write and check the artifact in the folder of `place`; returns the complete report.
+
+    The manifest is written before the check, because the check loads the artifact, and again when all files are there.
+    """
     folder = place.folder
     with steps("emit"):
         manifest, written = _write_model(source, program, calibration, options, place, steps.progress)
@@ -153,7 +155,7 @@ def _write_artifact(
 
 
 def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, int]:
-    """The source model, its graph with the attention located, and the tokens that a sequence may have."""
+    """The source model, its graph with every attention located, and the length in tokens that a sequence may have."""
     with steps("source"):
         source = open_source(options.model, options.dtype)
         max_len = _max_len(source, options)
@@ -166,7 +168,8 @@ def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, in
 
 
 def _max_len(source: Source, options: CompileOptions) -> int:
-    """Tokens a sequence: the user's, or the model's own limit. Raises `UsageError` beyond the model's positions."""
+    """Tokens of the longest sequence: as the user asks, or the model's own limit. Raises `UsageError` if the user asks
+    for more positions than the model has."""
     limit = source.max_position_embeddings
     if options.max_len is not None and limit is not None and options.max_len > limit:
         raise UsageError(
@@ -177,18 +180,18 @@ def _max_len(source: Source, options: CompileOptions) -> int:
 
 
 def _onnx_export() -> ModuleType:
-    """The module that writes ONNX, which needs packages of an extra. Raises `UsageError` where one is missing."""
+    """The module that writes ONNX models. Raises `UsageError` if a package of the extra `onnx` is missing."""
     try:
         return importlib.import_module("pmkvq_compiler.emit.onnx_export")
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--onnx needs the package {error.name}, which is not installed; "
-            f"run `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
+            f"run `pip install 'pmkvq-compiler[onnx]'`, or leave --onnx out"
         ) from error
 
 
 def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
-    """The passes that make a program of the plan and what it multiplies K and V by."""
+    """The passes, set up with the plan and with the scales and matrices that it multiplies K and V by."""
     folds = Folds.of(solution, calibration)
     scales: dict[int, Tensor] = {}
     rotations: dict[int, Tensor] = {}
@@ -198,7 +201,7 @@ def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:
             scales[layer] = calibration.scales[layer]
         elif transform != "none":
             rotations[layer] = matrices
-        if powers is not None:  # of two: a fold of its own, in front of a rotation
+        if powers is not None:  # powers of two are folded into the weights; what remains must be a pure rotation
             power = powers.diagonal(dim1=1, dim2=2)
             scales[layer] = scales.get(layer, torch.ones_like(power)) / power
             if layer in rotations:
@@ -214,7 +217,8 @@ def _write_model(
     place: Place,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Write everything but report and manifest; what the manifest says beside the digests, and the files."""
+    """Write everything but the report and the manifest. Returns the manifest's content without the digests, and the
+    files that were written."""
     assert program.plan is not None
     package, folder = package_name(source.name), place.folder
     written = emit_package(program, source, folder, package)

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, JSON."""
+"""What the command line prints: progress, tables, JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BAR = 30
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """One bar a step on stderr, in the order in which steps first report."""
+    """Progress bars on stderr, one for each step, in the order in which the steps first report."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
     from transformers.utils import logging
 
@@ -62,7 +62,7 @@ def print_text(result: CompileResult | list[Explored]) -> None:
 
 
 def _print_comparison(explored: list[Explored]) -> None:
-    """A row a budget; the bars are as long as the logarithm of the predicted loss."""
+    """A table with a row for each budget. The lengths of its bars are logarithmic in the predicted loss."""
     from rich.console import Console
     from rich.table import Table
 
@@ -80,8 +80,9 @@ def _print_comparison(explored: list[Explored]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(
-        "predicted loss: how far the distribution of the next token moves on the calibration texts, in nats a token, "
-        "with errors doubled; use it to rank budgets, it is not the loss that you will see; bars are logarithmic"
+        "The predicted loss says how far the distribution of the next token moves on the calibration texts when all "
+        "quantization errors are doubled, in nats a token. Use it to rank budgets; it is not the loss that you will "
+        "see. The bars are logarithmic."
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256
-"""Rows of logits that are compared at a time: vocabularies are large."""
+"""How many rows of logits are compared at a time. Vocabularies are large, and so are copies of many rows."""
 
 
 def relative_norm(out: Tensor, reference: Tensor) -> float:
@@ -15,8 +15,10 @@ def relative_norm(out: Tensor, reference: Tensor) -> float:
 
 
 def divergences(out: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """KL(reference ‖ out) (float64 [N]) of the distributions that the rows of logits [N, V] stand for, in nats, from
-    probabilities in `dtype`; rounding cannot make it negative."""
+    """KL(reference ‖ out) in nats (float64 [N]) between the token distributions that rows of logits [N, V] give.
+
+    Probabilities are computed in `dtype`. A divergence that rounding would make negative is 0.
+    """
     found = []
     for ours, theirs in zip(out.split(ROWS), reference.split(ROWS), strict=True):
         log_p, log_q = theirs.to(dtype).log_softmax(-1), ours.to(dtype).log_softmax(-1)

@@ -14,7 +14,8 @@ class Defect(CompileError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error, for a message of one sentence; after a colon at its end the next one, too."""
+    """The first line of another library's error, to be quoted within a sentence. If it ends with a colon, the next line
+    is added."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [f"{lines[0]} {lines[1]}"]

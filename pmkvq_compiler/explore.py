@@ -18,7 +18,7 @@ from pmkvq_compiler.progress import Progress, Steps
 
 @dataclass(frozen=True)
 class Explored:
-    """The plan for a budget in three figures; all None where no plan fits. `predicted_loss` is in nats a token."""
+    """The plan for a budget in three figures, which are None if no plan fits. `predicted_loss` is in nats a token."""
 
     budget: str
     arena_bytes: int | None = None
@@ -27,9 +27,9 @@ class Explored:
 
 
 def explore(options: CompileOptions, budgets: Sequence[str], progress: Progress) -> list[Explored]:
-    """Plan for each of `budgets`, from one calibration; nothing is written.
+    """Plan for each of `budgets` from one calibration, without writing anything.
 
-    Raises `UsageError` for a request that makes no sense, `CompileError` where none of the budgets holds a plan.
+    Raises `UsageError` for a request that makes no sense, and `CompileError` if no plan fits any of the budgets.
     """
     steps = Steps(progress)
     source, program, max_len = captured(options, steps)
@@ -59,7 +59,8 @@ def _fits(problem: Problem) -> bool:
 
 
 def log_shares(explored: Sequence[Explored]) -> list[float]:
-    """The logarithm of each predicted loss from 0 (a tenth of the least) to 1 (the largest); 0 where there is none."""
+    """The logarithm of each predicted loss, scaled so that a tenth of the smallest loss is 0 and the largest loss is 1.
+    A budget without a loss gets 0."""
     logs = {one: math.log(one.predicted_loss) for one in explored if one.predicted_loss}
     lowest, highest = min(logs.values(), default=0) - math.log(10), max(logs.values(), default=1)
     return [(logs[one] - lowest) / (highest - lowest) if one in logs else 0.0 for one in explored]

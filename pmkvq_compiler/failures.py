@@ -1,4 +1,4 @@
-"""What the command line says when a compile ends with an exception: one sentence, whatever the exception was."""
+"""What the command line prints when a compile ends with an exception: one sentence, whatever the exception was."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OUT_OF_FILES = {errno.EMFILE, errno.ENFILE}
 def explain(error: Exception) -> tuple[str, int]:
     """The sentence for an exception that ended the command, and the exit code.
 
-    What is neither the user's request nor the machine is a defect of this program. Its traceback goes to a file, which
-    the sentence names.
+    An exception that neither the request nor the machine explains is a defect of this program. Its traceback goes to a
+    file, which the sentence names.
     """
     if isinstance(error, CompileError) and not isinstance(error, Defect):
         return str(error), WRONG_USAGE if isinstance(error, UsageError) else FAILED
@@ -49,7 +49,7 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch ran out of memory. On a CPU that is a RuntimeError that only its text tells from others."""
+    """Whether PyTorch ran out of memory. On a CPU it raises a plain RuntimeError, which only its text identifies."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError):
         return False
@@ -57,13 +57,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _named(error: BaseException) -> str:
-    """The kind of an error, and its first line where it has one."""
+    """The type of an error, followed by its first line if it has one."""
     kind, line = type(error).__name__, first_line(error)
     return line if line == kind else f"{kind}: {line}"
 
 
 def _kept_traceback(error: Exception) -> str:
-    """Where the traceback was put: a file for temporary things, or standard error where none can be written."""
+    """Write the traceback into a temporary file, or to standard error if that fails; returns where it is."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="pmkvq-compile-", suffix=".log", delete=False) as file:

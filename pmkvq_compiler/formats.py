@@ -1,4 +1,4 @@
-"""How K or V of a layer may be kept, and what a tensor looks like after it was."""
+"""The formats that K or V of a layer may be stored in, and what they do to a tensor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pmkvq_compiler.runtime.plan import KeyAxis
 from pmkvq_compiler.runtime.quantize import fake_quantize
 
 Transform = Literal["none", "scale", "rotate", "match"]
-"""What each head of a tensor is multiplied by before it is quantized: nothing, a diagonal of inverse scales (K), a
-Hadamard matrix, or the matrix that `matching` makes of the calibration."""
+"""What each head of a tensor is multiplied by before it is quantized: nothing, a diagonal matrix of inverse scales (K
+alone), a Hadamard matrix, or the matrix that `calibrate.transforms` matches to the calibration texts."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep K or V: code width, what shares a group, transform, window in tokens."""
+    """One way to store K or V: the bits of a code, whether a token or a channel forms a group, the transform, and the
+    window in tokens."""
 
     bits: int
     axis: KeyAxis
@@ -29,7 +30,8 @@ class Format:
 
 
 def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[Format]:
-    """The ways to keep K; where scales cannot be folded, or K is grouped by channel, "scale" becomes "none"."""
+    """The formats of K. Where scales cannot be folded or K is grouped by channel, the transform "scale" becomes
+    "none"."""
 
     def transforms(axis: KeyAxis) -> dict[Transform, None]:
         scales = can_scale and axis == "token"
@@ -45,7 +47,7 @@ def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[
 
 
 def value_formats(recipe: Recipe, bits: tuple[int, ...], can_transform: bool) -> list[Format]:
-    """The ways to keep V; where nothing can be folded, all transforms are "none"."""
+    """The formats of V. Where nothing can be folded, all transforms become "none"."""
     transforms: dict[Transform, None] = dict.fromkeys(
         one if can_transform else "none" for one in recipe.value_transforms
     )
@@ -58,7 +60,7 @@ def value_formats(recipe: Recipe, bits: tuple[int, ...], can_transform: bool) ->
 
 
 def by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:
-    """Formats that differ in nothing but the window."""
+    """Groups of formats that differ only in their windows, each with a format of window 0 that they share."""
     codes: dict[Format, list[Format]] = {}
     for kept in formats:
         codes.setdefault(replace(kept, window=0), []).append(kept)
@@ -66,9 +68,9 @@ def by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:
 
 
 def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | None = None) -> Tensor:
-    """K or V [B, H, S, d] as its codes stand for it, whole blocks after the sink quantized, all else exact.
+    """K or V [B, H, S, d] as read back from a format: whole blocks after the sink are quantized, the rest is exact.
 
-    `matrices` [H, d, d] (float64) are those of the format's transform, None where it has none.
+    `matrices` [H, d, d] (float64) belong to the format's transform; None means that there is nothing to multiply by.
     """
     if matrices is None:
         return as_cached(x, kept.bits, kept.axis, sink, block)
@@ -77,7 +79,7 @@ def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | No
 
 
 def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:
-    """K or V [..., S, d] as the cache gives it back: whole blocks after the sink quantized, all else exact.
+    """K or V [..., S, d] as the cache gives it back: whole blocks after the sink are quantized, the rest is exact.
 
     The groups are one token's d channels ("token") or one channel's `block` tokens ("channel").
     """
@@ -88,4 +90,4 @@ def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Ten
 
 
 Losses = dict[int, dict[Format, float]]
-"""By layer and format, the sum over texts of a measure."""
+"""For each layer and format, a measure of what the format costs: summed over the texts, or their mean."""

@@ -1,8 +1,8 @@
-"""Signals that end a compile, in a way that nothing can swallow.
+"""Signals that end a compile, handled so that no code can swallow them.
 
 Python raises `KeyboardInterrupt` wherever it happens to be. That may be a `__del__` or a callback, where exceptions are
-printed and dropped. Here a signal is noted as well as raised: `Signals.check`, which every step of the progress calls,
-raises it again for as long as the compile has not ended.
+printed and dropped. Here a signal is remembered as well as raised. Every report of progress calls `Signals.check`,
+which raises the signal again until the compile has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import FrameType
 from pmkvq_compiler.progress import Progress
 
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
-"""The signals that end a compile, and what is said of them. Windows has no SIGHUP."""
+"""The signals that end a compile, and the word for each in the message. Windows has no SIGHUP."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,12 +24,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """What has arrived, and what is true of the files by now."""
+    """The first signal that has arrived, and what the message says about the files."""
 
     def __init__(self) -> None:
         self.arrived: signal.Signals | None = None
         self.state = "nothing was changed"
-        """What can be told to who interrupts the compile now."""
+        """What to tell a user who interrupts the compile now."""
         self._deferred = 0
 
     @property
@@ -38,7 +38,7 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports for a command that the signal has ended."""
+        """The exit code that shells use for a command that this signal has ended."""
         return 128 + (self.arrived or signal.SIGINT)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -46,13 +46,13 @@ class Signals:
         self.check()
 
     def check(self) -> None:
-        """Raises `Interrupted` where a signal has arrived, once more where it was swallowed."""
+        """Raises `Interrupted` if a signal has arrived, even if it was raised before and swallowed."""
         if self.arrived is not None and not self._deferred:
             raise Interrupted(self.sentence)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, signals are noted and not raised: for what must be whole. It raises none at its end either."""
+        """Within, signals are remembered but not raised, so that the block runs to its end; `check` raises them."""
         self._deferred += 1
         try:
             yield
@@ -61,7 +61,7 @@ class Signals:
 
     @contextmanager
     def not_disguised(self) -> Iterator[None]:
-        """Within, an error that a library has made of an interrupt, as torch.export does, is an interrupt again."""
+        """Within, an interrupt that a library turns into another error, as torch.export does, is raised again."""
         try:
             yield
         except Exception:
@@ -69,7 +69,7 @@ class Signals:
             raise
 
     def checking(self, progress: Progress) -> Progress:
-        """`progress`, with a look at the signals before and after each report."""
+        """`progress`, with a check for signals before and after each report."""
 
         def report(step: str, done: int, total: int) -> None:
             self.check()
@@ -81,10 +81,10 @@ class Signals:
 
 @contextmanager
 def watched() -> Iterator[Signals]:
-    """Within, signals that end a process end the compile cleanly. Whoever is watching already goes on to.
+    """Within, signals that would end the process end the compile cleanly. A `Signals` that already watches is reused.
 
-    What the caller ignores or handles itself stays as it is, as does everything outside the main thread, where Python
-    handles no signals.
+    Signals that the caller ignores or handles itself are left to the caller. Outside the main thread no signal is
+    watched, because Python handles signals only there.
     """
     outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     if isinstance(outer, Signals):
@@ -109,7 +109,7 @@ def watched() -> Iterator[Signals]:
 
 
 def ignore_from_now_on() -> None:
-    """For a process that is about to end: another Ctrl-C must not interrupt how it does."""
+    """Ignore these signals in a process that is about to end, so that another Ctrl-C does not disturb its end."""
     for name in WORDS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -6,34 +6,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-"""Architectures that kernels can be compiled for ahead of time."""
+"""GPU architectures that kernels can be compiled for ahead of time."""
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Options of one compile. Lengths are in tokens; `None` means "decide from the model"."""
+    """Options of one compile. Lengths are in tokens. `None` means that the model or the recipe decides."""
 
     model: str
+    """A hub id, the folder of a Hugging Face model, a `.gguf` file, or `demo`."""
     output: Path
+    """Folder of the artifact."""
     budget: str | None = None
-    """`512MiB`, `25%` (of the 16-bit cache) or `3.2bits` (true bits a number); needed by every recipe but `none`."""
+    """`512MiB`, `25%` (of the 16-bit cache) or `3.2bits` (a number, on average); every recipe but `none` needs it."""
     max_len: int | None = None
+    """Longest sequence, prompt and answer together."""
     batch_size: int = 1
+    """Sequences that the cache holds at the same time."""
     recipe: str = "best"
+    """A name in `recipes.RECIPES`."""
     bits: tuple[int, ...] | None = None
-    """Widths that layers may end at; `None` is all of them."""
+    """Code widths that layers may end at; `None` allows all of them."""
     sink: int | None = None
+    """First tokens of a sequence that are not quantized."""
     window: int | None = None
+    """Most recent tokens that are not quantized."""
     block: int | None = None
+    """Tokens that are quantized together, a multiple of 16."""
     calib: str = "builtin"
+    """A text file, a file of JSON lines, or `builtin`."""
     calib_samples: int = 4
+    """Pieces of the calibration text; 8 take twice as long as 4 and lost 6 to 13% less in our benchmark."""
     calib_len: int = 1024
+    """Tokens of each piece."""
     effective_len: int | None = None
+    """Positions that a piece is spread over while PM-KVQ's scales and gradients are measured."""
     device: str = "auto"
+    """Device that the model is measured on: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: str = "auto"
+    """What the artifact stores: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own."""
     aot: tuple[str, ...] = ()
+    """Members of `TARGETS` to compile the kernels for."""
     onnx: bool = False
+    """Also write `model.onnx`."""
     dump_passes: Path | None = None
     """Folder for the program after each pass, as readable Python."""
     dry_run: bool = False
+    """Measure and plan, but write nothing."""
     force: bool = False
+    """Replace an artifact that is in `output`."""

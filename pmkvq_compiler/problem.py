@@ -1,7 +1,7 @@
-"""What a compile is asked for, resolved once.
+"""The request of a compile, resolved once.
 
-`resolve` reads the options right after the capture, when the model's attention is known. Whatever measures, plans or
-reports reads the `Problem` that it makes and asks no option again.
+`resolve` reads the options right after the capture, when the model's attention layers are known, and returns a
+`Problem`. All code that measures, plans or reports reads that problem and no longer looks at the options.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 @dataclass(frozen=True)
 class Problem:
-    """A request for one model: lengths are in tokens, sizes in bytes."""
+    """A request for one model. Lengths are in tokens and sizes in bytes."""
 
     sites: tuple[AttentionSite, ...]
     dtype: torch.dtype
-    """The model's own, in which sink and window are kept."""
+    """The dtype of the model's weights, and of the tokens in sink and window."""
     max_len: int
     batch_size: int
     recipe_name: str
     recipe: Recipe
-    """With the user's sink, window and block in place of its own."""
+    """The named recipe, with the user's sink, window and block where they were given."""
     bits: tuple[int, ...]
-    """Final widths to choose from."""
+    """Code widths that layers may end at."""
     budget: int | None
-    """None where the recipe takes what it takes."""
+    """None if the recipe quantizes nothing: then the cache takes as much as it needs."""
     device: str
-    """Where the model runs to be measured."""
+    """Device that the model is measured on."""
     calib: str
     calib_samples: int
     calib_len: int
     effective_len: int | None
-    """Length that the positions of a text are stretched to; None: decided from `max_len`."""
+    """Number of positions that the tokens of a text are spread over; None stands for the larger of `max_len` and
+    `calib_len`."""
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the whole cache at 16 bits a number."""
+        """Bytes that the whole cache would take at 16 bits a number."""
         return cache_bytes_at_16_bits(self.sites, self.max_len, self.batch_size)
 
 
 def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: int, dtype: torch.dtype) -> Problem:
-    """The problem that `options` pose for a model of `dtype` whose attention is at `sites`, with `max_len` tokens a
-    sequence. Raises `UsageError` for options that no cache can have."""
+    """Resolve `options` for a model of `dtype` whose attention layers are `sites`, with sequences of up to `max_len`
+    tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
     if original > LARGEST_BYTES:
         raise UsageError(
-            f"the cache of {options.batch_size:,} sequence(s) of {max_len:,} tokens has {original:,} bytes at 16 bits, "
-            f"more than any machine holds; choose a smaller --batch-size or --max-len"
+            f"the cache of {options.batch_size:,} sequence(s) of {max_len:,} tokens takes {original:,} bytes at 16 "
+            f"bits, more than any machine holds; choose a smaller --batch-size or --max-len"
         )
     return Problem(
         sites=tuple(sites),
@@ -81,13 +82,13 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
 
 def _check_cache(options: CompileOptions, recipe: Recipe) -> None:
     if options.budget is None and recipe.quantizes:
-        raise UsageError(f"recipe {options.recipe!r} needs a budget; give --budget, 25% for example")
+        raise UsageError(f"recipe {options.recipe!r} needs a budget; give one, such as --budget 25%")
     if recipe.block < WORD_BITS or recipe.block % WORD_BITS:
         raise UsageError(f"a block of {recipe.block} tokens is not a multiple of {WORD_BITS}; choose 64")
     if recipe.sink < 0 or not recipe.windows:
         raise UsageError(
-            f"sink {recipe.sink} and window {options.window} are not possible: a window holds at least one block of "
-            f"{recipe.block} tokens, a sink none or more"
+            f"sink {recipe.sink} and window {options.window} are not possible; choose a window that holds at least one "
+            f"block of {recipe.block} tokens, and a sink of 0 or more tokens"
         )
     wrong = [bits for bits in options.bits or () if bits not in CODE_BITS]
     if wrong or options.bits == ():
@@ -95,7 +96,8 @@ def _check_cache(options: CompileOptions, recipe: Recipe) -> None:
 
 
 def pick_device(name: str) -> str:
-    """The device to run the model on; `auto` is the GPU where there is one."""
+    """The device to measure the model on; `auto` is the GPU if there is one. Raises `UsageError` for a device that
+    cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -104,5 +106,5 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used here; choose auto, cpu or cuda") from error
     if not usable:
-        raise UsageError(f"device {name!r} cannot run a calibration; choose auto, cpu or cuda")
+        raise UsageError(f"device {name!r} cannot be used to measure a model; choose auto, cpu or cuda")
     return name

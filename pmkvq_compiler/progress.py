@@ -1,4 +1,4 @@
-"""How a compile tells what it is doing."""
+"""How a compile reports its progress."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""Called with a step's name, what is done of it and what there is to do."""
+"""Called with the name of a step, how many parts of it are done, and how many parts it has."""
 
 
 class Steps:
-    """Tells when a step of the compile begins and ends, and keeps how long it took."""
+    """Reports when a step of the compile begins and ends, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -1,6 +1,6 @@
 """The recipes: what each of them lets the planner choose from.
 
-`RECIPES` is the one list of them. The command line, its help, the guides' tests and the planner's tests read it, in its
+`RECIPES` is the only list of them. The command line, its help, and the tests of guides and planner read it in this
 order. Experiments may add entries of their own.
 """
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # the command line lists the recipes before it loads torch
 class Recipe:
     """What a plan may be made of.
 
-    `key_axes`, `key_transforms` and `value_transforms` span the formats of K and V; "scale" is meant for K
-    grouped by token and is left out by channel, whose own group does not mind a scale. Without `key_axes` nothing is
-    quantized. `measure` is what the planner minimizes: the predicted loss of the output ("output"), or PM-KVQ's measure
-    ("gradient"). `same_bits`: K and V share a width. `per_layer`: layers may differ. `progressive`: codes begin at 16
-    bits. `exact_layers`: a layer may also stay unquantized. `summary` says in the help what the recipe is; it changes
-    nothing that is measured.
+    `key_axes`, `key_transforms`, `value_transforms` and `windows` (in tokens) span the formats that K and V may have.
+    If `key_axes` is empty, nothing is quantized. The transform "scale" is used only for K grouped by token: a group
+    along one channel is quantized equally well whatever the channel's scale. `sink` and `block` are in tokens.
+
+    `measure` is what the planner minimizes: the predicted loss of the model's output ("output"), or PM-KVQ's measure
+    ("gradient"). With `same_bits`, K and V have equally wide codes. With `per_layer`, layers may differ. With
+    `progressive`, codes begin at 16 bits and get narrower as the cache fills. With `exact_layers`, layers may also stay
+    unquantized. `summary` explains the recipe in the help; it does not affect what is measured.
     """
 
     key_axes: tuple[KeyAxis, ...] = ("token",)
@@ -44,13 +46,14 @@ class Recipe:
 
     @property
     def quantizes(self) -> bool:
-        """Whether it has any format of codes to choose."""
+        """Whether the recipe quantizes anything."""
         return bool(self.key_axes)
 
 
 RECIPES = {
     "best": Recipe(
-        summary="what measures best",
+        summary="the best quality in our benchmarks: chooses for each layer the bits of K and of V, how K is grouped, "
+        "how many recent tokens stay exact, and linear maps that make K and V easier to quantize",
         key_axes=("token", "channel"),
         key_transforms=("none", "match"),
         value_transforms=("none", "match"),
@@ -61,7 +64,8 @@ RECIPES = {
         exact_layers=True,
     ),
     "pm-kvq": Recipe(
-        summary="the paper's, as its published code plans",
+        summary="the paper's method as its published code plans: chooses bits for each layer from gradients; K and V "
+        "share them, both are grouped by token, and K's scales are folded into the weights",
         key_transforms=("scale",),
         sink=1,
         measure="gradient",
@@ -69,24 +73,36 @@ RECIPES = {
         progressive=True,
     ),
     "kivi": Recipe(
-        summary="a baseline: the same bits in every layer at once, K by channel over 32 tokens",
+        summary="a baseline after KIVI: the same bits in every layer from the first block on; K is grouped by channel "
+        "over 32 tokens, V by token",
         key_axes=("channel",),
         sink=0,
         block=32,
     ),
     "rotation": Recipe(
-        summary="a baseline: the same bits in every layer at once, K and V rotated",
+        summary="a baseline: like uniform, but K and V are rotated by a Hadamard matrix before they are quantized",
         key_transforms=("rotate",),
         value_transforms=("rotate",),
     ),
-    "uniform": Recipe(summary="a baseline: the same bits in every layer at once, by token"),
-    "none": Recipe(summary="the cache in the model's own dtype", key_axes=(), sink=0, exact_layers=True),
+    "uniform": Recipe(
+        summary="the simplest baseline: the same bits in every layer from the first block on; K and V are grouped by "
+        "token and quantized as they are"
+    ),
+    "none": Recipe(
+        summary="no quantization: the cache stays in the model's own dtype and takes no --budget",
+        key_axes=(),
+        sink=0,
+        exact_layers=True,
+    ),
 }
 
 
 def resolved(options: CompileOptions) -> Recipe:
-    """The recipe of the options with the user's sink, window and block in place of its own. `windows` keeps those that
-    hold a block, which may be none. Raises `UsageError` for a name that is no recipe's."""
+    """The recipe that the options name, with the user's sink, window and block where they are given.
+
+    Windows that are shorter than a block are left out, so `windows` may end up empty. Raises `UsageError` if there is
+    no recipe of that name.
+    """
     recipe = RECIPES.get(options.recipe)
     if recipe is None:
         raise UsageError(f"there is no recipe {options.recipe!r}; choose among {', '.join(RECIPES)}")

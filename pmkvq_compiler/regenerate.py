@@ -1,7 +1,7 @@
-"""Write the Python of an artifact anew, from its config and plan alone, and compare: `runtime.load(trust_code=False)`.
+"""Write the Python of an artifact anew from its config and plan, and compare: `runtime.load(trust_code=False)`.
 
-Nothing of the artifact is run. What its weights were multiplied by leaves no trace in the code, except for keys that
-are rotated at run time, of which the manifest names the layers.
+No code of the artifact is run. Transforms that were folded into the weights leave no trace in the code. Keys that are
+rotated at run time do; the manifest names their layers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 
 DATA = (".safetensors", ".zip")
-"""Files of the package that are no text: numbers, and machine code, which is not used where code is not trusted."""
+"""Binary files of the package, which are not compared: tensors, and machine code, which is not used without trust."""
 
 
 def check_code(artifact: Artifact) -> None:
-    """Raises `ArtifactError` where a file of Python, or another text of the package, is not the one that this version
-    of the compiler writes for the artifact's config and plan, byte for byte."""
+    """Raises `ArtifactError` if a Python file, or another text file of the package, differs by a byte from the one that
+    this version of the compiler writes for the artifact's config and plan."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = open_source(str(artifact.folder.absolute()))
@@ -37,19 +37,20 @@ def check_code(artifact: Artifact) -> None:
     except (CompileError, ValueError) as error:
         raise ArtifactError(
             f"the code of {artifact.folder} cannot be written anew ({error}), so it cannot be compared; load it with "
-            f"trust_code=True if you would run code of whoever made it"
+            f"trust_code=True if you trust whoever made it"
         ) from error
     names = {name for name in artifact.manifest.files if _is_code(name, artifact.manifest.package)}
     for name in sorted(names | written.keys()):
         if name not in written or name not in names or _read(artifact, name) != written[name]:
             raise ArtifactError(
                 f"{name} in {artifact.folder} is not what this version of pmkvq-compiler writes for its plan; compile "
-                f"the model again, or load it with trust_code=True if you would run code of whoever made it"
+                f"the model again, or load it with trust_code=True if you trust whoever made it"
             )
 
 
 def _program(artifact: Artifact, source: Source) -> Program:
-    """The program of the artifact's plan; rotations are the identity, for only where they are changes the code."""
+    """The program of the artifact's plan. Its rotations are identity matrices: the code depends only on which layers
+    have one."""
     program = capture(source.config)
     run_passes(program, [LocateAttention()])
     rotations = {

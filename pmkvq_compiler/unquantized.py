@@ -1,4 +1,4 @@
-"""Caches that are never quantized: what budgets are shares of, and what layers may stay as."""
+"""Caches that are never quantized. Budgets are shares of their size, and some recipes let layers stay like that."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, original_bytes, se
 
 
 def exact_layer(site: AttentionSite, max_len: int, block: int, itemsize: int) -> LayerPlan:
-    """A cache that is never quantized: its window holds every token that a query can see.
+    """The plan of a layer that is never quantized: its window holds every token that a query can see.
 
-    A full window drops a whole block, so a sliding-window layer needs one block more than it sees. The bytes depend on
-    the number of sequences and are still 0.
+    A full window drops a whole block, so a sliding-window layer needs one block more than its queries see. The plan's
+    `arena_bytes` are still 0, because they depend on the number of sequences.
     """
     window = max_len if site.sliding_window is None else min(max_len, site.sliding_window + block)
     bits = 8 * itemsize
@@ -48,5 +48,5 @@ def exact_plan(
 
 
 def cache_bytes_at_16_bits(sites: Sequence[AttentionSite], max_len: int, batch_size: int) -> int:
-    """Bytes of the whole cache at 16 bits a number: what budgets in percent and bits are shares of."""
+    """Bytes of the whole cache at 16 bits a number. Budgets in percent or bits are shares of it."""
     return sum(batch_size * original_bytes(exact_layer(site, max_len, block=0, itemsize=2), max_len) for site in sites)

@@ -154,8 +154,8 @@ def test_calibration_file_that_is_no_text(complaint: Complaint, model: Path, pla
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--window", "32", "a window holds at least one block of 64"),
-        ("--effective-len", "80", "effective length 80 is shorter than the 96 tokens"),
+        ("--window", "32", "a window that holds at least one block of 64"),
+        ("--effective-len", "80", "effective length 80 is less than the 96 tokens"),
         ("--calib-len", "32", "calibration texts of 32 tokens hold no block"),
         ("--device", "gpu", "device 'gpu' cannot be used"),
         ("--device", "cuda:99", "device 'cuda:99' cannot be used"),

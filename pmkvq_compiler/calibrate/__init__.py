@@ -1,1 +1,1 @@
-"""What the plan and the folds need to know of the real model, measured on a few texts."""
+"""Calibration: measures on a few texts what the plan and the folds need to know about the real model."""

@@ -1,7 +1,7 @@
-"""Run a transformers model with every attention observed, whatever the architecture.
+"""Run a transformers model of any architecture and observe the operands of every attention.
 
-The model's own code computes everything but the attention itself, which transformers takes from a registry: there
-stands a function that shows its operands (K after RoPE, V as it enters attention) to an observer and then attends.
+The model's own code computes everything but the attention itself, which transformers looks up in a registry. We
+register a function that first shows its operands (K after RoPE, V as it enters attention) to an observer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "pmkvq_calibrate"
-"""The `attn_implementation` of a model that is to be observed."""
+"""The `attn_implementation` to load a model with, if it is to be observed."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """The operands of one layer's attention.
 
-    `query` [B, Hq, S, dk], `key` [B, Hkv, S, dk], `value` [B, Hkv, S, dv]; `mask` (bool, True where a query sees a key)
-    broadcasts to [B, Hq, S, S], None being plain causality; `sinks` [Hq] are logits that only take probability away.
+    `query` is [B, Hq, S, dk], `key` [B, Hkv, S, dk] and `value` [B, Hkv, S, dv]. `mask` (bool, True where a query sees
+    a key) broadcasts to [B, Hq, S, S]; None means plain causal attention. `sinks` [Hq] are logits without a value: they
+    take part in the softmax and only take probability away.
     """
 
     layer: int
@@ -39,16 +40,16 @@ class AttentionCall:
     sinks: Tensor | None
 
     def at(self, positions: Tensor) -> AttentionCall:
-        """The same call for the queries at `positions` (int64) alone; they still see their whole past."""
+        """The same call for only the queries at `positions` (int64), which still see their whole past."""
         return replace(self, query=self.query[..., positions, :], mask=self._visible()[..., positions, :])
 
     def detached(self) -> AttentionCall:
-        """The same call in float32, outside of any gradient's way."""
+        """The same call in float32, detached from autograd."""
         query, key, value = (x.detach().float() for x in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value)
 
     def output(self, key: Tensor | None = None, value: Tensor | None = None) -> Tensor:
-        """The attention [B, Hq, S, dv], with other keys and values if given; batches of one broadcast."""
+        """The attention's output [B, Hq, S, dv], with other keys and values if given. Batches of one broadcast."""
         key, value = self.key if key is None else key, self.value if value is None else value
         if self.mask is None and self.softcap is None and self.sinks is None:
             return F.scaled_dot_product_attention(
@@ -59,12 +60,12 @@ class AttentionCall:
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """q . k [B, Hq, queries, keys], scaled and soft-capped."""
         groups = (key.shape[1], query.shape[1] // key.shape[1])
-        query = query.unflatten(1, groups).flatten(2, 3)  # a key head's queries side by side: one product
+        query = query.unflatten(1, groups).flatten(2, 3)  # one matrix product for all queries of a key head
         scores = (query @ key.transpose(-1, -2) * self.scaling).unflatten(2, (groups[1], -1)).flatten(1, 2)
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def weights(self, scores: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Softmax of scores over the keys that each query may see: this call's own ones unless `visible` (bool)."""
+        """Softmax of scores over the keys that each query may see: by this call's mask, or by `visible` (bool)."""
         visible = self._visible() if visible is None else visible
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         if self.sinks is None:
@@ -73,7 +74,7 @@ class AttentionCall:
         return torch.cat([scores, sinks.to(scores.dtype)], dim=-1).softmax(dim=-1)[..., :-1]
 
     def values_under(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Sums [B, Hq, queries, dv] of values under weights [B, Hq, queries, keys]."""
+        """Sums [B, Hq, queries, dv] of the values, weighted by `weights` [B, Hq, queries, keys]."""
         groups = (value.shape[1], weights.shape[1] // value.shape[1])
         weights = weights.unflatten(1, groups).flatten(2, 3)
         return (weights @ value).unflatten(2, (groups[1], -1)).flatten(1, 2)
@@ -87,9 +88,9 @@ class AttentionCall:
 
 @contextmanager
 def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None]:
-    """Within, models whose `attn_implementation` is `ATTENTION` show each attention to `observe` before it is done.
+    """Within, models whose `attn_implementation` is `ATTENTION` call `observe` with each attention before computing it.
 
-    What `observe` returns, if anything, takes the place of the attention's output [B, Hq, S, dv].
+    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output.
     """
 
     def attention(
@@ -125,9 +126,9 @@ AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])
 
 
 def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: int = 0) -> Tensor:
-    """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or those of the `last` tokens alone.
+    """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or only those of the `last` tokens.
 
-    The mask of ones keeps transformers from reading positions that do not follow each other as packed sequences.
+    The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences.
     """
     logits: Tensor = model(
         input_ids=input_ids,

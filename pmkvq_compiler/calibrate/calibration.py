@@ -1,4 +1,4 @@
-"""What a calibration holds, and what it depends on."""
+"""The contents of a calibration, and everything that they depend on."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.source.source import Source
 
 Matrices = dict[int, dict[Transform, Tensor]]
-"""By layer and transform, what each head is multiplied by."""
+"""For each layer and transform, the matrices that its heads are multiplied by."""
 
 MEASURES = 6
-"""To be raised where what is measured changes, so that no older calibration is taken for a new one."""
+"""Raise this number whenever the measurements change, so that no calibration of an older version is used."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, by layer index.
+    """The measurements, by layer index.
 
-    `key_maxima` float32 [Hkv, dk]: largest |K| of each channel, after RoPE. `alphas`, `scales` float64 [Hkv, dk]: the
-    reparameterization of the layers whose site can be folded, if the recipe asks for any. `key_matrices` and
-    `value_matrices` float64 [Hkv, d, d]: what each of the recipe's transforms multiplies K or V by, powers of two
-    included that bring them to where codes are good (`ranges`); "none" is among them in the layers that need it.
+    `key_maxima` (float32 [Hkv, dk]) are the largest |K| of each channel, after RoPE. `alphas` (exponents) and `scales`
+    (float64 [Hkv, dk]) are PM-KVQ's reparameterization of the layers that can be folded, if the recipe uses it.
+    `key_matrices` and `value_matrices` (float64 [Hkv, d, d]) are the matrices by which each of the recipe's transforms
+    multiplies K or V. They include powers of two that bring K and V to a magnitude that codes express well (`ranges`).
+    The transform "none" has a matrix in the layers that need such powers.
 
-    `key_loss` and `value_loss`: predicted loss of the output, in nats a token, when that tensor alone is kept in a
-    format; they may be added up. `key_gradient` and `value_gradient`: the same in the paper's measure, where the recipe
-    plans by it. `check_ids` int64 [1, N], `check_logits` float32 [M, V]: a text and the source model's logits of its
-    last M tokens; `check_layers`: what its layers make of the text's beginning. `fingerprint` says what all this was
-    measured with.
+    `key_loss` and `value_loss` are the predicted losses of the model's output, in nats a token, when only that tensor
+    is stored in a format; they may be added up. `key_gradient` and `value_gradient` are the same in PM-KVQ's measure,
+    if the recipe plans by it. `check_ids` (int64 [1, N]) is a text, `check_logits` (float32 [M, V]) are the source
+    model's logits of its last M tokens, and `check_layers` are the outputs of its layers for the text's beginning.
+    `fingerprint` identifies everything that the measurements depend on.
     """
 
     fingerprint: str
@@ -59,7 +60,7 @@ class Calibration:
 
 
 def calibration_fingerprint(source: Source, problem: Problem) -> str:
-    """sha256 (hex) of everything that a calibration depends on; not the budget or the batch size."""
+    """sha256 (hex) of everything that a calibration depends on. It does not depend on the budget or the batch size."""
     facts: dict[str, Any] = {
         "measures": MEASURES,
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -78,17 +79,18 @@ def calibration_fingerprint(source: Source, problem: Problem) -> str:
 
 
 def effective_length(source: Source, problem: Problem) -> int:
-    """Length that the texts' positions are stretched to. Raises `UsageError` where it cannot hold them."""
+    """Number of positions that a text is spread over. Raises `UsageError` if it is smaller than the number of tokens in
+    a text, or larger than the number of positions of the model."""
     length = problem.effective_len or max(problem.max_len, problem.calib_len)
     limit = source.max_position_embeddings
     if length < problem.calib_len:
         raise UsageError(
-            f"effective length {length:,} is shorter than the {problem.calib_len:,} tokens of a calibration text; "
+            f"effective length {length:,} is less than the {problem.calib_len:,} tokens of a calibration text; "
             f"lower --calib-len or raise --effective-len"
         )
     if limit is not None and length > limit:
         raise UsageError(
-            f"calibration texts would reach position {length:,} of {source.name}, which has {limit:,}; "
+            f"calibration texts would reach position {length:,} of {source.name}, which has {limit:,} positions; "
             f"lower --calib-len or --effective-len"
         )
     return length

@@ -1,5 +1,7 @@
-"""Conversations of a calibration text, rendered by the model's chat template as an artifact renders them: by the same
-program, in a process of its own with bounded time and memory."""
+"""Renders the conversations of a calibration text with the model's chat template.
+
+This uses the same code as an artifact does, in a separate process with bounded time and memory.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from pmkvq_compiler.templates import read
 from pmkvq_compiler.templates.chat_process import RENDER_SECONDS, RenderFailed, rendered, usual
 
 AT_ONCE = 64
-"""Chats that are rendered by one process: to start it takes longer than to render a chat."""
+"""Chats that one process renders. Starting a process takes longer than rendering a chat."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Chat:
 
 
 def render_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> Iterator[str]:
-    """The text of each of `chats`. Raises `CompileError` for one that the template does not take, or that takes it too
-    much time or memory."""
+    """The text of each of `chats`. Raises `CompileError` for a chat that the template refuses, or that takes too much
+    time or memory to render."""
     for start in range(0, len(chats), AT_ONCE):
         yield from _render(tokenizer, chats[start : start + AT_ONCE])
 
@@ -40,7 +42,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> Iterat
     except RenderFailed as error:
         if len(chats) == 1:
             raise _does_not_fit(chats[0], str(error)) from error
-        for chat in chats:  # to find the one that is too much
+        for chat in chats:  # one by one, to find the chat that failed
             yield from _render(tokenizer, [chat])
         return
     for chat, answer in zip(chats, answers, strict=True):
@@ -51,7 +53,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> Iterat
 
 def _variables(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]:
     if not chat.messages or not all(isinstance(message, dict) for message in chat.messages):
-        raise _does_not_fit(chat, "its messages are no list of objects with role and content")
+        raise _does_not_fit(chat, "its messages are not a list of objects with role and content")
     return {
         "messages": [usual(message) for message in chat.messages],
         "tools": None,
@@ -64,12 +66,12 @@ def _variables(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]
 def _template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:  # there is none, or none of several is the default
+    except ValueError as error:  # the tokenizer has no template, or has several and none is the default
         raise _does_not_fit(chat, first_line(error)) from error
 
 
 def _does_not_fit(chat: Chat, reason: str) -> CompileError:
     return CompileError(
         f"{chat.where}, does not fit the model's chat template: {' '.join(reason.split())[:300].rstrip('. ')}; change "
-        f'the messages, or give their "text"'
+        f'the messages, or give the rendered conversation as "text"'
     )

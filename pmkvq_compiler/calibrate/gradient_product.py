@@ -1,4 +1,4 @@
-"""PM-KVQ's measure of what it costs the model to keep K or V of one layer in a format, after its published code."""
+"""PM-KVQ's measure of what it costs the model to store K or V of one layer in a format, after its published code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pmkvq_compiler.runtime.quantize import fake_quantize
 
 
 class GradientProduct:
-    """Observes attention calls and, while gradients come back, adds up sum |delta x| * |dLoss / dx| over K and V.
+    """Observes attention calls and, in the backward pass, adds up |delta x| * |dLoss / dx| over all x of K and of V.
 
-    That is PM-KVQ's measure (its "block-wise memory allocation") as its published code computes it: every token is
-    quantized, by token, and K without scales; with the errors of this project's codes, and with the sum in place of
-    the mean, so that layers of different shapes can be compared. That code lists tensors from the first layer to
-    the last and gradients as they come back, from the last to the first, and pairs the two lists: errors of layer i
-    meet gradients of layer n - 1 - i. As a first-order expansion of the loss, which the paper derives it from,
-    errors would meet gradients of their own layer; plans are then others. Where layers differ in shape, which the
-    published code does not support, those of a shape are paired among themselves.
+    This is PM-KVQ's measure (the paper's "block-wise memory allocation") as its published code computes it. All tokens
+    are quantized, in groups by token, and K is not scaled. Two things differ here: the errors are those of this
+    project's codes, and we take sums instead of means, so that layers of different shapes can be compared.
+
+    The published code lists tensors from the first layer to the last, but gradients in the order of the backward pass,
+    from the last layer to the first. It then pairs the two lists, so errors of layer i are multiplied by gradients of
+    layer n - 1 - i. The paper derives the measure from a first-order expansion of the loss, where each error would be
+    multiplied by the gradient of its own layer; that would give other plans. The published code does not support layers
+    of different shapes. Here, layers of the same shape are paired with each other.
     """
 
     def __init__(self, key_formats: Mapping[int, list[Format]], value_formats: Mapping[int, list[Format]]) -> None:

@@ -1,9 +1,9 @@
-"""Reparameterization scales of K, found as in PM-KVQ: a grid of exponents for each layer.
+"""Reparameterization scales of K, found as in PM-KVQ by a search over a grid of exponents for each layer.
 
-K is divided by a scale a channel before it is quantized, and Q multiplied by it, so that q . k stays the same while the
-channels of a token, which share a group, get closer in size. The scale is `s = max|K| ** alpha`, the maximum taken over
-the calibration tokens and over both channels of a RoPE pair (i, i + d / 2), which rotation mixes. Groups along one
-channel ("channel") are indifferent to any scale of that channel: the search serves groups along a token ("token").
+Before K is quantized, each channel is divided by a scale, and Q is multiplied by it. q . k stays the same, but the
+channels of a token, which share a group, become more equal in size. The scale is `s = max|K| ** alpha`. The maximum is
+taken over the calibration tokens and over both channels of a RoPE pair (i, i + d / 2), because RoPE mixes them. The
+search serves groups along a token ("token"); in a group along one channel ("channel"), a scale makes no difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pmkvq_compiler.formats import as_cached
 GRID = 20
 SMALLEST, LARGEST = 1e-4, 1e4
 QUERIES = 32
-"""Query positions of a sample at which candidates are compared, spread over its length."""
+"""Number of query positions, spread evenly over a sample, at which candidates are compared."""
 
 
 def candidate_scales(maxima: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def candidate_scales(maxima: Tensor) -> Tensor:
 class ScaleSearch:
     """Observes attention calls and adds up, for each layer and candidate, the error of the attention's output.
 
-    The output is compared where it leaves the heads, before the output projection, as the mean squared error
-    against the exact one, with K and V quantized by token at `bits`.
+    The error is the mean squared difference from the exact output, before the output projection, when K and V are
+    quantized by token at `bits`.
     """
 
     def __init__(self, maxima: Mapping[int, Tensor], bits: int, sink: int, block: int) -> None:
@@ -55,7 +55,7 @@ class ScaleSearch:
         self.errors[call.layer] += error.cpu()
 
     def best(self) -> tuple[dict[int, float], dict[int, Tensor]]:
-        """For each layer alpha and scale [Hkv, d] (float64, CPU) of least error; the smallest alpha among equals."""
+        """For each layer, alpha and scales [Hkv, d] (float64, CPU) of least error; the smallest alpha in a tie."""
         chosen = {layer: int(error.argmin()) for layer, error in self.errors.items()}
         alphas = {layer: index / GRID for layer, index in chosen.items()}
         return alphas, {layer: self.candidates[layer][index].cpu() for layer, index in chosen.items()}

@@ -1,7 +1,8 @@
-"""What every layer of the source model makes of one text, in float32: an artifact's layers are held against that.
+"""The outputs of every layer of the source model for one text, in float32, to compare an artifact's layers with.
 
-Rounding in 16 bits grows from layer to layer until it hides a fault. So nothing is rounded here, and the artifact's
-layers are later given what came out of the source's layers, one by one: the error of a layer is then its own.
+Rounding errors of 16-bit dtypes grow from layer to layer until they hide a fault, so the outputs are computed in
+float32. When the artifact is checked, each of its layers starts from the output of the source's layer before it. So the
+error that is found in a layer was made in that layer.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed, run
 from pmkvq_compiler.passes.program import AttentionSite
 
 TOKENS = 64
-"""Tokens of the text, from its beginning."""
+"""How many tokens from the beginning of the text are used."""
 QUERIES = 8
-"""The last of them, whose scores and logits are kept."""
+"""How many of the last of these tokens have their scores and logits kept."""
 HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """Of every layer, by its index and in float32 on the CPU: `scores` [Hq, QUERIES, TOKENS], the products of the last
-    queries with all keys, and `hidden` [1, TOKENS, hidden_size] (or what else the layers hand on); there are none of a
-    model whose layers are no list of modules. `logits` [QUERIES, V] are those of the whole model."""
+    """Scores and hidden states of every layer by its index, and the logits of the model; all float32 on the CPU.
+
+    `scores` [Hq, QUERIES, TOKENS] are the products of the last queries with all keys, without scale and soft cap.
+    `hidden` [1, TOKENS, hidden_size] is the tensor that a layer passes to the next one; some architectures give it
+    another shape. Both are empty if the model's layers are not a list of modules. `logits` are [QUERIES, V].
+    """
 
     logits: Tensor
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -37,7 +41,7 @@ class LayerOutputs:
 
 
 def layer_outputs(model: PreTrainedModel, sites: Sequence[AttentionSite], input_ids: Tensor) -> LayerOutputs:
-    """Run `model`, whose attention is observed, in float32 on the first tokens of `input_ids` [1, S]."""
+    """Run `model` in float32 on the first tokens of `input_ids` [1, S]; it must be loaded with `ATTENTION`."""
     modules = {site.layer: site.module for site in sites if site.module is not None}
     scores: dict[int, Tensor] = {}
     hidden: dict[int, Tensor] = {}
@@ -68,8 +72,10 @@ def layer_outputs(model: PreTrainedModel, sites: Sequence[AttentionSite], input_
 
 @contextmanager
 def in_float32(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, `model` computes in float32 with the weights that it has. Only one of its `layers` is widened at a time,
-    for as long as it runs: two copies of a large model may not fit the device."""
+    """Within, `model` computes in float32 with its stored weights.
+
+    Each of its `layers` is converted only while it runs: a device may not have room for two copies of a large model.
+    """
     inside = {part for layer in layers for part in layer.modules()}
     outside = [part for part in model.modules() if part not in inside]
     kept: dict[nn.Module, dict[Tensor, Tensor]] = {}
@@ -97,7 +103,7 @@ def in_float32(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def layer_tensors(layers: LayerOutputs) -> dict[str, Tensor]:
-    """By the names under which they are kept in a file; `layers_of` reads them back."""
+    """The tensors of `layers` by the names under which a file stores them. `layers_of` is the inverse."""
     tensors = {"layers.logits": layers.logits}
     tensors |= {f"layers.scores.{layer}": scores for layer, scores in layers.scores.items()}
     return tensors | {f"layers.hidden.{layer}": hidden for layer, hidden in layers.hidden.items()}

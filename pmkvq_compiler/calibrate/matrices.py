@@ -1,4 +1,4 @@
-"""What each head of K or V may be multiplied by: the recipe's transforms, and powers of two."""
+"""The matrices that each head of K or V may be multiplied by: the recipe's transforms, and powers of two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pmkvq_compiler.source.source import Source
 logger = logging.getLogger(__name__)
 
 NO_VALUE_PROJECTION = "v_proj or the output projection was not found in the graph"
-"""Why V of a layer cannot be multiplied by anything."""
+"""The reason why V of a layer cannot be multiplied by a matrix."""
 
 
 def key_matrices_of(
@@ -52,7 +52,7 @@ def value_matrices_of(sites: Sequence[AttentionSite], recipe: Recipe, moments: M
 
 
 def key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
-    """By layer, what each head of K is multiplied by [Hkv, dk] and its queries are divided by, where that is needed."""
+    """Powers of two [Hkv, dk] of the layers that need them: K is multiplied and its queries are divided by them."""
     powers: dict[int, Tensor] = {}
     for site in sites:
         if site.reason is not None or site.key is None or site.query is None:
@@ -64,7 +64,7 @@ def key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -
 
 
 def value_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
-    """By layer, what each head of V is multiplied by [Hkv, dv] and its outputs are divided by, where that is needed."""
+    """Powers of two [Hkv, dv] of the layers that need them: V is multiplied and its outputs are divided by them."""
     powers: dict[int, Tensor] = {}
     for site in sites:
         if site.value is None or site.output is None:
@@ -83,7 +83,7 @@ def _powers(
     divided: Callable[[], Tensor],
     dtype: torch.dtype,
 ) -> dict[int, Tensor]:
-    """The layer's powers [H, head_dim]; empty where its ranges are usual, and then no weight is read."""
+    """The layer's powers of two [H, head_dim], or nothing if its ranges are usual. Only the former reads weights."""
     if not bool(unusual(ranges).any()):
         return {}
     return {layer: (2 ** exponents(ranges, multiplied(), divided(), dtype)).unsqueeze(1).expand(-1, head_dim)}
@@ -94,7 +94,7 @@ def _rows(source: Source, projection: Projection) -> Tensor:
 
 
 def _tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:
-    """Warn of a layer whose ranges are unusual and whose weights cannot be scaled."""
+    """Warn about a layer whose ranges are unusual and whose weights cannot be scaled."""
     if not bool(unusual(ranges).any()):
         return
     logger.warning(
@@ -105,7 +105,8 @@ def _tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -
 
 
 def normalized(matrices: Matrices, powers: dict[int, Tensor]) -> Matrices:
-    """Matrices whose rows are multiplied by powers of two, where there are any; "none" among them, then."""
+    """Matrices with their rows multiplied by the layer's powers of two. A layer that has powers also gets a matrix for
+    "none"."""
     normalized = dict(matrices)
     for layer, power in powers.items():
         plain: dict[Transform, Tensor] = {

@@ -1,8 +1,8 @@
-"""Calibration: what the plan and the folds need to know of the real model, from a few texts.
+"""Measures on a few texts what the plan and the folds need to know about the real model.
 
-Walks over the same samples, nothing kept between them but a few numbers a layer: the maxima of K and the scales of K
-at positions that are stretched to the effective length; then, backwards too, the moments that transforms are matched
-to, and last what each format costs.
+The model runs over the same samples several times, and each time only a few numbers a layer are kept. The first runs
+find the maxima and the scales of K, at positions that are spread over the effective length. Then come the moments that
+transforms are matched to, and last the cost of each format; these need a backward pass, too.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from pmkvq_compiler.source.source import Source
 def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibration:
     """Run the source model on the calibration texts.
 
-    Where the recipe quantizes nothing, only the check logits are made. Raises `CompileError` where the texts are too
-    short or the model's loss is not finite.
+    If the recipe quantizes nothing, only the reference outputs for the check are computed. Raises `CompileError` if the
+    texts are too short or the model's numbers are not finite.
     """
     samples = read_samples(source, problem)
     stretch = Fraction(effective_length(source, problem), problem.calib_len)
@@ -78,7 +78,7 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
 def _with_scales(
     calibration: Calibration, problem: Problem, walk: Callable[..., None], stretch: Fraction
 ) -> Calibration:
-    """With the maxima of K and the scales that are found from them, at stretched positions."""
+    """Add the maxima of K at stretched positions, and the scales that are found from them."""
     recipe, maxima = problem.recipe, dict[int, Tensor]()
     walk("Measuring keys", partial(_record_maxima, maxima), stretch)
     foldable = {site.layer: maxima[site.layer] for site in problem.sites if site.reason is None}
@@ -96,7 +96,7 @@ def _with_matrices(
     walk: Callable[..., None],
     walk_one: Callable[..., None],
 ) -> Calibration:
-    """With what K and V may be multiplied by; `walk_one` walks over the first text alone."""
+    """Add the matrices that K and V may be multiplied by; `walk_one` runs over the first text alone."""
     recipe, sites, moments, ranges = problem.recipe, problem.sites, Moments(), Ranges()
     if "match" in (*recipe.key_transforms, *recipe.value_transforms):
         walk("Measuring moments", moments, objective=sampled_loss)
@@ -113,7 +113,7 @@ def _with_matrices(
 def _with_losses(
     calibration: Calibration, problem: Problem, walk: Callable[..., None], stretch: Fraction, texts: int
 ) -> Calibration:
-    """With what each format costs, in the measures that the recipe plans by and that its report shows."""
+    """Add the cost of each format, in the measure that the report shows and in the one that the recipe plans by."""
     recipe, bits = problem.recipe, problem.bits
     keys = {site.layer: key_formats(recipe, bits, can_scale=site.reason is None) for site in problem.sites}
     values = {site.layer: value_formats(recipe, bits, can_transform=can_transform(site)) for site in problem.sites}
@@ -141,12 +141,12 @@ def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:
 
 
 def _averaged(what: str, totals: Losses, samples: int) -> Losses:
-    """Means over the samples. Raises `CompileError` for a layer in which one is not finite."""
+    """The means over the samples. Raises `CompileError` if one is not finite."""
     for layer in sorted(totals):
         for kept, value in totals[layer].items():
             if not math.isfinite(value):
                 raise CompileError(
-                    f"what layer {layer} would lose with {what} at {kept.bits} bits cannot be measured: it is {value}; "
-                    f"try --dtype float32, or other calibration texts with --calib"
+                    f"the loss of layer {layer} with {what} at {kept.bits} bits cannot be measured, because it is "
+                    f"{value}; try --dtype float32, or other calibration texts with --calib"
                 )
     return {layer: {key: value / samples for key, value in totals[layer].items()} for layer in sorted(totals)}

@@ -1,13 +1,13 @@
-"""What it costs the model to keep K or V of one layer in a format, in nats a token.
+"""What it costs the model to store K or V of one layer in a format, in nats a token.
 
-`OutputLoss` predicts how far the distribution of the model's next token moves. To second order, the divergence is the
-change of the attention's output, squared under the Fisher information. That is half the mean square of
-`gradient . change` over labels drawn from the model itself.
+`OutputLoss` predicts how far the distribution of the model's next token moves. To second order, this divergence is a
+quadratic form of the change in the attention's output, with the Fisher information as its matrix. It equals half the
+mean square of `gradient . change` over labels that are drawn from the model itself.
 
-The change is computed in full, with its softmax. Noise in the keys lifts the many tokens that matter little, and no
-gradient with respect to K would show that. Each query attends to the cache as it would be at that moment: sink and
-window exact, older blocks quantized. Without the window, layers that only look back a few tokens would seem to matter
-most; with it they cost next to nothing.
+The change is computed exactly, through the softmax. Noise in the keys raises the weights of the many tokens that matter
+little, which no gradient with respect to K would show. Each query attends to the cache as it would be at that moment:
+sink and window are exact, and older blocks are quantized. Without the window, layers that only look back a few tokens
+would seem to matter most; with it they cost next to nothing.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.formats import Format, Losses, Transform, by_code, stored
 
 QUERIES = 128
-"""Query positions of a text at which outputs are compared, drawn from its second half."""
+"""Number of query positions, drawn from the second half of a text, at which outputs are compared."""
 
 MAGNIFIED = 2.0
-"""Errors of keys are measured this many times as large as they are, and the loss is divided by the square. A query that
-takes one token for another breaks a chain of thought; with errors of the true size that is too rare to be met in a
-few texts, and with larger ones it shows where softmax is about to give way."""
+"""Errors of keys are multiplied by this factor before they are measured, and the loss is divided by its square. A query
+that attends to the wrong token breaks a chain of thought. With errors of their true size, this is too rare to show up
+in a few texts; larger errors reveal where it is about to happen."""
 
 
 LARGEST_GROWTH = 60.0
-"""Of a score, in nats: its exponential still fits float32."""
+"""The largest growth of a score, in nats, that is taken into account: its exponential still fits float32."""
 
 
 class OutputLoss:
-    """Observes attention calls and, while gradients come back, adds up the predicted loss of each format."""
+    """Observes attention calls and, in the backward pass, adds up the predicted loss of each format."""
 
     def __init__(
         self,
@@ -63,7 +63,8 @@ class OutputLoss:
 
     @torch.no_grad()
     def _add(self, call: AttentionCall, positions: Tensor, gradient: Tensor) -> None:
-        """Sums over blocks of keys serve all windows: a query takes those of as many blocks as are old to it."""
+        """Add the losses of one text. Sums are kept for each block of keys and serve all windows: a window decides how
+        many blocks are quantized for a query."""
         gradient = gradient[:, :, positions]
         scores = call.scores(call.query, call.key)
         weights = call.weights(scores)
@@ -79,11 +80,11 @@ class OutputLoss:
         def sums(weights: Tensor, value: Tensor) -> Tensor:
             return _block_sums(weights[..., quantized], value[:, :, quantized], self.block)
 
-        value = F.pad(call.value, (0, 1), value=1.0)  # of this column the sum is that of the weights
+        value = F.pad(call.value, (0, 1), value=1.0)  # the weighted sum of a column of ones is the sum of the weights
         outside = weights.clone()
         outside[..., quantized] = 0
         always = call.values_under(outside, value)
-        always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # what attention sinks take
+        always[..., -1] += (1 - weights.sum(-1)).clamp(min=0)  # the probability that sink logits take
         unchanged = always.unsqueeze(-2) + _of_all_but_first(sums(weights, value))
         for code, formats in by_code(self.key[call.layer]):
             drift = call.scores(call.query, self._magnified_key(call, code)) - scores
@@ -99,39 +100,39 @@ class OutputLoss:
                 add(self.value[call.layer], kept, exact + _at(changed, old[kept.window]))
 
     def _magnified_key(self, call: AttentionCall, code: Format) -> Tensor:
-        """Keys with errors `MAGNIFIED` times those of a format."""
+        """The keys with the errors of a format multiplied by `MAGNIFIED`."""
         matrices = self.key_matrices.get(call.layer, {}).get(code.transform)
         return torch.lerp(call.key, stored(call.key, code, self.sink, self.block, matrices), MAGNIFIED)
 
     def _old_blocks(self, call: AttentionCall, positions: Tensor, window: int) -> Tensor:
-        """Blocks that have left the window when each query comes."""
+        """For each query, the number of blocks that have left the window when it attends."""
         beyond = positions + 1 - self.sink - text_window(window, call.key.shape[-2])
         whole = max(0, call.key.shape[-2] - self.sink) // self.block
         return ((beyond.clamp(min=0) + self.block - 1) // self.block).clamp(max=whole)
 
 
 def text_window(window: int, length: int) -> int:
-    """The window for a calibration text of `length` tokens: a short text has a short one."""
+    """The window to use for a calibration text of `length` tokens: at most a quarter of the text."""
     return min(window, length // 4)
 
 
 def _block_sums(weights: Tensor, value: Tensor, block: int) -> Tensor:
-    """Of values [B, Hkv, n * block, d] under weights [B, Hq, Q, n * block], block by block: [B, Hq, Q, n, d]."""
+    """The sums [B, Hq, Q, n, d] of each block's values [B, Hkv, n * block, d] under weights [B, Hq, Q, n * block]."""
     groups = weights.unflatten(-1, (-1, block)).unflatten(1, (value.shape[1], -1))
     sums = torch.einsum("bhgqnk,bhnkd->bhgqnd", groups, value.unflatten(2, (-1, block)))
     return sums.flatten(1, 2)
 
 
 def _of_first(sums: Tensor) -> Tensor:
-    """Sums [..., n, d] of blocks to those of the first 0, 1, ..., n of them."""
+    """From the sums of n blocks [..., n, d] to the totals of the first 0, 1, ..., n blocks [..., n + 1, d]."""
     return F.pad(sums.cumsum(-2), (0, 0, 1, 0))
 
 
 def _of_all_but_first(sums: Tensor) -> Tensor:
-    """Sums [..., n, d] of blocks to those of all but the first 0, 1, ..., n of them."""
+    """From the sums of n blocks [..., n, d] to the totals of all but the first 0, 1, ..., n blocks [..., n + 1, d]."""
     return F.pad(sums.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
 def _at(sums: Tensor, blocks: Tensor) -> Tensor:
-    """The entry [B, H, Q, d] of sums [B, H, Q, n + 1, d] that each query's number of blocks [Q] asks for."""
+    """The total [B, H, Q, d] for each query's number of blocks [Q], out of totals [B, H, Q, n + 1, d]."""
     return sums[:, :, torch.arange(len(blocks), device=blocks.device), blocks]

@@ -1,9 +1,10 @@
-"""Powers of two that bring K and V to where a group's range is expressed well.
+"""Powers of two that bring K and V to magnitudes where the range of a group can be stored well.
 
-A range is stored in a byte, an eighth of a power of two apart and from 2^-14 to 2^16; below that it gets coarse, and
-ends at 2^-17. How large a model's V is is arbitrary: it may be multiplied by any number and the output projection
-divided by it; K likewise, with the queries. V and K near an end of that span, or beyond it, are therefore multiplied by
-powers of two, head by head, which changes no digit of any number; all others are left as they are.
+The range of a group is stored in one byte. From 2^-14 to 2^16, its values are an eighth of a power of two apart; below
+2^-14 they are coarser, and the smallest is 2^-17. The magnitude of a model's V is arbitrary: V can be multiplied by any
+number if the output projection is divided by it. The same is true of K and the queries. Where V or K comes close to an
+end of that span, its heads are therefore multiplied by powers of two, which changes no digit of any number. All others
+stay as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from torch import Tensor
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 
 USUAL = (2.0**-9, 2.0**11)
-"""Ranges of a typical token that leave room for those of other tokens on either side."""
+"""Smallest and largest range of a typical token that leave room for smaller and larger ranges of other tokens."""
 
 HEADROOM = 8
-"""Powers of two that multiplied weights stay away from the largest and smallest ordinary numbers of their dtype."""
+"""The distance, in powers of two, that scaled weights keep from the largest and the smallest normal number of their
+dtype."""
 
 
 class Ranges:
-    """Observes attention calls; the range of a typical token of each head of K and V, the last call's of each layer."""
+    """Observes attention calls and keeps the typical range of a token in each head of K and V, for each layer. Only the
+    last call of a layer counts."""
 
     def __init__(self) -> None:
         self.key: dict[int, Tensor] = {}
@@ -32,21 +35,22 @@ class Ranges:
 
 
 def _typical(x: Tensor) -> Tensor:
-    """The median over the tokens of the first row of `x` [B, H, S, d]: float64 [H], on the CPU."""
+    """The median range of the tokens in the first sequence of `x` [B, H, S, d]: float64 [H], on the CPU."""
     low, high = torch.aminmax(x[0].detach().to(torch.float64), dim=-1)
     return (high - low).median(dim=-1).values.cpu()
 
 
 def unusual(ranges: Tensor) -> Tensor:
-    """Which ranges are not in the usual span; one of zero is nobody's loss."""
+    """Which ranges lie outside of the usual span. A range of zero does not: no factor would change it."""
     return (ranges > 0) & ((ranges < USUAL[0]) | (ranges > USUAL[1]))
 
 
 def exponents(ranges: Tensor, multiplied: Tensor, divided: Tensor, dtype: torch.dtype) -> Tensor:
-    """Powers of two [H] (float64) by which heads of typical `ranges` [H] come to 1; 0 for those in the usual span.
+    """Exponents [H] (float64) of the powers of two that bring heads of typical `ranges` [H] to about 1; 0 for ranges in
+    the usual span.
 
-    They go as far as the weights that are multiplied by them, and those that are divided, stay ordinary numbers of
-    `dtype`: no digit is lost.
+    They are limited so that the weights that are `multiplied` and those that are `divided` stay normal numbers of
+    `dtype`. So no digit is lost.
     """
     wanted = torch.where(unusual(ranges), -torch.log2(ranges).round(), 0.0)
     info = torch.finfo(dtype)

@@ -1,4 +1,4 @@
-"""Calibrations kept beside the artifact, so that another budget is planned without another run of the model."""
+"""Calibrations are stored beside the artifact, so that planning for another budget does not run the model again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "pmkvq_calibration"
 DIGEST_KEY = "sha256"
 DIGEST_MARK = f'"{DIGEST_KEY}":"'.encode()
-"""What stands before the digest in the file's header, once: quotes inside of the numbers' JSON are escaped."""
+"""The bytes before the digest in the file's header. They occur once: quotes in the other metadata are escaped."""
 NO_DIGEST = "0" * 64
-"""What stands in the digest's place while the digest is computed."""
+"""Takes the place of the digest while the digest is computed."""
 MATRICES = ("key_matrices", "value_matrices")
 LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
@@ -37,8 +37,8 @@ LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 def load_or_calibrate(
     source: Source, problem: Problem, output: Path, progress: Progress, dry_run: bool = False
 ) -> Calibration:
-    """The calibration that the problem asks for: from its file beside an artifact at `output` where one matches, else
-    made and, unless it is a dry run, written there. A damaged file is replaced, with a warning."""
+    """The calibration for the problem. It is read from the file beside an artifact at `output` if that file matches.
+    Otherwise it is measured and, unless this is a dry run, written there. A damaged file is replaced with a warning."""
     fingerprint = calibration_fingerprint(source, problem)
     path = calibration_path(output, source.name, fingerprint)
     if path.is_file():
@@ -46,7 +46,7 @@ def load_or_calibrate(
             calibration = load_calibration(path)
             if calibration.fingerprint == fingerprint:
                 return calibration
-            logger.warning("%s is of another calibration; calibrating again", path)
+            logger.warning("%s belongs to another calibration; calibrating again", path)
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); calibrating again", path, error)
     calibration = calibrate(source, problem, progress)
@@ -56,15 +56,15 @@ def load_or_calibrate(
 
 
 def calibration_path(output: Path, name: str, fingerprint: str) -> Path:
-    """The file of a calibration of the model called `name`, for an artifact at `output`."""
+    """The path of the calibration of the model called `name`, for an artifact at `output`."""
     short = name.encode()[:180].decode(errors="ignore")  # a file's name has 255 bytes at most
     return output.parent / f"{short}-{fingerprint[:12]}.calibration.safetensors"
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write one safetensors file, numbers as JSON in its metadata; it appears whole or not at all.
+    """Write one safetensors file, with numbers as JSON in its metadata. The file appears as a whole or not at all.
 
-    Its metadata also has the sha256 of all of its bytes, so that damage is found before anything in it is read.
+    The metadata also holds the sha256 of all bytes of the file, so that damage is found before anything else is read.
     """
     tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
     tensors |= layer_tensors(calibration.check_layers)
@@ -94,7 +94,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
 def load_calibration(path: Path) -> Calibration:
     """The inverse of `save_calibration`.
 
-    Raises `ValueError` where the file's bytes are not those that were written, and `OSError` where it cannot be read.
+    Raises `ValueError` if the file's bytes are not those that were written, and `OSError` if it cannot be read.
     """
     _check_digest(path.read_bytes())
     with safe_open(path, framework="pt") as handle:
@@ -115,7 +115,7 @@ def load_calibration(path: Path) -> Calibration:
 
 
 def _check_digest(data: bytes) -> None:
-    """Raises `ValueError` where the sha256 of a calibration file's bytes is not the one in its header."""
+    """Raises `ValueError` if the sha256 of a calibration file's bytes is not the one in its header."""
     head, mark, rest = data.partition(DIGEST_MARK)
     digest, rest = rest[: len(NO_DIGEST)], rest[len(NO_DIGEST) :]
     if hashlib.sha256(head + mark + NO_DIGEST.encode() + rest).hexdigest().encode() != digest:

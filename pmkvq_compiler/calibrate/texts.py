@@ -1,4 +1,4 @@
-"""Calibration texts, as samples of tokens."""
+"""Reads calibration texts and cuts them into samples of tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ BUILTIN_TEXT = files("pmkvq_compiler") / "data" / "calibration.txt"
 def read_samples(source: Source, problem: Problem) -> list[Tensor]:
     """Calibration samples, int64 [at most calib_len] each, spread evenly over the text.
 
-    A document is cut into pieces of `calib_len` tokens; of what is left, at least half as long a piece is a sample too,
-    shorter ones are joined. Raises `CompileError` where there are too few tokens, or text but no tokenizer.
+    Each document is cut into pieces of `calib_len` tokens. A last piece that is at least half as long is a sample, too;
+    shorter ones are joined with each other. Raises `UsageError` if `calib_len` is too short to hold a block, and
+    `CompileError` if there are too few tokens, or if there is text but the model has no tokenizer.
     """
     length, wanted, recipe = problem.calib_len, problem.calib_samples, problem.recipe
     if length < recipe.sink + recipe.block:
@@ -34,7 +35,7 @@ def read_samples(source: Source, problem: Problem) -> list[Tensor]:
     largest, limit = max(map(max, filter(None, [prefix, *documents])), default=0), _vocabulary(source)
     if largest >= limit:
         raise CompileError(
-            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text and the model has "
+            f"the tokenizer of {source.name} makes token {largest:,} of the calibration text, but the model has "
             f"{limit:,} tokens; fetch the tokenizer that belongs to this model"
         )
     body = length - len(prefix)
@@ -46,8 +47,8 @@ def read_samples(source: Source, problem: Problem) -> list[Tensor]:
     chunks += [rest[start : start + body] for start in range(0, len(rest) - body + 1, body)]
     if len(chunks) < wanted:
         raise CompileError(
-            f"calibration text {problem.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
-            f"{length} need {wanted * body:,}; give more text or lower --calib-samples or --calib-len"
+            f"calibration text {problem.calib!r} has {sum(map(len, documents)):,} tokens, but {wanted} samples of "
+            f"{length} tokens need {wanted * body:,}; give more text, or lower --calib-samples or --calib-len"
         )
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
 
@@ -63,11 +64,11 @@ def calibration_bytes(calib: str) -> bytes:
 
 
 def _read_tokens(source: Source, calib: str) -> tuple[list[int], list[list[int]]]:
-    """Tokens that begin every sample (a model's `<bos>`), and the tokens of each document."""
+    """The tokens that every sample begins with (the model's `<bos>`, if there is one), and those of each document."""
     try:
-        text = calibration_bytes(calib).decode("utf-8-sig")  # editors of some systems begin a file with a mark
+        text = calibration_bytes(calib).decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        raise CompileError(f"calibration text {calib!r} is not UTF-8; convert it") from error
+        raise CompileError(f"calibration text {calib!r} is not UTF-8; convert it to UTF-8") from error
     if calib == "builtin" or Path(calib).suffix not in (".jsonl", ".ndjson", ".json"):
         tokenizer = _needed_tokenizer(source, calib)
         return _prefix(tokenizer), [tokenizer.encode(text, add_special_tokens=False)]
@@ -95,34 +96,36 @@ class _Text:
 
 
 def _record(source: Source, where: str, line: str) -> _Text | Chat | list[int]:
-    """What one JSON line holds: `{"text": ...}`, `{"messages": [...]}` (chat template) or `{"input_ids": [...]}`."""
+    """Parse one JSON line: `{"text": ...}`, `{"messages": [...]}` (a chat) or `{"input_ids": [...]}`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CompileError(f"{where}, is not JSON; write one object a line, or name the file .txt") from error
+        raise CompileError(f"{where}, is not JSON; write one object on each line, or name the file .txt") from error
     match record:
         case {"input_ids": [*ids]}:
             limit = _vocabulary(source)
             if not all(type(token) is int and 0 <= token < limit for token in ids):
-                raise CompileError(f"{where}, has input_ids that are not whole numbers below {limit:,}")
+                raise CompileError(
+                    f"{where}, has input_ids that are not all whole numbers below {limit:,}; use ids of this model"
+                )
             return ids
         case {"text": str(text)}:
             return _Text(where, text)
         case {"messages": [*messages]}:
             return Chat(where, messages)
-    raise CompileError(f'{where}, has no "text", "messages" or "input_ids"')
+    raise CompileError(f'{where}, has no "text", "messages" or "input_ids"; give each line one of them')
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can name halves of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer accepts
         raise CompileError(f"{where}, has text that is not Unicode ({error.reason}); remove it") from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _vocabulary(source: Source) -> int:
-    """Tokens that the model has embeddings for."""
+    """The number of tokens that the model has embeddings for."""
     return int(source.config.get_text_config().vocab_size)
 
 

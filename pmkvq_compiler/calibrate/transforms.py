@@ -1,21 +1,23 @@
-"""Linear maps of K and V that are matched to what the model puts there and to what it does with it.
+"""Linear maps of K and V that are matched to the statistics of these tensors and of the gradients of the loss.
 
-V of a head may be multiplied by any matrix M whose inverse follows the attention. Codes of a token share a step in
-proportion to the spread of its channels, so with channels alike the squared error of the output goes with
+V of a head may be multiplied by any matrix M if M^-1 is applied after the attention. The codes of a token share one
+step, which is proportional to the spread of the token's channels. If all channels have a similar spread, the squared
+error of the output is therefore proportional to
 
     tr(M^T C M) * tr(M^-1 G M^-T)
 
-where C is the covariance of V over the calibration tokens and G the second moment of the loss's gradients at the
-attention's output (Fisher information). By Cauchy-Schwarz that is least where M M^T is the geometric mean of C^-1
+where C is the covariance of V over the calibration tokens, and G is the second moment of the loss's gradients at the
+attention's output (Fisher information). By Cauchy-Schwarz, this is smallest if M M^T is the geometric mean of C^-1
 and G,
 
     M M^T = C^-1/2 (C^1/2 G C^1/2)^1/2 C^-1/2
 
-(transform coding at equal rates: directions that vary much and matter little get coarse steps). M is its symmetric
-root, then a rotation that makes channels alike: Hadamard's, turned such that the mean of V becomes the same number in
-every channel, which the middle of each token's group takes up for nothing.
+This is transform coding at equal rates: directions that vary much and matter little get coarse steps. M is the
+symmetric root of this matrix, followed by a rotation that gives all channels a similar spread. The rotation is a
+reflection and then a Hadamard matrix. The reflection is chosen such that the mean of V ends up with the same value in
+every channel, which the middle of each token's group represents at no cost.
 
-K is met behind RoPE, where no matrix can be folded; only the rotation is used there, made of the mean of K.
+K is stored after RoPE, where no general matrix can be folded. It is only rotated, in the same way, by its own mean.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.runtime.rotation import hadamard
 
 FLOOR = 0.1
-"""Share of the mean eigenvalue that is added to those of C and G: neither a few texts' idea of what never happens nor
-the rounding of folded weights is to be magnified."""
+"""Share of the mean eigenvalue that is added to all eigenvalues of C and G. Otherwise M would magnify directions that
+just do not occur in a few texts, and the rounding of the folded weights."""
 
 
 class Moments:
-    """Observes attention calls and, while gradients come back, sums up what the maps are made of, layer by layer."""
+    """Observes attention calls and their gradients, and adds up the moments that the maps are computed from."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
@@ -58,11 +60,11 @@ class Moments:
         _add(self.gradient_square, layer, by_head.transpose(1, 2) @ by_head)
 
     def key_rotations(self) -> dict[int, Tensor]:
-        """For each layer the rotations [Hkv, dk, dk] (float64, CPU) of K."""
+        """For each layer, the rotations [Hkv, dk, dk] (float64, CPU) of K."""
         return {layer: _spreading(total.cpu()) for layer, total in self.key.items()}
 
     def value_matrices(self) -> dict[int, Tensor]:
-        """For each layer the matrices [Hkv, dv, dv] (float64, CPU) of V."""
+        """For each layer, the matrices [Hkv, dv, dv] (float64, CPU) of V."""
         matrices = {}
         for layer, square in self.value_square.items():
             tokens = self.tokens[layer]
@@ -73,8 +75,8 @@ class Moments:
 
 
 def matched(mean: Tensor, covariance: Tensor, importance: Tensor) -> Tensor:
-    """The matrices M [H, d, d] for values of mean [H, d] and covariance C [H, d, d], errors of which are weighed by
-    importance G [H, d, d]; all float64."""
+    """The matrices M [H, d, d] for values with `mean` [H, d] and `covariance` C [H, d, d], whose errors are weighted by
+    `importance` G [H, d, d]; all are float64."""
     covariance, importance = _floored(covariance), _floored(importance)
     root = _power(covariance, 0.5)
     inner = _power(root @ importance @ root, 0.5)
@@ -84,7 +86,7 @@ def matched(mean: Tensor, covariance: Tensor, importance: Tensor) -> Tensor:
 
 
 def _spreading(mean: Tensor) -> Tensor:
-    """Rotations [H, d, d] by which a mean [H, d] gets equal channels: a reflection, then Hadamard's rotation."""
+    """Rotations [H, d, d] that make all channels of a `mean` [H, d] equal: a reflection, then a Hadamard matrix."""
     rotation = hadamard(mean.shape[-1])
     target = rotation.sum(1) / mean.shape[-1] ** 0.5
     norm = mean.norm(dim=-1, keepdim=True)
@@ -96,7 +98,8 @@ def _spreading(mean: Tensor) -> Tensor:
 
 
 def _floored(moments: Tensor) -> Tensor:
-    """Positive definite: with `FLOOR` of the mean eigenvalue added to all; the identity where all are zero."""
+    """Moments [H, d, d] divided by their mean eigenvalue, with `FLOOR` added to every eigenvalue, which makes them
+    positive definite. Moments that are all zero become a multiple of the identity."""
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(moments.shape[-1], dtype=torch.float64)
     return torch.where(mean > 0, moments / mean, 0.0) + FLOOR * eye

@@ -1,4 +1,4 @@
-"""Run the source model on the calibration texts, with its attention observed and its numbers checked."""
+"""Run the source model on the calibration texts, observe its attention and check its numbers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.source import check_finite
 
 DOUBT = 0.1
-"""Share of labels, drawn to measure sensitivities, that are not the likeliest."""
+"""The share of drawn labels that are not the likeliest token, at least. See `sampled_loss`."""
 
 
 def reference_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Logits (float32 [N, V], CPU) of a text `input_ids` [1, N] at its plain positions."""
+    """Logits (float32 [N, V], CPU) of a text `input_ids` [1, N] at positions 0 to N - 1."""
     input_ids = input_ids.to(model.device)
     positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0)
     with torch.no_grad(), observed(partial(_check_operands, model)):
@@ -31,8 +31,10 @@ def reference_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def stretched_positions(length: int, effective_len: int) -> Tensor:
-    """`length` positions (int64 [1, length]) spread evenly over `effective_len` (PM-KVQ's positional
-    interpolation); whole numbers, so that learned positions can be stretched too."""
+    """`length` positions (int64 [1, length]) spread evenly over `effective_len`: PM-KVQ's positional interpolation.
+
+    They are whole numbers, so that learned position embeddings can be stretched, too.
+    """
     return (torch.arange(length) * effective_len // length).unsqueeze(0)
 
 
@@ -45,8 +47,10 @@ def walk_texts(
     stretch: Fraction = Fraction(1),
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
-    """Run the model on each sample under `observe`, its positions `stretch` times as far apart, and an `objective` of
-    logits [S, V] and tokens [S] backwards if given."""
+    """Run the model on each sample and call `observe` with each attention. Positions are `stretch` times as far apart.
+
+    If there is an `objective`, a function of logits [S, V] and tokens [S], its gradients are computed as well.
+    """
 
     def checked(call: AttentionCall) -> Tensor | None:
         _check_operands(model, call)
@@ -71,7 +75,7 @@ def walk_texts(
 
 
 def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean loss (nats) of the text itself."""
+    """The mean loss of the text itself, in nats a token."""
     return F.cross_entropy(logits[:-1], tokens[1:])
 
 
@@ -92,27 +96,27 @@ def sampled_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """A label of each row of `probabilities` [S, V], by the inverse of its distribution function: that takes one random
-    number a row, `torch.multinomial` takes V."""
+    """Draw a label for each row of `probabilities` [S, V], by inverting the cumulative distribution. This takes one
+    random number a row, where `torch.multinomial` takes V."""
     cumulative = probabilities.cumsum(-1)
     chosen = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, chosen)[:, 0]
 
 
 def _check_operands(model: PreTrainedModel, call: AttentionCall) -> None:
-    """Raises `CompileError` for the first layer whose attention gets numbers that are not finite."""
+    """Raises `CompileError` if the operands of an attention are not finite."""
     for name, operand in (("queries", call.query), ("keys", call.key), ("values", call.value)):
         _check_numbers(model, f"the {name} of layer {call.layer}", operand)
 
 
 def _check_numbers(model: PreTrainedModel, what: str, numbers: Tensor) -> None:
-    """Raises `CompileError` where a number is not finite; a weight that is not is named as the cause."""
+    """Raises `CompileError` if a number is not finite. If a weight is the cause, the message names it."""
     if bool(torch.isfinite(numbers).all()):
         return
     for name, value in model.state_dict().items():
         check_finite(name, value)
     dtype = str(model.dtype).removeprefix("torch.")
     raise CompileError(
-        f"on the calibration text {what} are not finite in {dtype}, though all weights are: numbers overflow inside "
+        f"on the calibration text {what} are not finite in {dtype}, though all weights are, so numbers overflow inside "
         f"the model; try --dtype float32, or fetch the checkpoint again"
     )

@@ -1,1 +1,1 @@
-"""Everything that is written into an artifact, where it is written, and the check of what was written."""
+"""Writes artifacts: their contents, their place on the disk, and the check of what was written."""

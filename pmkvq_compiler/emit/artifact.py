@@ -1,4 +1,4 @@
-"""What an artifact is on the disk: a manifest, and exactly the files that the manifest lists."""
+"""An artifact on the disk: a manifest, and exactly the files that the manifest lists."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pmkvq_compiler.runtime.manifest import FORMAT_VERSION, MANIFEST, file_diges
 MODEL_CARD = "README.md"
 """The one file without a digest: people edit it where they publish the artifact."""
 MADE_BY_OTHERS = ("__pycache__", ".cache")
-"""Folders that Python and the hub's client make in an artifact that is in use."""
+"""Folders that Python and the hub's client create in an artifact that is in use."""
 MANIFEST_BYTES = 64 << 20
-"""No manifest is longer."""
+"""No manifest is larger."""
 METADATA = {"format": "pt"}
 
 
 def write_manifest(folder: Path, content: dict[str, Any], written: Iterable[Path]) -> None:
-    """`pmkvq.json`: the format version, `content` and the sha256 of the files that the compiler has `written`."""
+    """Write `pmkvq.json`: the format version, `content` and the sha256 of the files that the compiler has `written`."""
     listed = sorted(path for path in written if path.name != MODEL_CARD)
     digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in listed}
     manifest = {"format_version": FORMAT_VERSION, **content, "files": digests}
@@ -33,7 +33,7 @@ def write_manifest(folder: Path, content: dict[str, Any], written: Iterable[Path
 
 
 def remove_unlisted(folder: Path, written: Iterable[Path]) -> None:
-    """Remove what other programs left in a folder that is to become an artifact, such as Python's bytecode."""
+    """Remove files that other programs left in the folder of a new artifact, such as Python's bytecode."""
     belonging = {folder / MANIFEST, *written}
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before the folder
         if path.is_dir() and not path.is_symlink():
@@ -44,12 +44,12 @@ def remove_unlisted(folder: Path, written: Iterable[Path]) -> None:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether a folder is one that the compiler wrote, in this format or another, whole or damaged."""
+    """Whether the compiler wrote this folder. It may be damaged, or have another format version."""
     return _listed(folder) is not None
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
-    """The files in an artifact that neither its compile nor its use has put there."""
+    """The files in an artifact's folder that neither its compile nor its use has put there."""
     listed = {*(_listed(folder) or ()), MANIFEST, MODEL_CARD}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -59,7 +59,7 @@ def foreign_files(folder: Path) -> Iterator[str]:
 
 
 def _listed(folder: Path) -> set[str] | None:
-    """What the manifest lists; None where there is none, or something else of that name."""
+    """The files that the manifest lists; None if there is no manifest, or another kind of file has its name."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > MANIFEST_BYTES:
@@ -74,9 +74,9 @@ def _listed(folder: Path) -> set[str] | None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] = METADATA) -> None:
-    """`save_file` of safetensors, with errors and permissions as of any other file that Python writes.
+    """Call `save_file` of safetensors, with the errors and permissions of any other file that Python writes.
 
-    By itself it makes files that nobody but their owner may read. Raises `OSError`.
+    By default, safetensors creates files that only their owner may read. Raises `OSError`.
     """
     try:
         save_file(tensors, path, metadata=metadata)
@@ -89,7 +89,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def _umask() -> int:
-    """The permissions that new files are not given. Linux tells them; elsewhere to ask is to set them."""
+    """The permissions that new files do not get. Linux tells them; other systems tell them only when one sets them."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("Umask:")[2].split()[0], 8)

@@ -1,9 +1,9 @@
-"""The last step of a compile: load what was written in a fresh process and hold it against the source model.
+"""The last step of a compile: load the artifact in a fresh process and compare it with the source model.
 
-What is judged is every layer by itself, in float32 (see `layer_errors`). Two more figures tell what comes out of the
-whole model. *Full precision*: the check text in one call, in which attention sees its K and V before they are
-quantized, so folds, generated code and rounding are all that can differ. *Planned precision*: the same text fed piece
-by piece into a cache whose layers are all at their final bits.
+An artifact passes or fails by the errors of its layers, each on its own and in float32 (see `layer_errors`). Two more
+figures describe the output of the whole model. *Full precision*: the check text is given in one call. There, attention
+sees K and V before they are quantized, so only folds, generated code and rounding make a difference. *Planned
+precision*: the same text is given piece by piece, with a cache whose layers are all at their final bits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pmkvq_compiler.emit.layer_errors import LayerError, layer_errors
 from pmkvq_compiler.errors import CompileError, Defect
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights, of a model whose
-layers cannot be taken one by one."""
+"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights. It is used for models
+whose layers cannot be compared one by one."""
 
 LAYER_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 3e-3}
 """Largest error of a layer, by the dtype of the weights."""
@@ -47,11 +47,12 @@ def check_artifact(
     logits: Tensor,
     layers: LayerOutputs,
 ) -> dict[str, float]:
-    """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the
-    last N of `input_ids` [1, S] and what its `layers` made of the first ones. The artifact is run on `device`; what the
-    two processes tell each other is written into `scratch`.
+    """Compare the artifact in `folder`, whose weights are in `dtype`, with the source model; returns figures by name.
 
-    Raises `CompileError` where the artifact does not load or one of its layers is not the source's.
+    The source model is given by its `logits` [N, V] for the last N tokens of `input_ids` [1, S], and by the outputs of
+    its `layers` for the first tokens. The artifact runs on `device`. The two processes exchange files in `scratch`.
+
+    Raises `CompileError` if the artifact does not load, or if one of its layers differs from the source's.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as place:  # a name that no process of a killed compile writes to
         reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
@@ -78,8 +79,8 @@ def check_artifact(
     for one in errors:
         if not one.error <= tolerance:
             raise CompileError(
-                f"{one.place} differ from the source model's by {one.error:.1e} in relative norm, more than "
-                f"{tolerance:.0e}; nothing was kept: please report this model"
+                f"{one.place} differ from the source model's by {one.error:.1e} in relative norm, which is more than "
+                f"{tolerance:.0e}, so the artifact is not kept; please report this model"
             )
     if not figures["planned_precision_kl"] < float("inf"):
         raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
@@ -87,21 +88,21 @@ def check_artifact(
 
 
 def _ended(code: int, said: str) -> CompileError:
-    """The error of a process that could not load the artifact. What the process said of a defect is its cause, which is
-    kept with the traceback."""
+    """The error for a process that could not load the artifact. If this is a defect, the output of the process (`said`)
+    becomes its cause, which is kept with the traceback."""
     if code < 0:
         return CompileError(
-            f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
-            f"want of memory; free some and compile again"
+            f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps because memory "
+            f"ran out; free some memory and compile again"
         )
-    reason = (said.strip().splitlines() or ["it said nothing"])[-1]
+    reason = (said.strip().splitlines() or ["it printed no reason"])[-1]
     defect = Defect(f"the artifact does not load in a fresh process ({reason})")
     defect.__cause__ = RuntimeError(said)
     return defect
 
 
 def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
-    """Relative norm of the logits' difference at full precision; that and the mean KL (nats) at planned precision."""
+    """Relative norms of the logits' difference at full and planned precision, and the mean KL (nats) at the latter."""
     length, count = input_ids.shape[1], logits.shape[0]
     last = torch.zeros(count, dtype=torch.long), torch.arange(length - count, length)
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)

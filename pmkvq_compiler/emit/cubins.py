@@ -1,7 +1,7 @@
-"""Kernels compiled ahead of time, for devices that need not be there.
+"""Compiles kernels ahead of time, for GPUs that this machine need not have.
 
-What to compile is not listed anywhere: the artifact's own launching code runs, on tensors without memory, through
-whatever a cache can go through, and every launch that it asks for is compiled. The result goes into the artifact, where
+There is no list of what to compile. Instead, the artifact's launching code runs on tensors without memory, through all
+states that a cache can be in, and every launch that it makes is compiled. The result goes into the artifact, where
 `pmkvq_compiler.runtime.cubins` finds it.
 """
 
@@ -33,28 +33,28 @@ from pmkvq_compiler.runtime.plan import CachePlan
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raises `UsageError` where kernels cannot be compiled for the targets on this machine."""
+    """Raises `UsageError` if this machine cannot compile kernels for the targets."""
     for target in targets:
         if target not in TARGETS:
             raise UsageError(f"--aot target {target!r} is not known; choose from {', '.join(TARGETS)}")
     if targets and importlib.util.find_spec("triton") is None:
         raise UsageError(
-            "--aot needs the package triton, which is not installed; run `pip install triton` or leave --aot out"
+            "--aot needs the package triton, which is not installed; run `pip install triton`, or leave --aot out"
         )
 
 
 def check_plan(plan: CachePlan) -> None:
-    """Raises `UsageError` where there are no kernels for the plan."""
+    """Raises `UsageError` if the kernels do not support the plan."""
     try:
         for layer in plan.layers:
             check_kernels(layer)
     except InputError as error:
-        raise UsageError(f"--aot compiles Triton kernels, and {error}, or leave --aot out") from error
+        raise UsageError(f"--aot compiles Triton kernels, but {error}, or leave --aot out") from error
 
 
 @dataclass(frozen=True)
 class Work:
-    """A launch to be compiled: of the kernel in `file`, for a target."""
+    """A launch to compile: of a kernel in `file`, for a target."""
 
     file: Path
     launched: Launched
@@ -63,7 +63,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code. `hidden` parameters that Triton adds come after those of the kernel; they are null pointers."""
+    """The machine code of a kernel. Triton adds `hidden` parameters after the kernel's own; they are null pointers."""
 
     code: bytes
     symbol: str
@@ -77,9 +77,9 @@ class Cubin:
 
 
 def write_cubins(package: Path, checkpoint: Sequence[Path], targets: Sequence[str], progress: Progress) -> list[Path]:
-    """Compile every kernel of the artifact in `package` for the targets, into `kernels/aot/` there; returns the files.
+    """Compile every kernel of the artifact's `package` for the targets, into `kernels/aot/` there; returns the files.
 
-    Raises `CompileError` where a kernel cannot be compiled.
+    Raises `CompileError` if a kernel cannot be compiled.
     """
     recorders = launches_of(package, checkpoint)
     jobs = {
@@ -115,22 +115,22 @@ def _write_archive(path: Path, recorders: dict[str, Recorder], cubins: dict[tupl
     index = json.dumps({"modules": modules, "cubins": about}, indent=1).encode()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in [(INDEX, index), *((name, cubin.code) for name, cubin in files.items())]:
-            entry = zipfile.ZipInfo(name)  # of no date: equal kernels make equal archives
+            entry = zipfile.ZipInfo(name)  # without a date, so that equal kernels make equal archives
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, content)
 
 
 @isolated()
 def compile_all(jobs: dict[Any, Work], progress: Progress) -> dict[Any, Cubin]:
-    """What the jobs make, in processes of their own: none of them has the interpreter turned on.
+    """Compile all jobs in separate processes, in which Triton's interpreter is off; returns the results by job.
 
-    Raises `CompileError` where a kernel cannot be compiled; the jobs that have not begun are dropped then.
+    Raises `CompileError` if a kernel cannot be compiled, and drops the jobs that have not begun.
     """
     cubins = {}
     workers = min(len(jobs), os.cpu_count() or 1)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker)
     try:
-        # decode takes longest by far
+        # decode takes the longest by far, so it goes first
         order = sorted(jobs, key=lambda key: jobs[key].launched.kernel != "decode")
         waiting = {pool.submit(compile_work, jobs[key]): key for key in order}
         for done, future in enumerate(as_completed(waiting), 1):
@@ -139,12 +139,12 @@ def compile_all(jobs: dict[Any, Work], progress: Progress) -> dict[Any, Cubin]:
                 cubins[waiting[future]] = future.result()
             except BrokenProcessPool:
                 raise CompileError(
-                    "a process that compiles kernels ended early, perhaps for want of memory; compile again with fewer "
-                    "targets after --aot"
+                    "a process that compiles kernels ended early, perhaps because memory ran out; compile again with "
+                    "fewer targets after --aot"
                 ) from None
             except Exception as error:
                 lines = (str(error).strip() or repr(error)).splitlines()
-                reason = lines[-1 if lines[0].startswith("at ") else 0].strip()  # Triton shows the place first
+                reason = lines[-1 if lines[0].startswith("at ") else 0].strip()  # Triton prints the location first
                 raise CompileError(
                     f"the kernel {work.launched.kernel} cannot be compiled for {work.target} ({reason}); leave "
                     f"{work.target} out of --aot, and please report this model"
@@ -161,7 +161,7 @@ def _prepare_worker() -> None:
 
 
 def compile_work(work: Work) -> Cubin:
-    """Compile a launch. Raises `ValueError` where the code takes other parameters than the launch has."""
+    """Compile a launch. Raises `ValueError` if the compiled code takes other parameters than the launch passes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -184,12 +184,12 @@ def compile_work(work: Work) -> Cubin:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:
         reason: BaseException = error
-        while reason.__cause__ is not None:  # Triton wraps it in an error for every call on the way
+        while reason.__cause__ is not None:  # Triton wraps an error once for every call in the kernel
             reason = reason.__cause__
         raise reason from None
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
-        raise ValueError("it needs memory or thread blocks beside its own")
+        raise ValueError("it needs scratch memory or clusters of thread blocks, which the runtime does not provide")
     return Cubin(
         compiled.asm["cubin"],
         metadata.name,
@@ -200,7 +200,7 @@ def compile_work(work: Work) -> Cubin:
 
 
 def _paths(types: Sequence[Any], places: set[int]) -> Iterator[tuple[int, ...]]:
-    """Where arguments that have these places one by one are, as Triton counts: (argument,) or (argument, element)."""
+    """Triton's paths, (argument,) or (argument, element), for `places` that are counted with tuples flattened."""
     place = 0
     for at, kind in enumerate(types):
         for element in range(len(kind)) if isinstance(kind, tuple) else [None]:
@@ -210,11 +210,11 @@ def _paths(types: Sequence[Any], places: set[int]) -> Iterator[tuple[int, ...]]:
 
 
 def hidden_parameters(ptx: str, types: Sequence[str]) -> int:
-    """How many pointers a kernel takes behind parameters of the given types. Raises `ValueError` for any others."""
+    """How many pointers a kernel takes after parameters of the given types. Raises `ValueError` if there are others."""
     entry = re.search(r"\.entry\s+\w+\s*\(([^)]*)\)", ptx)
     widths = re.findall(r"\.param\s+\.[a-z](\d+)", entry.group(1)) if entry else []
     expected = ["64" if kind.startswith("*") else "32" for kind in types]
     hidden = widths[len(expected) :]
     if widths[: len(expected)] != expected or set(hidden) - {"64"}:
-        raise ValueError(f"its parameters have {widths} bits where {expected} were to be passed")
+        raise ValueError(f"its parameters have {widths} bits, but {expected} are expected")
     return len(hidden)

@@ -1,4 +1,4 @@
-"""What an artifact may take the place of."""
+"""Decides what an artifact may replace."""
 
 from __future__ import annotations
 
@@ -17,27 +17,35 @@ FORCE = "--force replaces an artifact or an empty folder, nothing else"
 
 
 def shown(path: Path | str) -> str:
-    """A path as a sentence can hold it: quoted where it has line breaks or bytes that are no text."""
+    """A path for a message: quoted and escaped if it has line breaks or bytes that are not text."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
 def destination_of(output: Path) -> Path:
-    """The place that `output` means: its folder resolved, its last part as it is. Raises `UsageError`."""
+    """The path that `output` means: links in its parent folders are resolved, but its last part is kept.
+
+    Raises `UsageError` if it is not a valid path.
+    """
     if "\0" in str(output):
-        raise UsageError(f"output {shown(output)} is no path; {OTHER}")
+        raise UsageError(f"output {shown(output)} is not a path; {OTHER}")
     named = output.name not in ("", "..")
     destination = Path(os.path.realpath(output.parent)) / output.name if named else Path(os.path.realpath(output))
     try:
         os.fspath(destination).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"output {shown(destination)} is not valid UTF-8, which weight files need; {OTHER}") from error
+        raise UsageError(
+            f"output {shown(destination)} is not valid UTF-8, which the names of weight files need; {OTHER}"
+        ) from error
     return destination
 
 
 def check_destination(output: Path, destination: Path, force: bool, keep: dict[str, Path]) -> None:
-    """Raises `UsageError` where something is at the destination that no artifact may take the place of: anything but an
-    empty folder and, with `force`, an artifact; or what holds something to `keep`, which are paths by what they are."""
+    """Raises `UsageError` if the destination exists and must not be replaced.
+
+    Only an empty folder may be replaced or, with `force`, an artifact. Neither may contain a path in `keep`, a mapping
+    from descriptions to paths.
+    """
     try:
         there = os.lstat(destination)
     except FileNotFoundError:
@@ -59,7 +67,7 @@ def check_destination(output: Path, destination: Path, force: bool, keep: dict[s
 
 
 def _check_holds_nothing(output: Path, there: os.stat_result, keep: dict[str, Path]) -> None:
-    """Raises `UsageError` where the folder `there` is, or holds, what must not go away."""
+    """Raises `UsageError` if the folder `there` is, or contains, something that must not be removed."""
     places = [("the current folder", Path(".")), ("the home folder", Path("~").expanduser())]
     places += [(f"the mount point {shown(path)}", path) for path in _mount_points()]
     for what, path in keep.items():
@@ -80,7 +88,7 @@ def _same(there: os.stat_result, path: Path) -> bool:
 
 
 def _mount_points() -> list[Path]:
-    """Where something is mounted. Linux lists folders of the same file system, too, which `os.path.ismount` misses."""
+    """All mount points. Linux also lists bind mounts of the same file system, which `os.path.ismount` misses."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -90,7 +98,7 @@ def _mount_points() -> list[Path]:
 
 
 def check_replaceable(output: Path, destination: Path, force: bool) -> None:
-    """Raises `UsageError` where the folder at the destination must stay, or holds files that must."""
+    """Raises `UsageError` if the folder at the destination, or a file in it, must not be removed."""
     if os.path.ismount(destination):
         raise UsageError(f"output {shown(output)} is a mount point; choose a folder in it with -o")
     if not os.access(destination, os.R_OK | os.W_OK | os.X_OK):
@@ -100,17 +108,18 @@ def check_replaceable(output: Path, destination: Path, force: bool) -> None:
     if not force:
         raise UsageError(f"output {shown(output)} is not empty; {OTHER} ({FORCE})")
     if not is_artifact(destination):
-        raise UsageError(f"output {shown(output)} is not empty and is no artifact: {FORCE}; {OTHER}")
+        raise UsageError(f"output {shown(output)} is not empty and is not an artifact: {FORCE}; {OTHER}")
     foreign = next(foreign_files(destination), None)
     if foreign is not None:
         raise UsageError(
             f"output {shown(output)} is an artifact that also holds {shown(foreign)}, which its compile did not write; "
-            f"move that away or {OTHER}"
+            f"move this file away, or {OTHER}"
         )
 
 
 def cannot_write(output: Path, error: OSError, kind: type[CompileError] = CompileError) -> CompileError:
-    """What a user is told of an error of the operating system, as an error of a `kind` if the request is its cause."""
+    """The error to show for an error of the operating system. It is of the given `kind`, unless the machine has run out
+    of disk space or open files."""
     if error.errno in OUT_OF_FILES:
         return CompileError(f"no more files can be opened ({error.strerror}); raise the limit with `ulimit -n`")
     kind = CompileError if error.errno in OUT_OF_ROOM else kind

@@ -1,8 +1,8 @@
-"""From a canonical graph to the lines of a Python function.
+"""Turns a canonical graph into the lines of a Python function.
 
-A value that is read once is written where it is read, as long as the line stays short; every other value gets a name:
-that of the module whose result it is (`q_proj`, `input_layernorm`), else of its op. The graph is free of side effects
-but for attention, so an expression may move down to its reader.
+A value that is read once is written where it is read, as long as the line stays short. Every other value gets a name,
+after the module whose result it is (`q_proj`, `input_layernorm`) or else after its op. Only attention has side effects,
+so any other expression may move down to its reader.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ RESERVED = frozenset(
         *dir(builtins),
     }
 )
-"""Names that mean something else in a generated module."""
+"""Names that already have a meaning in a generated module."""
 LAYER_FUNCTION = "decoder_layer"
-"""What the names of the functions of layers begin with."""
+"""The beginning of the names of layers' functions."""
 LINE = 120
 EXPRESSION = 88
-"""Operands get lines of their own where an expression would be longer."""
+"""If an expression would be longer than this, its operands are written on separate lines."""
 
 SUM, PRODUCT, UNARY, ATOM = range(4)
 
 
 @dataclass(frozen=True)
 class Expression:
-    """Python text, and how tightly its outermost operator binds (`SUM` least, `ATOM` needs no brackets)."""
+    """Python text, and how tightly its outermost operator binds: `SUM` binds least, and `ATOM` needs no brackets."""
 
     text: str
     level: int = ATOM
 
     def within(self, level: int) -> str:
-        """The text as an operand of an operator that binds like `level`."""
+        """The text as an operand of an operator that binds as tightly as `level`."""
         return self.text if self.level >= level else f"({self.text})"
 
 
 Render = Callable[[Any], Expression]
-"""From an argument of a node (a node, a constant, a list of them) to its expression."""
+"""Turns an argument of a node (a node, a constant, or a list of them) into its expression."""
 
 MODEL_DTYPE = torch.bfloat16
 """In a captured graph, bfloat16 stands for the dtype of the weights; the emitted code calls it `dtype`."""
@@ -115,7 +115,7 @@ METHODS: dict[Any, str] = {
     aten.view.default: "view",
 }
 UNPACKED = frozenset({aten.view.default, aten.reshape.default, aten.expand.default})
-"""Methods whose shape is written as separate arguments."""
+"""Methods that take a shape as separate arguments."""
 FUNCTIONS: dict[Any, str] = {
     aten.addmm.default: "torch.addmm",
     aten.arange.default: "torch.arange",
@@ -138,7 +138,7 @@ FUNCTIONS: dict[Any, str] = {
 
 
 def render_call(node: Node, render: Render) -> Expression:
-    """The expression of one op: as a reader would write it where that is known, else as a call of `torch.ops`."""
+    """The expression of one op: the usual Python for it if this module knows it, else a call of `torch.ops`."""
     target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
     if target in SPECIAL:
         special = SPECIAL[target](node, render)
@@ -225,7 +225,7 @@ def _size(node: Node, render: Render) -> Expression:
 
 
 def _attention(node: Node, render: Render) -> Expression:
-    """`plan` stays out: the cache has it."""
+    """`plan` is left out, because the cache has it."""
     kwargs = {name: value for name, value in node.kwargs.items() if name != "plan" and value is not None}
     return Expression(f"cached_attention({_arguments(node.args, kwargs, render)})")
 
@@ -249,8 +249,8 @@ SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
 class Body:
     """The statements of one function, written node by node.
 
-    `expressions` are those of its arguments and weights, `nodes` what it computes; `module` is the path of the module
-    that the function is.
+    `expressions` has the arguments and weights of the function, `nodes` are what it computes, and `module` is the path
+    of the module that it implements.
     """
 
     def __init__(self, expressions: Mapping[Node, Expression], nodes: Iterable[Node], module: str) -> None:
@@ -303,7 +303,7 @@ class Body:
         return name
 
     def _hint(self, node: Node) -> str:
-        """What a reader might call the value of `node`."""
+        """A name that a reader would expect for the value of `node`."""
         for user in node.users:
             if user.target is cached_attention and node in user.args[:3]:
                 return ("query", "key", "value")[user.args.index(node)]
@@ -323,7 +323,7 @@ class Body:
         return node.target.__name__
 
     def unique(self, hint: str) -> str:
-        """A name that nothing else has, after `hint`: a word, or the path of a module."""
+        """A name that is not taken yet, made from `hint`, which is a word or the path of a module."""
         hint = identifier(hint)
         candidates = itertools.chain([hint], (f"{hint}_{number}" for number in itertools.count(1)))
         name = next(candidate for candidate in candidates if candidate not in self.names)
@@ -331,7 +331,7 @@ class Body:
         return name
 
     def _head(self, node: Node) -> None:
-        """A comment where another part of the module begins."""
+        """Write a comment if another part of the module begins here."""
         heading = relative_module(node, self.module).partition(".")[0]
         if isinstance(node.meta["val"], torch.Tensor) and heading and heading != self.heading:
             self.lines += ["", f"# {heading}"] if self.lines else [f"# {heading}"]
@@ -346,7 +346,7 @@ def identifier(hint: str) -> str:
 
 
 def wrap(start: str, call: str, indent: int = 4) -> list[str]:
-    """The line `start + call`, or three where it would be too long and `call` is the call of a function."""
+    """The line `start + call`, or three lines if it would be too long and `call` is a function call."""
     opening = call.find("(")
     if indent + len(start) + len(call) <= LINE or not call.endswith(")") or ")" in call[:-1]:
         return [start + call]
@@ -354,7 +354,7 @@ def wrap(start: str, call: str, indent: int = 4) -> list[str]:
 
 
 def module_of(node: Node) -> str:
-    """Path of the innermost module that computes `node`, empty where none does."""
+    """The path of the innermost module that computes `node`; empty if there is none."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
 

@@ -16,14 +16,16 @@ from pmkvq_compiler.templates import read, render
 TUNING = "tuning.json"
 
 WIDTH_OF = {"parameter": str(PARAMETER_BITS), "key": "key_bits", "value": "value_bits"}
-"""The width of a field's numbers, as kernels call it."""
+"""The name or number by which kernels give the width of each kind of field."""
 
 
 def kernel_source(
     plan: LayerPlan, group: int, softcap: float | None, has_sinks: bool, layers: str, paged: bool = False
 ) -> str:
-    """The kernels of layers planned alike, `group` query heads to a KV head; `layers` names them. Those that read pages
-    of a server's pool are among them where the model is `paged`."""
+    """The kernels of layers with equal plans and `group` query heads for each KV head; `layers` names these layers.
+
+    With `paged`, the kernels that read the pages of a server's pool are among them.
+    """
     return render(
         "kernels/attention.py.j2",
         layers=layers,
@@ -44,8 +46,11 @@ def kernel_source(
 
 
 def layout(plan: LayerPlan) -> dict[str, Any]:
-    """`runtime.records` for the kernels of a layer: rows of `state`, what lies before the rows of K and V, and what
-    lies before the fields of a record, in bits that depend on the widths of codes."""
+    """The layout of `runtime.records` for the kernels of a layer.
+
+    It has the rows of `state`, the offsets of the rows of K and V, and the offsets of a record's fields in bits, as
+    expressions of the code widths.
+    """
     fields, row = plan.record.fields, row_numbers(plan.key_head_dim, plan.value_head_dim)
     before = itertools.accumulate(row.values(), initial=0)
     return {
@@ -65,8 +70,8 @@ def bits_of(fields: Collection[Field]) -> str:
 
 
 def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> dict[str, str]:
-    """Names and texts of the files in `kernels/`; `layers.py` says which file is whose, `tuning.json` how they are
-    launched on which device."""
+    """The names and texts of the files in `kernels/`. `layers.py` says which layer uses which file, and `tuning.json`
+    has the launch parameters for each device."""
     kinds: dict[str, list[int]] = {}
     paged = any(plan.quantized for plan in plans)
     for site, plan in zip(sites, plans, strict=True):
@@ -84,5 +89,5 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
 
 
 def tuning_table() -> str:
-    """The launch parameters that were measured, as JSON; see `runtime.tuning.read_tunings`."""
+    """The measured launch parameters, as JSON; see `runtime.tuning.read_tunings`."""
     return read(f"kernels/{TUNING}")

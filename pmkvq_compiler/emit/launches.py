@@ -1,4 +1,4 @@
-"""Which kernels the runtime can launch for an artifact, and with what: found by running it without numbers."""
+"""Finds every kernel launch that the runtime can make for an artifact, by running it on tensors without memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ NOWHERE = torch.device("meta")
 
 @dataclass
 class Launched:
-    """A kernel with the types of its arguments and its constants.
+    """A kernel with the types of its arguments, and its constants.
 
-    `divisible` are the places, among arguments one by one, of addresses and strides that were always multiples of 16.
+    `divisible` are the places of addresses and strides that were multiples of 16 in every launch. Places are counted
+    with the tuples among the arguments flattened.
     """
 
     kernel: str
@@ -44,7 +45,7 @@ class Launched:
 
 @dataclass
 class Recorder:
-    """Stands for a module of kernels and keeps what is launched."""
+    """Takes the place of a module of kernels and records launches instead of making them."""
 
     module: ModuleType
     launches: dict[str, Launched] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class RecordedKernel:
 
 
 def _places(arguments: Sequence[Any]) -> list[int | None]:
-    """Of arguments one by one: bytes of a tensor before its first number, strides, None for everything else."""
+    """For arguments with tuples flattened: the byte offset of a tensor, a stride in a tuple, None for anything else."""
     places: list[int | None] = []
     for value in arguments:
         if isinstance(value, Tensor):
@@ -89,7 +90,7 @@ def _places(arguments: Sequence[Any]) -> list[int | None]:
 
 @dataclass
 class Call:
-    """What the model hands to the attention of a layer."""
+    """The arguments of one attention call of a layer."""
 
     q: Tensor
     k: Tensor
@@ -101,7 +102,7 @@ class Call:
 
 @dataclass
 class Observer:
-    """`Attention` that keeps what a layer is asked for while the model runs, and stores nothing."""
+    """An `Attention` that records the calls of a layer while the model runs, and stores no tokens."""
 
     calls: list[Call]
     name = "observer"
@@ -126,7 +127,7 @@ class Observer:
 
 
 def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder]:
-    """Every launch that the runtime can ask for, by file of kernels."""
+    """Every launch that the runtime can make, by the names of the kernels' files."""
     plan: CachePlan = import_generated(package / "plan.py").PLAN
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     recorders = {name: Recorder(import_generated(package / "kernels" / f"{name}.py")) for name in dict.fromkeys(names)}
@@ -149,7 +150,8 @@ def _shape(call: Call) -> list[Any]:
 
 
 def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) -> list[list[Call]]:
-    """What the generated model hands to each layer's attention: for one token and for more, of one sequence and two."""
+    """The attention calls of each layer of the generated model: for one token and for several, and for one sequence and
+    for two."""
     calls: list[list[Call]] = [[] for _ in plan.layers]
     hidden_states, _ = import_generated(package / "model.py").bind(
         _weights_without_numbers([*checkpoint, package / "constants.safetensors"])
@@ -170,7 +172,7 @@ def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
     weights = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
                 some = part[:0] if part.get_shape() else file.get_tensor(name)
                 weights[name] = torch.empty(part.get_shape(), dtype=some.dtype, device=NOWHERE)
@@ -178,8 +180,10 @@ def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
-    """A plan of these layers with room for two sequences at the widest codes: caches of fewer sequences or tokens than
-    the plan's stay wide for longer."""
+    """A plan of these layers with room for two sequences at the widest codes.
+
+    Such caches exist: with fewer sequences or tokens than planned, codes stay wide for longer.
+    """
     itemsize = DTYPES[plan.dtype].itemsize
     roomy = (
         dataclasses.replace(layer, arena_bytes=2 * sequence_bytes(layer, plan.max_len, itemsize, stage=0))
@@ -189,7 +193,7 @@ def _roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
 
 
 def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) -> None:
-    """Launch whatever caches of the one layer in `plan` can ask for."""
+    """Make every launch that caches of the one layer in `plan` can need."""
     stages = range(max(1, len(plan.layers[0].stages)))
     for call in calls:
         for stage in stages:
@@ -203,7 +207,8 @@ def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) ->
 
 
 def _lengths(max_len: int) -> Iterator[int]:
-    """Lengths so close that no power of two is left out among the parts that caches of them are decoded in."""
+    """Lengths from 1 to `max_len`. They lie so close that the number of parts in which a cache is decoded takes every
+    power of two."""
     length = 1
     while length < max_len:
         yield length
@@ -212,7 +217,7 @@ def _lengths(max_len: int) -> Iterator[int]:
 
 
 def _attend(kernels: LayerKernels, plan: CachePlan, max_len: int, stage: int, call: Call) -> Cache:
-    """Feed a call to a cache at a stage whose window is full, so that a block leaves it where one ever does."""
+    """Make an attention call on a cache at `stage` whose window is full, so that a block leaves it if one ever can."""
     batch, _, count, _ = call.q.shape
     cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
     store = cache.layers[0]

@@ -1,8 +1,8 @@
-"""Every layer of an artifact alone, against the same layer of the source model.
+"""Compares every layer of an artifact, on its own, with the same layer of the source model.
 
-The artifact computes in float32 with the weights that it has, and each of its layers is given what came out of the
-source's layer before it. What is left are the layer's own errors: those of its folded weights, which were rounded when
-they were written, or a fault. They do not grow with the number of layers.
+The artifact computes in float32 with its stored weights, and each of its layers starts from the output of the source's
+layer before it. Any difference was then made in this layer: by its folded weights, which were rounded when they were
+written, or by a fault. Such errors do not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from pmkvq_compiler.calibrate.layer_outputs import QUERIES, TOKENS, LayerOutputs
 
 @dataclass(frozen=True)
 class LayerError:
-    """The relative norm of a difference, and where it is."""
+    """The relative norm of a difference, and the place where it was found."""
 
     place: str
     error: float
 
 
 def layer_errors(model: runtime.CompiledModel, input_ids: Tensor, expected: LayerOutputs) -> list[LayerError]:
-    """What each layer of the artifact adds to the error, for the text's beginning in `input_ids` [1, S].
+    """The errors of each layer of the artifact, for the beginning of the text `input_ids` [1, S].
 
-    Scores: of the head that is farthest off. Hidden states: of the token in the middle, against what the layer adds to
-    them, for a router that chooses another expert at one token tells nothing. Empty where the layers are not known.
+    The error of the scores is that of the worst head. The error of the hidden states is relative to what the layer adds
+    to them, and is the median over the tokens: if a router chooses another expert for a single token, nothing is wrong.
+    The list is empty if the outputs of the source's layers are not known.
     """
     found: list[LayerError] = []
     code = _copied(model.hidden_states.func.__globals__)  # type: ignore[attr-defined]
@@ -51,7 +52,7 @@ def layer_errors(model: runtime.CompiledModel, input_ids: Tensor, expected: Laye
 
 
 def _copied(code: dict[str, Any]) -> dict[str, Any]:
-    """The globals of a module, and its functions with these globals for their own."""
+    """A copy of a module's globals, in which the module's functions use the copy as their globals."""
     copied = dict(code)
     for name, value in code.items():
         if inspect.isfunction(value) and value.__globals__ is code:
@@ -65,7 +66,7 @@ def _is_layer(function: Any) -> bool:
 
 @dataclass(frozen=True)
 class Widened(Mapping[str, Tensor]):
-    """Weights that are float32 whenever they are read."""
+    """Weights that are converted to float32 when they are read."""
 
     stored: Mapping[str, Tensor]
 
@@ -91,7 +92,7 @@ def _attend(
     layer: int,
     **others: Any,
 ) -> Tensor:
-    """The attention of a layer, whose scores are compared."""
+    """Run the attention of a layer, after comparing its scores."""
     group = q.shape[1] // k.shape[1]
     scores = (q[0, :, -QUERIES:] @ k[0].repeat_interleave(group, dim=0).transpose(1, 2)).cpu()
     reference = expected.scores[layer]
@@ -109,7 +110,7 @@ def _run_layer(
     layer: int,
     *others: Any,
 ) -> Tensor:
-    """A layer, which is compared; what the source's layer gave is what comes out of it."""
+    """Run a layer and compare its output; returns the output of the source's layer instead."""
     out, reference = function(weights, layer, *others), expected.hidden[layer]
     before = expected.hidden.get(layer - 1)
     added = reference if before is None or before.shape != reference.shape else reference - before

@@ -1,4 +1,4 @@
-"""`model.py` of an artifact: a function for each kind of layer, one that calls them, and the head that makes logits."""
+"""Writes `model.py` of an artifact: a function for each kind of layer, one that calls them, and one for the logits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pmkvq_compiler.templates import render
 aten = torch.ops.aten
 
 HEAD_OPS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.to.dtype})
-"""What may follow the last linear layer and still be part of the head: it works number by number."""
+"""Elementwise ops that may follow the last linear layer and still be part of the head."""
 
 HIDDEN = "hidden"
 FIRST_VALUE = 2
-"""Place of the first value among the arguments of an outlined layer, after `layer` and `plan`."""
+"""The index of the first value among the arguments of an outlined layer, after `layer` and `plan`."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function to be printed; every one returns a tensor."""
+    """A function to be printed. All of these functions return a tensor."""
 
     name: str
     parameters: list[str]
@@ -44,7 +44,7 @@ class Function:
 
 
 def model_source(program: Program) -> str:
-    """The text of `model.py` for a program that went through all passes."""
+    """The text of `model.py` for a program that has been through all passes."""
     result, head = _split_head(program.graph)
     kinds: dict[str, list[Node]] = {}
     for call in program.graph.find_nodes(op="call_module"):
@@ -63,16 +63,16 @@ def model_source(program: Program) -> str:
 
 
 def vocab_size(program: Program) -> int:
-    """Tokens that a logit is made for."""
+    """The number of tokens that have a logit."""
     (output,) = program.graph.find_nodes(op="output")
     (logits,) = output.args
     return int(logits.meta["val"].shape[-1])
 
 
 def _split_head(graph: Graph) -> tuple[Node, list[Node]]:
-    """The last hidden state, and the nodes that make logits of it: a linear layer and what follows it number by number.
+    """The last hidden state, and the nodes that turn it into logits: a linear layer and elementwise ops after it.
 
-    Where a model ends otherwise, the head is empty and the hidden state is the logits.
+    If a model ends in another way, the list is empty and the hidden state is the logits.
     """
     (output,) = graph.find_nodes(op="output")
     (result,) = output.args
@@ -86,7 +86,7 @@ def _split_head(graph: Graph) -> tuple[Node, list[Node]]:
 
 
 def _model_function(program: Program, result: Node, head: list[Node]) -> tuple[Function, dict[str, list[str]]]:
-    """The function from tokens to `result`, and for each kind of layer the names of the values that it takes."""
+    """The function from tokens to `result` and, for each kind of layer, the names of the values that it takes."""
     graph, calls = program.graph, program.graph.find_nodes(op="call_module")
     expressions = {node: Expression(node.name) for node in graph.find_nodes(op="placeholder")}
     expressions |= _named_tensors(program)
@@ -107,7 +107,7 @@ def _model_function(program: Program, result: Node, head: list[Node]) -> tuple[F
 
 
 def _layer_function(program: Program, kind: str, calls: list[Node], names: list[str]) -> Function:
-    """The function of one kind of layer; `names` are those of the values that it takes."""
+    """The function of one kind of layer; `names` are the names of the values that it takes."""
     graph = program.graph_module.get_submodule(kind).graph
     placeholders = graph.find_nodes(op="placeholder")
     layer, values = placeholders[0], placeholders[FIRST_VALUE : FIRST_VALUE + len(names)]
@@ -148,13 +148,13 @@ def _named_tensors(program: Program) -> dict[Node, Expression]:
 
 
 def _quoted(name: str) -> str:
-    """The key of a tensor: `path + "..."` in a layer, of which `path` is the beginning of all names."""
+    """The key of a tensor as Python. In a layer it is `path + "..."`; its tensors all have names that begin so."""
     _, layer, rest = name.partition(f"{LAYER}.")
     return f'path + "{rest}"' if layer else f'"{name}"'
 
 
 def _trunk(program: Program, calls: Sequence[Node]) -> str:
-    """Path of the module that has the list of layers."""
+    """The path of the module that contains the list of layers."""
     if not calls:
         return ""
     graph = program.graph_module.get_submodule(calls[0].target).graph
@@ -163,7 +163,7 @@ def _trunk(program: Program, calls: Sequence[Node]) -> str:
 
 
 def _runs(calls: Sequence[Node]) -> list[list[Node]]:
-    """Split the calls of layers into runs that a loop can make: each takes the result of the one before."""
+    """Split the calls of layers into runs that can be loops: each call takes the result of the one before."""
     runs: list[list[Node]] = []
     for call in calls:
         if runs and _continues(runs[-1][-1], call):
@@ -174,7 +174,7 @@ def _runs(calls: Sequence[Node]) -> list[list[Node]]:
 
 
 def _continues(before: Node, call: Node) -> bool:
-    """Whether `call` is `before` once more, for the next layer, on its result."""
+    """Whether `call` is the same call as `before` for the next layer, on the result of `before`."""
     same_function = before.target == call.target and before.args[0] + 1 == call.args[0]
     if not same_function or before not in call.args or list(before.users) != [call]:
         return False
@@ -184,14 +184,15 @@ def _continues(before: Node, call: Node) -> bool:
 
 
 def _values(call: Node) -> range:
-    """Places of the values among the arguments of a call; tensors follow them."""
+    """The indices of the values among the arguments of a call; tensors come after them."""
     graph = call.graph.owning_module.get_submodule(call.target).graph
     count = sum("tensor" not in node.meta for node in graph.find_nodes(op="placeholder"))
     return range(FIRST_VALUE, count)
 
 
 def _write_run(body: Body, run: list[Node], previous: Node | None) -> list[str]:
-    """Write the calls of a run that follows the call `previous`; returns what the layer's function calls its values."""
+    """Write the calls of a run that comes after the call `previous`; returns the names that the layer's function gives
+    to its values."""
     first, places = run[0], _values(run[0])
     place = run[1].args.index(first) if len(run) > 1 else FIRST_VALUE
     alone = previous is not None and list(previous.users) == [first]
@@ -214,7 +215,8 @@ def _write_run(body: Body, run: list[Node], previous: Node | None) -> list[str]:
 
 
 def _finish(body: Body, result: Node, expressions: dict[Node, Expression]) -> list[str]:
-    """The statements of a function that returns `result`, after those that say what dtype and device are."""
+    """The statements of a function that returns `result`, preceded by definitions of `dtype` and `device` if it uses
+    them."""
     lines = [*body.lines, *wrap("return ", body.render(result).text)]
     text = "\n".join(lines)
     header = []
@@ -229,12 +231,12 @@ def _finish(body: Body, result: Node, expressions: dict[Node, Expression]) -> li
 
 
 def _first(tensors: list[Node], expressions: dict[Node, Expression], dtype: torch.dtype | None = None) -> str:
-    """The expression of the first tensor (of `dtype`)."""
+    """The expression of the first tensor, or of the first one of `dtype`."""
     return next(expressions[node].text for node in tensors if dtype in (None, node.meta["val"].dtype))
 
 
 def span(layers: list[int]) -> str:
-    """As in "layers 0 to 4, 6 to 10"."""
+    """A list of layers in words, such as "layers 0 to 4, 6 to 10"."""
     parts = []
     for _, group in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
         run = [layer for _, layer in group]

@@ -1,11 +1,11 @@
-"""Attention over one layer's cache as an ONNX function of standard operators: quantize, pack, shift, unpack, attend.
+"""Attention over one layer's cache as an ONNX function of standard operators: quantize, pack, append, unpack, attend.
 
 The function is pure: it takes the layer's state and returns the state with the new tokens in it. The pool of quantized
-blocks grows along `blocks`, the unquantized rows (`[sink | window]`) along `rows`; both may be empty. What the codes
-stand for is in `onnx_numbers`.
+blocks grows along the dimension `blocks`, and the unquantized rows (`[sink | window]`) grow along `rows`; both may be
+empty. `onnx_numbers` defines the codes.
 
-Rows take the bytes that the plan counts: float32 for a model stored so, and float16 for one of 16 bits, bfloat16 as
-well, which rounds less than bfloat16 would and is a dtype that every binding of onnxruntime has.
+Rows take as many bytes as the plan counts. They are float32 for a model that is stored in float32, and float16 for one
+that is stored in float16 or bfloat16: float16 rounds less, and every binding of onnxruntime supports it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """What tells one attention from another: equal ones share a function. `plan` is fitted to the cache's length."""
+    """The properties of an attention; equal attentions share a function. `plan` is fitted to the cache's length."""
 
     plan: LayerPlan
     blocks: int
-    """Quantized blocks that a sequence ever keeps; a sliding-window layer drops older ones."""
+    """The most quantized blocks that a sequence keeps. A sliding-window layer drops older ones."""
     num_attention_heads: int
     scale: float
     softcap: float | None
@@ -55,13 +55,13 @@ class Attention:
     def of(cls, site: AttentionSite, plan: LayerPlan, max_len: int, dtype: str) -> Attention:
         """The attention of a site with a cache of `max_len` tokens, in a model that is stored in `dtype`.
 
-        Raises `CompileError` where the function cannot keep the cache.
+        Raises `CompileError` if the function cannot represent the cache.
         """
         plan = fitted(plan, max_len)
         if plan.quantized and max(plan.key_bits, plan.value_bits) > BYTE_BITS:
             raise CompileError(
-                f"layer {site.layer} ends at K {plan.key_bits} and V {plan.value_bits} bits and the ONNX cache packs "
-                f"codes of up to {BYTE_BITS}; choose narrower --bits or leave --onnx out"
+                f"layer {site.layer} ends at K {plan.key_bits} and V {plan.value_bits} bits, but the ONNX cache packs "
+                f"codes of at most {BYTE_BITS} bits; choose narrower --bits or leave --onnx out"
             )
         return cls(
             plan=plan,
@@ -75,7 +75,7 @@ class Attention:
 
 
 def state_tensors(attention: Attention) -> list[StateTensor]:
-    """The state of one layer, in the order in which its function takes and returns it."""
+    """The tensors of one layer's state, in the order in which its function takes and returns them."""
     plan, batch = attention.plan, ("batch", attention.plan.num_key_value_heads)
     rows = [
         StateTensor("key_rows", attention.row_dtype, (*batch, "rows", plan.key_head_dim)),
@@ -100,9 +100,9 @@ def attention_function(name: str, attention: Attention) -> ir.Function:
     """The function `name(query, key, value[, sinks], past_...) -> (attended, present_...)`.
 
     `query` is float32 [B, Hq, S, key_head_dim], `key` [B, Hkv, S, key_head_dim], `value` [B, Hkv, S, value_head_dim],
-    `sinks` [Hq], `attended` [B, Hq, S, value_head_dim]; all sequences have the same length. A single token is appended
-    before it attends, more of them after they have: then their own keys and values are met unquantized, as in the
-    runtime.
+    `sinks` [Hq], `attended` [B, Hq, S, value_head_dim]. All sequences have the same length. As in the runtime, a single
+    token is appended before it attends. Several tokens are appended after they have attended, so they see each other's
+    keys and values unquantized.
     """
     plan, state = attention.plan, state_tensors(attention)
     shapes: dict[str, tuple[int | str, ...]] = {
@@ -152,10 +152,10 @@ def _attend_and_append(
     sinks: ir.Value | None,
     past: Mapping[str, ir.Value],
 ) -> list[ir.Value]:
-    """The attended values, then the present state.
+    """The attended values, followed by the present state.
 
-    Rows, and the blocks that are made of them, hold rounded keys and values. Those of the call itself are met as they
-    are, but a single token's, which is appended before it attends.
+    Rows, and the blocks that are made from them, hold rounded keys and values. The new tokens of a call attend to each
+    other's exact keys and values. A single new token sees its rounded ones, because it is appended before it attends.
     """
     plan = attention.plan
     single = op.Equal(op.Shape(key, start=2, end=3), [1])
@@ -180,9 +180,9 @@ def _attend_and_append(
 def _with_new(
     op: OpBuilder, attention: Attention, rows: ir.Value, new: ir.Value, single: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Rows and new ones after them: in float32 as attention meets them, and in the dtype that they are kept in.
+    """The rows followed by the new ones: in float32 as attention sees them, and in the dtype in which they are stored.
 
-    What is beyond float16 becomes its largest number, not infinity.
+    Numbers beyond float16's range become its largest number, not infinity.
     """
     if attention.row_dtype == ir.DataType.FLOAT:
         both = op.Concat(rows, new, axis=2)
@@ -193,13 +193,13 @@ def _with_new(
 
 
 def _blocks_leaving(op: OpBuilder, plan: LayerPlan, keys: ir.Value) -> ir.Value:
-    """How many blocks the rows [B, H, rows, d] are beyond sink and window: int64 [1]."""
+    """How many blocks have to leave, so that the rows [B, H, rows, d] fit into sink and window: int64 [1]."""
     excess = op.Sub(op.Shape(keys, start=2, end=3), [plan.sink + plan.window])
     return op.Max(op.Div(op.Add(excess, [plan.block - 1]), [plan.block]), [0])
 
 
 def _without(op: OpBuilder, plan: LayerPlan, rows: ir.Value, blocks: ir.Value) -> ir.Value:
-    """The rows that remain when so many blocks after the sink have left."""
+    """The rows that remain when this number of blocks after the sink has left."""
     window = op.Slice(rows, _leaving_end(op, plan, blocks), [END], [2])
     return op.Concat(op.Slice(rows, [0], [plan.sink], [2]), window, axis=2) if plan.sink else window
 
@@ -209,7 +209,7 @@ def _leaving_end(op: OpBuilder, plan: LayerPlan, blocks: ir.Value) -> ir.Value:
 
 
 def _newest(op: OpBuilder, attention: Attention, blocks: ir.Value) -> ir.Value:
-    """The blocks that may still be seen."""
+    """The blocks that later queries can still see."""
     if attention.plan.sliding_window is None:
         return blocks
     count = op.Shape(blocks, start=2, end=3)
@@ -219,7 +219,7 @@ def _newest(op: OpBuilder, attention: Attention, blocks: ir.Value) -> ir.Value:
 def _quantized_blocks(
     op: OpBuilder, plan: LayerPlan, keys: ir.Value, values: ir.Value, count: ir.Value
 ) -> dict[str, ir.Value]:
-    """The blocks that leave the rows, quantized and packed: the pool's tensors of `state_tensors`."""
+    """The first `count` blocks after the sink, quantized and packed, under the names of the pool's `state_tensors`."""
     end = _leaving_end(op, plan, count)
 
     def blocks(rows: ir.Value, head_dim: int) -> ir.Value:
@@ -247,7 +247,7 @@ def _attend(
     values: ir.Value,
     sinks: ir.Value | None,
 ) -> ir.Value:
-    """`query` [B, Hq, S, key_head_dim] over the pool and the rows, the last S of which are its own."""
+    """Attention of `query` [B, Hq, S, key_head_dim] over the pool and the rows, the last S of which are new."""
     plan = attention.plan
     heads, group = plan.num_key_value_heads, attention.num_attention_heads // plan.num_key_value_heads
     queries = op.Reshape(op.Mul(query, attention.scale), [0, heads, -1, plan.key_head_dim])
@@ -270,8 +270,8 @@ def _attend(
 def _softmax(op: OpBuilder, attention: Attention, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
     """Softmax of `scores` [B, H, G, S, T] over the keys that each query may see, with soft cap and sink logits.
 
-    Keys lie in the order of their positions: pool, then rows. (Sink rows do not, but only a sliding window minds, and
-    layers that have one keep no sink.)
+    Keys are in the order of their positions, the pool before the rows. Sink rows are an exception, but that matters
+    only to sliding windows, and layers with a sliding window have no sink.
     """
     plan = attention.plan
     if attention.softcap is not None:
@@ -294,7 +294,7 @@ def _softmax(op: OpBuilder, attention: Attention, scores: ir.Value, sinks: ir.Va
 def _key_scores(
     op: OpBuilder, plan: LayerPlan, queries: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
-    """q . k of scaled `queries` [B, H, R, key_head_dim] with the pool's keys: [B, H, R, pooled]."""
+    """The products [B, H, R, pooled] of scaled `queries` [B, H, R, key_head_dim] with the pool's keys."""
     step, zero = step_and_zero(op, pool["key_parameters"], plan.key_bits)
     codes = unpack(op, pool["key_codes"], plan.key_bits, axis=3)
     if plan.key_axis == "channel":
@@ -311,7 +311,7 @@ def _key_scores(
 def _value_sums(
     op: OpBuilder, plan: LayerPlan, weights: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
-    """Sum of the pool's values under `weights` [B, H, R, pooled]: [B, H, R, value_head_dim]."""
+    """The sums [B, H, R, value_head_dim] of the pool's values, weighted by `weights` [B, H, R, pooled]."""
     step, zero = step_and_zero(op, pool["value_parameters"], plan.value_bits)
     codes = unpack(op, pool["value_codes"], plan.value_bits, axis=4)
 

@@ -1,7 +1,8 @@
-"""Write a program as an ONNX model, `model.onnx`, beside the checkpoint whose files hold its weights.
+"""Writes a program as an ONNX model, `model.onnx`, beside the checkpoint, whose files hold the weights.
 
-The graph computes in float32. Its inputs are `input_ids` and `position_ids` [batch, sequence] and each layer's state as
-`past_key_values.<layer>.<name>`; its outputs are `logits` [batch, sequence, vocab_size] and `present.<layer>.<name>`.
+The graph computes in float32. Its inputs are `input_ids` and `position_ids` [batch, sequence], and the state of each
+layer as `past_key_values.<layer>.<name>`. Its outputs are `logits` [batch, sequence, vocab_size] and the new state as
+`present.<layer>.<name>`.
 """
 
 from __future__ import annotations
@@ -38,15 +39,14 @@ from pmkvq_compiler.runtime.rotation import rotate_heads
 FILE = "model.onnx"
 INPUTS = ("input_ids", "position_ids")
 PLACE = "Attention"
-"""What stands for an attention until its function is called there; its attribute is the layer's index."""
+"""An op that takes the place of an attention until a call of its function does. Its attribute is the layer's index."""
 
 
 def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> list[Path]:
-    """Write `model.onnx` for an outlined `program` into `folder`, where its weights lie in `weight_files`; returns the
-    files.
+    """Write `model.onnx` for an outlined `program` into `folder`; returns the files.
 
-    The weights stay there: the model names their places. Its metadata carries the plan. Raises `CompileError` where an
-    op of the program, or its cache, cannot be expressed.
+    The weights stay in `weight_files` of the same folder, to which the model refers. The metadata of the model holds
+    the plan. Raises `CompileError` if ONNX cannot express an op of the program or its cache.
     """
     plan = program.plan
     assert plan is not None
@@ -72,7 +72,7 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> l
 
 
 def check_expressible(program: Program) -> None:
-    """Raises `CompileError` where a captured program has an op that is known to have no ONNX form."""
+    """Raises `CompileError` if a captured program has an op that is known to have no equivalent in ONNX."""
     if program.graph.find_nodes(op="call_function", target=torch.ops.aten._grouped_mm.default):
         raise CompileError(
             "the model multiplies each token by the matrices of its experts (aten::_grouped_mm), for which ONNX has no "
@@ -81,10 +81,10 @@ def check_expressible(program: Program) -> None:
 
 
 def external_tensors(folder: Path, file: str) -> dict[str, ir.ExternalTensor]:
-    """The tensors of a safetensors file, by name, where they lie in it.
+    """References to the tensors in a safetensors file, by name.
 
-    The format: eight bytes with the length of the header, a JSON object that gives dtype, shape and place of each
-    tensor, then the data (https://huggingface.co/docs/safetensors).
+    The file begins with eight bytes that hold the length of the header. The header is a JSON object with the dtype,
+    shape and offsets of each tensor. Then comes the data (https://huggingface.co/docs/safetensors).
     """
     with (folder / file).open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
@@ -105,7 +105,7 @@ def external_tensors(folder: Path, file: str) -> dict[str, ir.ExternalTensor]:
 
 
 class _Traced(nn.Module):
-    """The program as a module without data that computes in float32 and leaves a place for each attention."""
+    """The program as a module that computes in float32, has no weight data, and marks the place of each attention."""
 
     def __init__(self, program: Program, weights: dict[str, ir.ExternalTensor]) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Traced(nn.Module):
 
 
 class _Interpreter(Interpreter):
-    """Runs a graph, captured in the model's dtype on no device, in float32 on the CPU."""
+    """Runs a graph, which was captured in the model's dtype on the meta device, in float32 on the CPU."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _Interpreter(self.fetch_attr(target)).run(*args)
@@ -157,7 +157,7 @@ def _placed(argument: Any) -> Any:
 
 
 def _translated(traced: _Traced) -> ir.Model:
-    """The graph in ONNX's standard operators, but for the places of attention; the weights have no data yet."""
+    """The graph in ONNX's standard operators, with markers in place of attention. Its weights have no data yet."""
     sizes = {0: Dim("batch"), 1: Dim("sequence")}
     with traced.mode:
         examples = tuple(torch.zeros(2, 7, dtype=torch.long) for _ in INPUTS)
@@ -176,7 +176,7 @@ def _translated(traced: _Traced) -> ir.Model:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The exporter warns of packages that it does not need, and logs a failed op's trace before it raises."""
+    """Within, the exporter does not warn about packages that it does not need, nor log the trace of a failed op."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -188,7 +188,7 @@ def _silence() -> Iterator[None]:
 
 
 def _name_dimensions(graph: ir.Graph) -> None:
-    """Call the sizes of `input_ids` batch and sequence wherever they stand, and the result logits."""
+    """Name the sizes of `input_ids` "batch" and "sequence" wherever they occur, and the result "logits"."""
     names = dict(zip(map(str, graph.inputs[0].shape or ()), ("batch", "sequence"), strict=True))
     symbols = re.compile(rf"\b({'|'.join(names)})\b")
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
@@ -202,7 +202,7 @@ def _name_dimensions(graph: ir.Graph) -> None:
 
 
 def _call_functions(model: ir.Model, attentions: Sequence[Attention]) -> None:
-    """Put a call of its function in each attention's place, and the layer's state among inputs and outputs."""
+    """Replace each marker by a call of its attention's function, and add the layer's state to inputs and outputs."""
     graph = model.graph
     functions: dict[Attention, ir.Function] = {}
     for place in [node for node in graph if node.domain == DOMAIN]:
@@ -230,7 +230,7 @@ def _call_functions(model: ir.Model, attentions: Sequence[Attention]) -> None:
 
 
 def _state_value(prefix: str, layer: int, tensor: StateTensor, when: str) -> ir.Value:
-    """A layer's state as an input or output of the graph; how much it holds is a dimension of its own."""
+    """A layer's state as an input or output of the graph. The sizes that grow with the text get names of their own."""
     own = {"blocks": f"{when}_blocks_{layer}", "rows": f"{when}_rows_{layer}"}
     shape = ir.Shape(own.get(size, size) if isinstance(size, str) else size for size in tensor.shape)
     return ir.Value(name=f"{prefix}.{layer}.{tensor.name}", type=ir.TensorType(tensor.dtype), shape=shape)

@@ -1,7 +1,7 @@
-"""The numbers of a quantized cache in standard operators of ONNX: groups, parameters, codes and the bytes of codes.
+"""The number format of the cache in standard operators of ONNX: groups, parameters, codes and packed codes.
 
-They are those of `runtime/quantize.py`, in float32. Codes are packed into bytes, of which field f holds element
-`f * bytes + byte`.
+It is the format of `runtime/quantize.py`, computed in float32. Codes are packed into bytes: field f of a byte holds the
+element `f * bytes + byte`, where `bytes` is the number of bytes along the packed axis.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pmkvq_compiler.runtime.quantize import LARGEST, LARGEST_MID, LARGEST_RANGE,
 
 BYTE_BITS = 8
 SMALLEST_EXPONENT = -14
-"""Of a range, see `quantize`: smaller ones are multiples of its eighth."""
+"""The smallest exponent of a range (see `runtime.quantize`). Smaller ranges are multiples of 2^-17."""
 
 
 def quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Value, ir.Value]:
-    """Codes (uint8, shape of `x`) of blocks [B, H, n, ., .] in groups along `axis`, and their parameters
-    [B, H, n, 2, groups] (uint8): the bytes of middles and of ranges, see `quantize`."""
+    """Codes (uint8, shape of `x`) of blocks `x` [B, H, n, ., .] with groups along `axis`, and the groups' parameters
+    [B, H, n, 2, groups] (uint8), which are the bytes of middles and of ranges."""
     mid_byte, range_byte = _group_parameters(op, op.ReduceMin(x, [axis]), op.ReduceMax(x, [axis]))
     mid, value_range = _mid_and_range(op, mid_byte, range_byte)
     cells_per_unit = op.Where(op.Greater(value_range, 0.0), op.Div(float(1 << bits), value_range), 0.0)
@@ -33,7 +33,7 @@ def quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Value
 
 
 def _group_parameters(op: OpBuilder, low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Bytes of middles and of ranges, as float32, of groups between bounds (float32)."""
+    """The bytes of the middle and of the range (as float32) of groups with the bounds `low` and `high` (float32)."""
     mid = op.Clip(op.Add(op.Mul(low, 0.5), op.Mul(high, 0.5)), -LARGEST, LARGEST)
     spread = op.Max(op.Sub(high, low), op.Mul(op.Abs(mid), MIDS_PER_RANGE / LARGEST_MID))
     first = _range_byte(op, op.Min(spread, LARGEST))
@@ -44,21 +44,21 @@ def _group_parameters(op: OpBuilder, low: ir.Value, high: ir.Value) -> tuple[ir.
 
 
 def _range_byte(op: OpBuilder, x: ir.Value) -> ir.Value:
-    """The byte of the smallest range that is not less than `x`: the eighths that `x` takes of a power of two, behind
-    all bytes of smaller powers. One power too many or too few, where the logarithm is rounded, gives the same byte."""
+    """The byte of the smallest range that is not less than `x`: 8 for each smaller power of two from 2^-14 on, plus `x`
+    in eighths of its power of two. If rounding of the logarithm gives a neighbouring power, the byte is the same."""
     exponent = op.Max(op.Floor(op.Mul(op.Log(x), 1 / math.log(2))), float(SMALLEST_EXPONENT))
     eighths = op.Ceil(op.Mul(x, op.Pow(2.0, op.Sub(3.0, exponent))))
     return op.Add(op.Mul(op.Sub(exponent, float(SMALLEST_EXPONENT)), 8.0), eighths)
 
 
 def _range(op: OpBuilder, byte: ir.Value, unit: float = 1.0) -> ir.Value:
-    """The range of a byte times a unit: a table is read faster than powers are computed."""
+    """The range of a byte, times `unit`. Reading a table is faster than computing powers."""
     ranges = (range_of(torch.arange(LARGEST_RANGE + 1)) * unit).tolist()
     return op.Gather(op.Constant(value=ir.tensor(ranges, ir.DataType.FLOAT)), op.Cast(byte, to=ir.DataType.INT32))
 
 
 def _mid_byte(op: OpBuilder, mid: ir.Value, range_byte: ir.Value) -> ir.Value:
-    """The byte of a middle as nearly as a range can have it."""
+    """The byte of a middle, rounded to the nearest value that its range allows."""
     value_range = _range(op, range_byte)
     sixteenths = op.Mul(mid, op.Div(float(MIDS_PER_RANGE), value_range))
     sixteenths = op.Where(op.Greater(value_range, 0.0), op.Round(sixteenths), 0.0)
@@ -66,13 +66,13 @@ def _mid_byte(op: OpBuilder, mid: ir.Value, range_byte: ir.Value) -> ir.Value:
 
 
 def _mid_and_range(op: OpBuilder, mid_byte: ir.Value, range_byte: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """What bytes, of any dtype, stand for."""
+    """The middle and the range (float32) that bytes of any dtype represent."""
     value_range = _range(op, range_byte)
     return op.Mul(op.Sub(as_float(op, mid_byte), 128.0), op.Mul(value_range, 1 / MIDS_PER_RANGE)), value_range
 
 
 def step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """`step` and `zero` (float32) with `x = zero + c * step`, of parameters [B, H, n, 2, groups]."""
+    """`step` and `zero` (float32), with `x = zero + code * step`, from parameters [B, H, n, 2, groups]."""
     mid_byte, range_byte = op.Split(parameters, axis=3, num_outputs=2, _outputs=2)
     step = _range(op, range_byte, 2.0**-bits)
     sixteenth = (1 << bits) / MIDS_PER_RANGE  # of a range, in steps
@@ -89,7 +89,7 @@ def as_float(op: OpBuilder, x: ir.Value) -> ir.Value:
 
 
 def pack(op: OpBuilder, codes: ir.Value, bits: int, axis: int) -> ir.Value:
-    """Codes (uint8) as bytes along `axis`."""
+    """Pack codes (uint8) into bytes along `axis`."""
     if bits == BYTE_BITS:
         return codes
     fields = op.Split(codes, axis=axis, num_outputs=BYTE_BITS // bits, _outputs=BYTE_BITS // bits)

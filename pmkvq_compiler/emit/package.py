@@ -1,4 +1,4 @@
-"""Write a program as a Python package, and its weights as a Hugging Face checkpoint."""
+"""Writes a program as a Python package, together with the files that make its folder a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TAGS = ["kv-cache-quantization", "pm-kvq", "custom_code"]
 
 
 def emit_package(program: Program, source: Source, folder: Path, package: str) -> list[Path]:
-    """Write the outlined `program` into `folder`: the Python package `package` and what makes it a hub repository.
-    Returns the files.
+    """Write the outlined `program` into `folder`: the Python package `package`, the modules for transformers beside it,
+    and the model card. Returns the files.
 
-    The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime; it needs torch
-    and safetensors alone. For text it needs tokenizers, too; only the module for transformers beside it needs those.
+    The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime. It needs only
+    torch and safetensors, and for text also tokenizers. Only the modules beside it need transformers.
     """
     if program.plan is None:
         raise ValueError("the program has no plan; run BakePlan first")
@@ -75,7 +75,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
 
 
 def _card_metadata(source: Source) -> str:
-    """What the hub reads of a model card, as YAML. The names in it come from outside."""
+    """The metadata of the model card as YAML, which the hub reads. Names in it are not under our control."""
     return ModelCardData(
         model_name=source.name,
         base_model=source.base_model,
@@ -88,11 +88,10 @@ def _card_metadata(source: Source) -> str:
 
 
 def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: Path) -> list[Path]:
-    """Write config, generation defaults for sequences of `max_len` tokens, and tokenizer into `folder`; returns the
-    files.
+    """Write the config, the generation defaults (for sequences of `max_len` tokens) and the tokenizer into `folder`;
+    returns the files.
 
-    transformers decides what they are called, so it writes into a folder of its own in `scratch`, where nothing else
-    can be.
+    transformers decides what the files are called, so it first writes into an empty folder in `scratch`.
     """
     place = scratch / "transformers"
     place.mkdir()
@@ -107,8 +106,10 @@ def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: 
 
 
 def _write_config(source: Source, folder: Path) -> None:
-    """Write `config.json`: the source model's, of the stored dtype, so that plain transformers loads the weights; with
-    remote code trusted it leads to the compiled model."""
+    """Write `config.json`: the source model's config with the stored dtype.
+
+    So transformers can load the weights as an ordinary model. If remote code is trusted, it loads the compiled model.
+    """
     config = copy.deepcopy(source.config)
     config.dtype = source.dtype
     config.architectures = [_architecture(source)]
@@ -117,14 +118,14 @@ def _write_config(source: Source, folder: Path) -> None:
 
 
 def _architecture(source: Source) -> str:
-    """The class of transformers that the weights are of, with the folds in them as without."""
+    """The class of transformers that the weights belong to. Folds do not change it."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
     return str(model_class.__name__)
 
 
 def write_project(folder: Path, package: str, name: str) -> list[Path]:
-    """Write `pyproject.toml`, the last file but the manifest: it lists everything that a wheel must carry. Returns the
-    file."""
+    """Write `pyproject.toml`, which lists all files that a wheel must contain. Only the manifest is written later.
+    Returns the file."""
     project = folder / "pyproject.toml"
     files = {path.name for path in folder.iterdir()} | {project.name, MANIFEST}
     text = render(
@@ -140,7 +141,7 @@ def write_project(folder: Path, package: str, name: str) -> list[Path]:
 
 
 def plan_source(plan: CachePlan) -> str:
-    """The text of `plan.py`: a line a layer, with what all layers share said once."""
+    """The text of `plan.py`: one line for each layer, with the fields that are equal in all layers written once."""
     fields = [field.name for field in dataclasses.fields(LayerPlan)]
     common = [name for name in fields if len({getattr(layer, name) for layer in plan.layers}) == 1]
     own = [name for name in fields if name not in common]
@@ -150,7 +151,7 @@ def plan_source(plan: CachePlan) -> str:
 
 
 def _runtime_files() -> dict[str, str]:
-    """The text of each file of the runtime, by its path in it."""
+    """The texts of the runtime's files, by their path in it."""
     return dict(_texts(importlib.resources.files("pmkvq_compiler.runtime"), ""))
 
 

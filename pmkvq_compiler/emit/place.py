@@ -1,10 +1,10 @@
-"""Where an artifact goes: tried before the work, locked during it, taken in one step after it.
+"""The place of an artifact: checked before the compile, locked while it runs, and filled in one step at its end.
 
-Beside the destination `NAME` lies, for as long as a compile runs, a folder `.NAME.partial`: its `lock` is held by the
-compile, the artifact grows in `artifact`, and `scratch` is for what is needed on the way. A destination that is to be
-replaced changes places with `artifact`. So the destination is the old artifact or the new one, whole, whenever a
-compile is killed; and a partial folder whose lock nobody holds was left by a dead process and is swept by the next
-compile.
+While a compile runs, there is a folder `.NAME.partial` beside the destination `NAME`. The compile holds the file `lock`
+in it, writes the artifact into `artifact`, and uses `scratch` for temporary files. At the end, `artifact` and the
+destination change places in one step. So whenever a compile is killed, the destination is either the whole old artifact
+or the whole new one. If nobody holds the lock of a partial folder, a killed process has left it, and the next compile
+removes its contents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pmkvq_compiler.interrupts import Signals
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: an unfinished folder is then never taken for one of a dead process
+except ModuleNotFoundError:  # Windows has no such locks, so a partial folder is never taken to be abandoned
     fcntl = None  # type: ignore[assignment]
 
 
@@ -42,10 +42,10 @@ LOCK, ARTIFACT, REPLACED, SCRATCH = "lock", "artifact", "replaced", "scratch"
 
 @contextmanager
 def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) -> Iterator[Place]:
-    """The place of an artifact at `output`, for this compile alone; `take` puts the artifact there.
+    """Reserve the place of an artifact at `output` for this compile. `Place.take` then puts the artifact there.
 
-    Raises `UsageError` before anything is done where it cannot go there, and `CompileError` where another compile is
-    about to, or where the disk is full. At the end, what was not taken is removed.
+    Raises `UsageError` before any work if the artifact cannot go there. Raises `CompileError` if another compile is
+    writing to the same place, or if the disk is full. At the end, everything that was not taken is removed.
     """
     destination = destination_of(output)
     check_destination(output, destination, force, keep)
@@ -57,7 +57,7 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
                 place.prepare(force, keep)
             signals.check()
             yield place
-    finally:  # a signal may have come before the first release deferred it
+    finally:  # again, because a signal may have interrupted the first release before it deferred signals
         with signals.deferred():
             place.release()
 
@@ -73,7 +73,7 @@ def _released(place: Place, signals: Signals) -> Iterator[None]:
 
 @contextmanager
 def _told_in_sentences(output: Path, place: Place) -> Iterator[None]:
-    """Within, errors of the operating system about this compile's files become a `CompileError`."""
+    """Within, an error of the operating system that concerns this compile's files becomes a `CompileError`."""
     try:
         yield
     except CompileError:
@@ -87,19 +87,19 @@ def _told_in_sentences(output: Path, place: Place) -> Iterator[None]:
 
 @dataclass
 class Place:
-    """A destination that this compile has for itself."""
+    """A destination that is reserved for this compile."""
 
     output: Path
-    """As the user named it."""
+    """The destination as the user named it."""
     destination: Path
     lock: int
-    """File descriptor."""
+    """The file descriptor of the lock."""
     made: list[Path]
-    """Folders above the destination that were not there."""
+    """Parent folders of the destination that this compile has created."""
     before: os.stat_result | None = None
-    """The folder that is to be replaced, None where there is none."""
+    """The folder that is to be replaced; None if there is none."""
     kept: bool = False
-    """Whether something in the partial folder must stay after the compile."""
+    """Whether the partial folder has something that must stay after the compile."""
     released: bool = False
 
     @property
@@ -107,7 +107,7 @@ class Place:
         return _partial(self.destination)
 
     def owns(self, file: object) -> bool:
-        """Whether a file that an error names is of this compile."""
+        """Whether a file that an error names belongs to this compile."""
         return str(self.partial) in str(file)
 
     @property
@@ -117,11 +117,11 @@ class Place:
 
     @property
     def scratch(self) -> Path:
-        """A folder for files that are needed on the way."""
+        """A folder for temporary files."""
         return self.partial / SCRATCH
 
     def prepare(self, force: bool, keep: dict[str, Path]) -> None:
-        """Finish or remove what dead processes have left, look at the destination, and make empty folders."""
+        """Finish or remove what killed processes have left, check the destination, and create empty folders."""
         replaced = self.partial / REPLACED
         if replaced.exists() and not os.path.lexists(self.destination):
             os.rename(replaced, self.destination)
@@ -133,17 +133,17 @@ class Place:
         self.scratch.mkdir()
 
     def check_room(self, needed: int) -> None:
-        """Raises `CompileError` where the file system has fewer free bytes than are needed."""
+        """Raises `CompileError` if the file system has fewer free bytes than are needed."""
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             raise CompileError(
-                f"output {shown(self.output)} needs {needed:,} bytes and its file system has {free:,} free; free some "
+                f"output {shown(self.output)} needs {needed:,} bytes, but its file system has {free:,} free; free some "
                 f"room or {OTHER}"
             )
 
     def take(self, force: bool) -> None:
-        """Put the artifact where it belongs, in one step. Raises `CompileError` where that fails, which names the place
-        that the finished artifact is in instead."""
+        """Move the artifact to its destination in one step. If that fails, raises `CompileError`, which names the place
+        where the finished artifact is instead."""
         _sync_tree(self.folder)
         try:
             if self.before is None:
@@ -154,15 +154,15 @@ class Place:
         except (OSError, UsageError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise CompileError(
-                f"output {shown(self.output)} could not be put into its place ({reason}) after all was done; the "
+                f"output {shown(self.output)} could not be put into place at the end of the compile ({reason}); the "
                 f"finished artifact is in {shown(self._put_aside())}"
             ) from error
         self.made.clear()
-        with suppress(OSError):  # some file systems cannot
+        with suppress(OSError):  # some file systems cannot sync a folder
             _sync(self.destination.parent)
 
     def _check_unchanged(self, force: bool) -> None:
-        """Raises `OSError` or `UsageError` where the destination is not what it was when the compile began."""
+        """Raises `OSError` or `UsageError` if the destination is not what it was when the compile began."""
         if self.before is None or not os.path.samestat(os.lstat(self.destination), self.before):
             raise FileExistsError(errno.EEXIST, "another folder is there now", str(self.destination))
         check_replaceable(self.output, self.destination, force)
@@ -171,10 +171,10 @@ class Place:
         try:
             exchange(self.folder, self.destination)
         except Unsupported:
-            if not any(self.destination.iterdir()):  # a rename replaces an empty folder, and no other
+            if not any(self.destination.iterdir()):  # a rename can replace a folder only if it is empty
                 os.rename(self.folder, self.destination)
                 return
-            replaced = self.partial / REPLACED  # where the next compile finds it if this one is killed between
+            replaced = self.partial / REPLACED  # the next compile finds it here if this one is killed in between
             os.rename(self.destination, replaced)
             try:
                 move_to_free_place(self.folder, self.destination)
@@ -185,7 +185,7 @@ class Place:
                 raise
 
     def _put_aside(self) -> Path:
-        """Move the artifact to a free name beside the destination; returns where it is."""
+        """Move the artifact to a free name beside the destination; returns its new place."""
         self.made.clear()
         for number in itertools.count(2):
             aside = self.destination.with_name(f"{self.destination.name}-{number}")
@@ -200,12 +200,11 @@ class Place:
         return self.folder
 
     def release(self) -> None:
-        """Remove the partial folder, and the folders that were made for a destination that is not there; once is
-        enough."""
+        """Remove the partial folder, and created parent folders that are still empty. Further calls do nothing."""
         if self.released:
             return
         if not self.kept:
-            with suppress(OSError):  # the next compile goes on where this one cannot
+            with suppress(OSError):  # the next compile removes what this one cannot
                 _sweep(self.partial)
                 (self.partial / LOCK).unlink()
                 self.partial.rmdir()
@@ -219,8 +218,10 @@ def _partial(destination: Path) -> Path:
 
 
 def _claim(output: Path, destination: Path) -> Place:
-    """Make the partial folder, or take that of a dead process, and lock it. Raises `UsageError` where it cannot be
-    made, `CompileError` where another process has it."""
+    """Create the partial folder, or take over that of a killed process, and lock it.
+
+    Raises `UsageError` if it cannot be created, and `CompileError` if another process holds it.
+    """
     made = [folder for folder in destination.parents if not folder.exists()][::-1]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ def _claim(output: Path, destination: Path) -> Place:
 
 
 def _locked(output: Path, partial: Path) -> int | None:
-    """The file descriptor of the lock in the partial folder; None where its last owner was just removing it."""
+    """The file descriptor of the lock in the partial folder; None if its last owner was just removing the folder."""
     try:
         partial.mkdir()
         fresh = True
@@ -244,7 +245,9 @@ def _locked(output: Path, partial: Path) -> int | None:
     try:
         others = {path.name for path in partial.iterdir()} - {LOCK, ARTIFACT, REPLACED, SCRATCH}
         if others or partial.is_symlink():
-            raise UsageError(f"{shown(partial)}, where output {shown(output)} is to be written, is in use; {OTHER}")
+            raise UsageError(
+                f"{shown(partial)}, where output {shown(output)} would be written first, is in use; {OTHER}"
+            )
         lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
         return None
@@ -262,7 +265,7 @@ def _locked(output: Path, partial: Path) -> int | None:
 
 
 def _lock(lock: int, fresh: bool, output: Path, partial: Path) -> None:
-    """Raises `CompileError` where another process has the lock, or may have it."""
+    """Raises `CompileError` if another process holds the lock, or may hold it."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -272,14 +275,15 @@ def _lock(lock: int, fresh: bool, output: Path, partial: Path) -> None:
             f"output {shown(output)} is being written by another compile; wait for it or {OTHER}"
         ) from error
     except OSError as error:
-        if not fresh:  # a file system without locks cannot tell whether who made it still runs
+        if not fresh:  # without locks, we cannot tell whether the process that created the folder still runs
             raise CompileError(
-                f"{shown(partial)} is of another compile; remove it if none is running ({error.strerror}), or {OTHER}"
+                f"{shown(partial)} belongs to another compile and cannot be locked ({error.strerror}); remove it if no "
+                f"compile is running, or {OTHER}"
             ) from error
 
 
 def _sweep(partial: Path) -> None:
-    """Remove what a compile has written. Raises `OSError`."""
+    """Remove everything that a compile has written into its partial folder. Raises `OSError`."""
     for name in (ARTIFACT, REPLACED, SCRATCH):
         folder = partial / name
         if folder.is_dir() and not folder.is_symlink():
@@ -288,7 +292,7 @@ def _sweep(partial: Path) -> None:
 
 
 def _allow_removal(folder: Path) -> None:
-    """Make a folder of read-only folders one that its owner may empty."""
+    """Make a folder and the folders in it writable, so that its owner can remove them."""
     with suppress(OSError):
         folder.chmod(0o700)
     for root, names, _ in os.walk(folder):
@@ -299,7 +303,7 @@ def _allow_removal(folder: Path) -> None:
 
 
 def _sweep_calibrations(folder: Path) -> None:
-    """Remove unfinished calibrations of processes that are no more."""
+    """Remove unfinished calibrations of processes that no longer run."""
     for path in folder.glob(".*.calibration.safetensors.*"):
         if path.suffix[1:].isdecimal() and not _runs(int(path.suffix[1:])):
             with suppress(OSError):
@@ -317,17 +321,17 @@ def _runs(process: int) -> bool:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, given from the outermost on, in which nothing is."""
+    """Remove those of the folders, given from the outermost on, that are empty."""
     for folder in reversed(list(folders)):
         with suppress(OSError):
             folder.rmdir()
 
 
 def _sync_tree(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk, where a rename must not come before it."""
+    """Wait until everything in a folder is on the disk, so that a crash cannot keep the rename and lose the files."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            with suppress(OSError):  # some file systems cannot
+            with suppress(OSError):  # some file systems cannot sync a folder
                 _sync(path)
         else:
             _sync(path)
@@ -342,7 +346,7 @@ def _sync(path: Path) -> None:
 
 
 def _of_the_system(error: Exception) -> OSError | None:
-    """The operating system's error that an exception is, or tells of: what is written in Rust or C++ knows no errno."""
+    """The operating system's error that an exception is or reports. Libraries in Rust or C++ report only its text."""
     if isinstance(error, OSError):
         return error
     told = (number for number in OUT_OF_ROOM | OUT_OF_FILES if os.strerror(number) in str(error))

@@ -1,5 +1,8 @@
-"""Attention is located, and all that follows tried once, right after the capture: a model whose operations cannot be
-compiled is refused before it is loaded and measured. The trial works on a copy, in a fraction of the capture's time."""
+"""Locates the attention of a captured program and tries the rest of the compile once on a copy.
+
+So a model with an operation that cannot be compiled is refused before its weights are loaded and measured. The trial
+takes a fraction of the capture's time.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.unquantized import exact_plan
 
 TOKENS = 64
-"""Tokens of the plan that is tried; all of them are kept as they are."""
+"""The length of the trial's cache in tokens, none of which is quantized."""
 BLOCK = 16
 
 
 def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
-    """Find the attention sites of a captured program; the graph is written into the folder `dump`, if one is given.
+    """Find the attention sites of a captured program. If a folder `dump` is given, the graph is written into it.
 
-    Raises `CompileError` where the program cannot be brought to a printed model.
+    Raises `CompileError` if the program cannot be printed as a Python model.
     """
     try:
         run_passes(program, [LocateAttention()], dump)
@@ -41,13 +44,13 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
         raise CompileError(
-            f"{model_type} computes something beside its attention that cannot be written as a compiled model "
-            f"({_cause(error)}); choose another architecture"
+            f"{model_type} computes something besides its attention that cannot be compiled ({_cause(error)}); choose "
+            f"another architecture"
         ) from error
 
 
 def _cause(error: Exception) -> str:
-    """What the last error of a chain says; of an operation that no graph may have, which it is."""
+    """The message of an error's root cause, or just the operation if that error refuses an operation."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     operation, *_ = first_line(error).partition(" is not allowed once")

@@ -1,4 +1,4 @@
-"""Renames that replace a whole folder, or nothing, in one step of the file system."""
+"""Renames of whole folders in one step of the file system: either everything happens or nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
-"""What systems and file systems answer that know no such rename."""
+"""Error codes of systems and file systems that do not support such renames."""
 
 
 class Unsupported(OSError):
@@ -19,12 +19,12 @@ class Unsupported(OSError):
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two folders change places; nobody sees one of the places empty. Raises `Unsupported`, `OSError`."""
+    """Exchange two folders, so that neither place is ever empty. Raises `Unsupported` or another `OSError`."""
     _rename(one, other, linux_flag=2, darwin_flag=2)  # RENAME_EXCHANGE, RENAME_SWAP
 
 
 def move_to_free_place(folder: Path, place: Path) -> None:
-    """Rename `folder` to `place` where nothing is. Raises `FileExistsError` where something is, and `OSError`."""
+    """Rename `folder` to `place`, which must be free. Raises `FileExistsError` if it is not, or another `OSError`."""
     try:
         _rename(folder, place, linux_flag=1, darwin_flag=4)  # RENAME_NOREPLACE, RENAME_EXCL
     except Unsupported:
@@ -46,7 +46,7 @@ def _rename(source: Path, target: Path, *, linux_flag: int, darwin_flag: int) ->
 
 @functools.cache
 def _native_rename() -> Callable[[bytes, bytes, int], int] | None:
-    """The system's rename that takes flags, None where it has none."""
+    """The system's rename function that takes flags; None if there is none."""
     if sys.platform not in ("linux", "darwin"):
         return None
     library = ctypes.CDLL(None, use_errno=True)
@@ -63,4 +63,4 @@ def _native_rename() -> Callable[[bytes, bytes, int], int] | None:
 
 
 AT_FDCWD = -100
-"""Linux: a relative path is meant from the current folder."""
+"""On Linux: relative paths start at the current folder."""

@@ -1,4 +1,4 @@
-"""The weights of an artifact: every tensor of the source, through its edits, streamed into safetensors files."""
+"""Writes the weights of an artifact: every tensor of the source is edited and streamed into safetensors files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pmkvq_compiler.source.checkpoint import INDEX_FILE
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor of the checkpoint to be: its name, shape and dtype."""
+    """A tensor of the artifact's checkpoint: its name, shape and dtype."""
 
     name: str
     shape: torch.Size
@@ -40,13 +40,12 @@ def write_weights(
     max_shard_bytes: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Stream every tensor of the checkpoint through its edits into `folder`; returns the bytes of each file of weights.
+    """Read every tensor, apply its edits in float64 and write it into `folder`; returns the bytes of each weight file.
 
-    Edits are made in float64. What the model keeps in float32 whatever its dtype stays so, the rest becomes `dtype`.
-    Tensors go to `model.safetensors`, or to shards of up to `max_shard_bytes` with an index; one shard is held at a
-    time.
+    Tensors are stored in `dtype`, except for those that the model always keeps in float32. They go into
+    `model.safetensors`, or into shards of up to `max_shard_bytes` with an index. Only one shard is in memory at a time.
 
-    Raises `CompileError` where a tensor has another shape than the configuration says, or is not finite.
+    Raises `CompileError` if a tensor does not have the shape that the configuration says, or is not finite.
     """
     shards = _plan_shards(program, dtype, max_shard_bytes)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -70,13 +69,13 @@ def write_weights(
 
 
 def weight_bytes(program: Program, dtype: torch.dtype) -> int:
-    """Bytes of all tensors of the checkpoint to be."""
+    """The bytes of all tensors of the artifact's checkpoint."""
     (shard,) = _plan_shards(program, dtype, sys.maxsize)
     return sum(planned.bytes for planned in shard)
 
 
 def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> list[list[_Planned]]:
-    """What goes into which shard, in the order of the graph; a tensor larger than a shard gets one of its own."""
+    """The tensors of each shard, in the order of the graph. A tensor that is larger than a shard gets its own shard."""
     shards: list[list[_Planned]] = [[]]
     for node in program.graph.find_nodes(op="placeholder"):
         if node.name not in program.weights:
@@ -92,11 +91,11 @@ def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> 
 
 
 def _edited(planned: _Planned, value: Tensor, program: Program) -> Tensor:
-    """The tensor as it is stored."""
+    """The tensor as it is stored: edited, and in its final dtype. Raises `CompileError`, see `write_weights`."""
     if value.shape != planned.shape:
         raise CompileError(
-            f"weight {planned.name} has shape {list(value.shape)} where the configuration says {list(planned.shape)}; "
-            f"config.json and weights are not of the same model"
+            f"weight {planned.name} has shape {list(value.shape)}, but the configuration says {list(planned.shape)}; "
+            f"fetch config.json and the weights of the same model"
         )
     edits = [edit for edit in program.edits if edit.tensor == planned.name]
     if edits:
@@ -107,7 +106,7 @@ def _edited(planned: _Planned, value: Tensor, program: Program) -> Tensor:
     if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
         where = "the checkpoint" if not bool(torch.isfinite(value).all()) else str(planned.dtype).removeprefix("torch.")
         raise CompileError(
-            f"weight {planned.name} holds NaN or infinity in {where}; fetch the checkpoint again or choose another "
+            f"weight {planned.name} holds NaN or infinity in {where}; fetch the checkpoint again, or choose another "
             f"--dtype"
         )
     return stored.contiguous()

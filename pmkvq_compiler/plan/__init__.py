@@ -1,1 +1,1 @@
-"""Which bits each layer gets: candidates, the integer program, and plans tried on texts."""
+"""Planning: decides which bits each layer gets, by an integer program and by trying plans on texts."""

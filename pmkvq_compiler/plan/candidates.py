@@ -1,4 +1,4 @@
-"""What a recipe allows for each layer, with its bytes and its sensitivity."""
+"""The choices that a recipe allows for each layer, with their bytes and their sensitivities."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to keep a layer's cache, its bytes for all sequences (`plan.arena_bytes`) and its sensitivity,
-    which is what the recipe minimizes. `key` and `value` are the formats, None where nothing is quantized.
+    """One way to store a layer's cache.
+
+    `plan.arena_bytes` are its bytes for all sequences. `sensitivity` is the loss that the recipe minimizes. `key` and
+    `value` are the formats of K and V, or None if nothing is quantized.
     """
 
     plan: LayerPlan
@@ -25,7 +27,7 @@ class Candidate:
 
 
 def candidates(problem: Problem, calibration: Calibration) -> list[list[Candidate]]:
-    """What the recipe allows for each layer: of formats that take the same bytes, those that cost least."""
+    """The candidates of each layer, one for each plan that the recipe allows, with the formats of least loss."""
     by_gradient = problem.recipe.measure == "gradient"
     layers = []
     for site, plans in zip(problem.sites, candidate_plans(problem), strict=True):
@@ -38,7 +40,7 @@ def candidates(problem: Problem, calibration: Calibration) -> list[list[Candidat
 def _candidate(
     plan: LayerPlan, key_costs: Mapping[Format, float], value_costs: Mapping[Format, float], max_len: int
 ) -> Candidate:
-    """The plan with the best formats of its widths, axis and window."""
+    """The candidate for a plan, with the best formats that have the plan's widths, axis and nearest window."""
     if not plan.quantized:
         return Candidate(plan, 0.0)
     key = min(

@@ -1,7 +1,7 @@
-"""One candidate for each layer, of least sensitivity in all, within the budget to the byte.
+"""Chooses one candidate for each layer, with the least total sensitivity that fits the budget to the byte.
 
-This is PM-KVQ's allocation with true bytes in place of code bits: a multiple-choice knapsack, solved as an integer
-program by CBC through PuLP.
+This is PM-KVQ's allocation, but it counts all bytes instead of the bits of codes. It is a multiple-choice knapsack,
+which CBC solves as an integer program through PuLP.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ OBJECTIVE_SCALE = 1e6
 
 
 def choose(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate]:
-    """One candidate of each layer, of least total sensitivity, with at most `budget` bytes in all.
+    """Choose one candidate for each layer, of least total sensitivity, with at most `budget` bytes in total.
 
-    Bytes enter the program as exact small integers, divided by their common divisor, and the sum is checked afterwards:
-    were a solution over the budget within the solver's tolerance, the next smaller budget would be solved.
+    Bytes are divided by their common divisor, so that the program has small exact integers. The solver has a tolerance,
+    so the sum is checked afterwards; if it is over the budget, the program is solved again for a smaller one.
+
+    Raises `CompileError` if the solver is missing or finds no solution.
     """
     unit = math.gcd(*(candidate.plan.arena_bytes for layer in layers for candidate in layer))
     capacity = budget // unit
@@ -32,7 +34,8 @@ def choose(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate
 
 
 def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: int) -> list[Candidate]:
-    """`choose` by CBC: x = 1 takes a candidate, each layer takes one, and they have `capacity` units of bytes."""
+    """`choose` by CBC. A variable is 1 if its candidate is chosen; each layer has one such candidate, and together they
+    take at most `capacity` units of bytes."""
     largest = max(candidate.sensitivity for layer in layers for candidate in layer) or 1.0
     program = pulp.LpProblem("plan", pulp.LpMinimize)
     taken = {
@@ -63,7 +66,7 @@ def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: i
 
 
 def undominated(layer: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in both bytes and sensitivity, smallest first."""
+    """The candidates for which no other one is at most as large and at most as sensitive, smallest first."""
     kept: list[Candidate] = []
     for candidate in sorted(layer, key=lambda c: (c.plan.arena_bytes, c.sensitivity)):
         if not kept or candidate.sensitivity < kept[-1].sensitivity:

@@ -1,4 +1,4 @@
-"""The caches that a layer may have, before anything is measured."""
+"""The cache layouts that a recipe allows for each layer. They are known before anything is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from pmkvq_compiler.unquantized import exact_layer
 
 
 def candidate_plans(problem: Problem) -> list[list[LayerPlan]]:
-    """The plans of `candidates`, layer by layer, but for what depends on a calibration."""
+    """The plans that the recipe allows for each layer. Formats and losses, which need a calibration, are not in them.
+
+    Raises `CompileError` if no allowed width can be packed.
+    """
     recipe, max_len, itemsize = problem.recipe, problem.max_len, problem.dtype.itemsize
     choices = _choices(problem)
     layers = []
@@ -30,8 +33,7 @@ def candidate_plans(problem: Problem) -> list[list[LayerPlan]]:
 
 
 def _choices(problem: Problem) -> list[tuple[int, int, KeyAxis, int]]:
-    """(K bits, V bits, K axis, window) that the recipe allows; K is packed along channels, which must fill whole
-    words."""
+    """All (K bits, V bits, K axis, window) that the recipe allows; the codes of a key must fill whole words."""
     recipe = problem.recipe
     if not recipe.quantizes:
         return []
@@ -39,7 +41,8 @@ def _choices(problem: Problem) -> list[tuple[int, int, KeyAxis, int]]:
     widths = [bits for bits in sorted(problem.bits, reverse=True) if channels * bits % WORD_BITS == 0]
     if not widths:
         raise CompileError(
-            f"{channels} channels of a key do not fill {WORD_BITS}-bit words at {problem.bits} bits; allow wider --bits"
+            f"the {channels} channels of a key do not fill {WORD_BITS}-bit words at any of {problem.bits} bits; allow "
+            f"wider --bits"
         )
     return [
         (key, value, axis, window)
@@ -72,9 +75,9 @@ def _quantized(
 
 
 def lowering_stages(key_bits: int, value_bits: int, together: bool) -> tuple[tuple[int, int], ...]:
-    """(K, V) widths from 16 bits down to the final ones, halved `together` or one at a time.
+    """The (K, V) widths from 16 bits down to the final ones. K and V are halved `together` or one at a time.
 
-    One at a time, the wider goes first, V before K where they are equal: K needs its bits more.
+    One at a time, the wider one is halved first. If they are equal, V goes first, because K needs its bits more.
     """
     key, value = CODE_BITS[0], CODE_BITS[0]
     stages = [(key, value)]

@@ -21,13 +21,14 @@ from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.runtime.plan import CachePlan
 
 WEIGHTS = ((1.0, 1.0), (1.0, 2.0), (1.0, 10.0), (4.0, 8.0))
-"""What the sensitivities of keys by channel and by token are multiplied by, a proposal each: from plans that trust what
-was measured, over plans that hardly group keys by token, to plans for which keys matter more than values. Errors of
-keys in several layers may do together what none does alone, those of values hardly, and by token most of all."""
+"""Factors for the losses of keys grouped by channel and by token; each pair gives a proposal. The first pair trusts the
+measurements, the next ones avoid keys grouped by token more and more, and the last one favours keys over values. Errors
+of keys in several layers can do damage together that none of them does alone, most of all with groups by token. Errors
+of values hardly do."""
 
 
 def propose(problem: Problem, calibration: Calibration) -> list[Solution]:
-    """Different plans for one budget, that of least sensitivity first. Errors are those of `solve`."""
+    """Different plans for one budget, the one of least sensitivity first. Raises the same errors as `solve`."""
     recipe = problem.recipe
     if recipe.measure == "gradient" or not recipe.per_layer:
         return [solve(problem, calibration)]
@@ -42,7 +43,7 @@ def propose(problem: Problem, calibration: Calibration) -> list[Solution]:
 
 
 def _weighted(losses: Losses, by_channel: float, by_token: float) -> Losses:
-    """Losses of K so many times as large."""
+    """Losses of K, multiplied by a factor for each way to group it."""
     weights = {"channel": by_channel, "token": by_token}
     return {
         layer: {kept: loss * weights[kept.axis] for kept, loss in formats.items()} for layer, formats in losses.items()
@@ -50,12 +51,12 @@ def _weighted(losses: Losses, by_channel: float, by_token: float) -> Losses:
 
 
 def _with_windows(losses: Losses, share: float, block: int) -> Losses:
-    """Losses as they are where a window holds only a `share` of what it holds, but for its first `block` tokens.
+    """The losses that windows would have if, beyond its first `block` tokens, each held only a `share` of its tokens.
 
-    A window holds more of a short calibration text than of the long one that the cache is for. How much of what a
-    model looks back to lies further back in a longer text is not to be seen in short ones, so plans are proposed from
-    windows that help as they do in the texts and from windows that help as much less as they are a smaller part.
-    Between the windows that were measured, losses are taken to be linear.
+    A window covers more of a short calibration text than of the long texts that the cache is for. Short texts cannot
+    show how much further back a model looks in long ones. So we propose plans for both cases: windows help as much as
+    in the calibration texts, or they help less, by as much as the window is a smaller part of a long text. Losses
+    between the windows that were measured are interpolated linearly.
     """
     found: Losses = {}
     for layer, formats in losses.items():
@@ -72,7 +73,7 @@ def _with_windows(losses: Losses, share: float, block: int) -> Losses:
 def solve(problem: Problem, calibration: Calibration) -> Solution:
     """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within the budget.
 
-    Raises `CompileError` for a budget that no plan fits.
+    Raises `CompileError` if no plan fits the budget.
     """
     check_feasible(problem)
     per_layer, budget = problem.recipe.per_layer, problem.budget

@@ -1,12 +1,13 @@
-"""Whole plans, tried on the calibration texts.
+"""Tries whole plans on the calibration texts and takes the best one.
 
-The integer program adds up what each layer's formats cost alone. That sum misses what the noise of one layer does to
-the next, and mistakes that are too rare to be met in one layer. K by token suffers most from both. So `propose` makes
-several plans for a budget. They run here with all layers quantized at once, and the one that changes the fewest tokens
-is taken.
+The integer program adds up what the formats of each layer cost alone. This sum ignores how the noise of one layer
+affects the next, and it misses mistakes that are too rare to show up in one layer. K grouped by token suffers most from
+both. So `propose` makes several plans for a budget. Here they run with all layers quantized at once, and we take the
+plan that changes the fewest tokens.
 
-By Pinsker's inequality, the root of half the divergence bounds the chance that a token is drawn differently. The mean
-of the divergence itself would depend on a handful of tokens, and on whether a text happens to have them.
+By Pinsker's inequality, the root of half the divergence bounds the probability that a token is drawn differently, so
+plans are compared by the mean of that root. The mean of the divergence itself would depend on a handful of tokens, and
+on whether a text happens to have them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from pmkvq_compiler.source.source import Source
 
 @dataclass(frozen=True)
 class Tried:
-    """A plan and its predicted loss in nats a token: the divergence of the output's distribution when every error is
-    `MAGNIFIED`, divided by the square of that."""
+    """A plan and its predicted loss in nats a token.
+
+    The loss is the divergence of the next token's distribution when every error is `MAGNIFIED` times as large, divided
+    by the square of that factor.
+    """
 
     solution: Solution
     loss: float
@@ -45,9 +49,9 @@ class Tried:
 def best_plans(
     source: Source, problems: Sequence[Problem], calibration: Calibration, progress: Progress
 ) -> list[Tried]:
-    """For each problem, which differ in the budget alone, the proposal that does best on the calibration texts.
+    """For each of `problems`, which differ only in the budget, the proposal that does best on the calibration texts.
 
-    Raises what `solve` raises. Where nothing is quantized the model does not run.
+    Raises the same errors as `solve`. If nothing is quantized, the model does not run.
     """
     proposals = [propose(problem, calibration) for problem in problems]
     if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
@@ -57,7 +61,7 @@ def best_plans(
 
 
 def _quantizes(plan: CachePlan) -> bool:
-    """Whether its sequences can get long enough for a block to be quantized."""
+    """Whether sequences of the plan can get long enough for a block to be quantized."""
     return any(blocks_needed(layer, plan.max_len) for layer in plan.layers)
 
 
@@ -69,9 +73,9 @@ def try_plans(
     calibration: Calibration,
     progress: Progress,
 ) -> list[Tried]:
-    """The best of each list of proposals over `samples`, int64 [S] each; `model` attends by `attention_hook.ATTENTION`.
+    """The best of each list of proposals over `samples`, int64 [S] each; `model` must be loaded with `ATTENTION`.
 
-    The better half of a list goes on to the next text: most plans are told apart by one.
+    After each text only the better half of a list goes on to the next one: a single text tells most plans apart.
     """
     racing = [list(proposed) for proposed in proposals]
     losses = dict.fromkeys(itertools.chain(*racing), 0.0)
@@ -92,7 +96,7 @@ def try_plans(
 
 
 def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
-    """Logits of a text's second half, where there is something old to attend to; attention is computed in float32."""
+    """Logits of a text's second half, whose tokens have old tokens to attend to. Attention is computed in float32."""
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).unsqueeze(0)
     with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
@@ -100,7 +104,7 @@ def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[Attentio
 
 
 def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:
-    """The plan for a text of `length` tokens whose blocks are all at their final widths."""
+    """The plan for a text of `length` tokens, with all blocks at their final widths from the start."""
     layers = []
     for layer in plan.layers:
         if not blocks_needed(layer, plan.max_len):

@@ -1,4 +1,4 @@
-"""A plan, and what its formats ask to be folded."""
+"""A plan, and the matrices that its formats ask for."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, blocks_ne
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan, and the formats of K and V that it chose in each layer: they say what is to be folded."""
+    """A plan and, for each layer, the formats of K and V that it was chosen with. They say which transforms to fold."""
 
     plan: CachePlan
     formats: tuple[tuple[Format | None, Format | None], ...]
 
     @property
     def key_transforms(self) -> dict[int, Transform]:
-        """What K is multiplied by, in the layers where it is."""
+        """The transforms of K, in the layers that have one."""
         return {n: key.transform for n, (key, _) in enumerate(self.formats) if key and key.transform != "none"}
 
     @property
     def value_transforms(self) -> dict[int, Transform]:
-        """What V is multiplied by, in the layers where it is."""
+        """The transforms of V, in the layers that have one."""
         return {n: value.transform for n, (_, value) in enumerate(self.formats) if value and value.transform != "none"}
 
 
 @dataclass(frozen=True)
 class Folds:
-    """What K and V are multiplied by before they are stored: matrices [Hkv, d, d] by layer."""
+    """The matrices [Hkv, d, d], by layer, that K and V are multiplied by before they are stored."""
 
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
 
     @classmethod
     def of(cls, solution: Solution, calibration: Calibration) -> Folds:
-        """Those of a plan."""
+        """The matrices that a plan's formats ask for."""
         keys = {layer: key.transform for layer, (key, _) in enumerate(solution.formats) if key}
         values = {layer: value.transform for layer, (_, value) in enumerate(solution.formats) if value}
         return cls(_chosen(calibration.key_matrices, keys), _chosen(calibration.value_matrices, values))
 
 
 def _chosen(matrices: Matrices, transforms: Mapping[int, Transform]) -> dict[int, Tensor]:
-    """The matrices of each layer's transform; "none" has one where a power of two is needed."""
+    """The matrices of each layer's transform; "none" has one only in layers that need a power of two."""
     return {
         layer: matrices[layer][transform]
         for layer, transform in transforms.items()
@@ -57,8 +57,8 @@ def _chosen(matrices: Matrices, transforms: Mapping[int, Transform]) -> dict[int
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A layer of the plan as the table and the report show it; `sensitivity` is its predicted loss
-    alone, in nats a token."""
+    """A layer of the plan as the table and the report show it. `sensitivity` is the loss in nats a token that is
+    predicted if only this layer is quantized."""
 
     layer: int
     key_bits: int
@@ -72,7 +72,7 @@ class PlanRow:
 
 
 def plan_table(solution: Solution, sites: Sequence[AttentionSite], calibration: Calibration) -> list[PlanRow]:
-    """One row a layer."""
+    """The rows of the plan's table, one for each layer."""
     return [
         PlanRow(
             layer=site.layer,

@@ -1,9 +1,9 @@
-"""What the progressive cache does to a text, for all tokens at once: the source model under teacher forcing.
+"""Simulates the progressive cache on a whole text at once, by running the source model under teacher forcing.
 
-Every query attends to the cache as it stands when the runtime comes to that token: the prompt in the runtime's chunks,
-each chunk's own keys and values exact, then token by token, with the blocks that have left the window by then at the
-widths that the layer has reached by then. A greedy chain is reproduced exactly if and only if every argmax of such a
-run is right, so one run scores what thousands of decoding steps would.
+Every query attends to the cache as it would be when the runtime reaches that token. The prompt comes in the runtime's
+chunks, and the keys and values of a chunk are exact for its own queries. Then tokens come one by one. Blocks that have
+left the window by then are quantized, at the widths that the layer has reached by then. A greedy generation is
+reproduced exactly if and only if every argmax of such a run is right. So one run replaces thousands of decoding steps.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, flu
 def progressive(
     plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int], magnified: float = 1.0
 ) -> Callable[[AttentionCall], Tensor]:
-    """The attention of a cache that keeps to `plan`, for `attention_hook.observed`.
+    """The attention over a cache with this `plan`, as a function for `attention_hook.observed`.
 
-    Row b of a call's batch is a text that begins at its first column with a prompt of `prompt_lengths[b]` tokens.
-    Errors of codes are `magnified` times what they are.
+    Row b of a call's batch is a text that begins with a prompt of `prompt_lengths[b]` tokens, without padding.
+    Quantization errors are multiplied by `magnified`.
     """
     prompts = torch.tensor(prompt_lengths)
 
@@ -40,7 +40,7 @@ def progressive(
 
 
 class _Layer:
-    """One attention call under one layer's plan; keeps the quantized keys and values of the stages that it meets."""
+    """One attention call under one layer's plan. It keeps the quantized keys and values of each stage that it needs."""
 
     def __init__(self, call: AttentionCall, layer: LayerPlan, plan: CachePlan, folds: Folds, magnified: float) -> None:
         self.call, self.layer, self.magnified = call, layer, magnified
@@ -70,7 +70,8 @@ class _Layer:
         return out
 
     def _tile(self, start: int, stop: int, cached: int) -> Tensor:
-        """Attention of queries `start : stop` over a cache of `cached` tokens and those after it, up to each query."""
+        """Attention of queries `start : stop`, each over its past, with the blocks quantized that have left the window
+        of a cache of `cached` tokens."""
         layer, call = self.layer, self.call
         flushed = flushed_blocks(layer, cached)
         quantized = slice(layer.sink, layer.sink + flushed * layer.block)
@@ -93,7 +94,7 @@ class _Layer:
         return call.values_under(call.weights(scores, visible), values)
 
     def _stage(self, stage: int) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, Hkv, S, d] as the codes of a stage stand for them, errors magnified."""
+        """All keys and values [B, Hkv, S, d] as they are read back at a stage, with their errors magnified."""
         if stage not in self.stored:
             layer, (key_bits, value_bits) = self.layer, self.layer.stages[stage]
             key = Format(key_bits, layer.key_axis, "none", layer.window)

@@ -1,1 +1,1 @@
-"""What a compile tells people: report files, charts, and what the command line shows."""
+"""The report of a compile: its contents, its charts and its files."""

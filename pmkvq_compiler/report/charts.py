@@ -1,4 +1,4 @@
-"""The drawings of a plan, as SVG. Colours are classes of `templates/charts.css.j2`: they follow the reader's theme."""
+"""Draws a plan as SVG. Colours are classes of `templates/charts.css.j2`, which follow the reader's theme."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PANEL_WIDTH = (WIDTH - (PANELS - 1) * PANEL_GAP) / PANELS
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 NAMES = {"none": "as it is", "scale": "scaled", "rotate": "rotated", "match": "matched"}
-"""What the transforms of K and V are called: the map of a layer multiplies each head by a matrix of that kind."""
+"""Names of the transforms of K and V in the report, where they are called maps."""
 
 PLAIN = ("none", "token")
-"""What every layer has that nothing was chosen for: drawn hollow."""
+"""The values of layers without a transform or with K grouped by token. They are drawn hollow."""
 
 Sample = dict[str, Any]
-"""The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] and
-`layer_bytes` [...] of every layer."""
+"""The cache at one moment: `tokens` in each sequence, bytes `used`, bytes at 16 bits (`original`), and for every layer
+its `bits` [[K, V], ...] and its `layer_bytes` [...]."""
 
 
 def readable_bytes(count: float) -> str:
-    """`22.0 MiB` and the like."""
+    """A number of bytes with a unit, such as `22.0 MiB`."""
     power = 0
     while abs(count) >= 1024 and power < len(UNITS) - 1:
         count, power = count / 1024, power + 1
@@ -37,7 +37,8 @@ def readable_bytes(count: float) -> str:
 
 
 def plan_chart(rows: Sequence[PlanRow]) -> str:
-    """Layers from left to right: bits of K and V as a heat map, what was folded, bytes and sensitivities as bars."""
+    """The plan, with layers from left to right: bits of K and V as a heat map, groups, maps and windows as strips, and
+    bytes and losses as bars."""
     parts = [
         _legend({bits for row in rows for bits in (row.key_bits, row.value_bits)}),
         *_bit_cells(rows, "K bits", "key_bits", top=30),
@@ -54,7 +55,7 @@ def plan_chart(rows: Sequence[PlanRow]) -> str:
 
 
 def filling_chart(trace: list[Sample], budget: int) -> str:
-    """Tokens from left to right: bytes of the whole cache against the budget, and below them every layer's bits."""
+    """The filling cache, with tokens from left to right: its bytes and the budget above, each layer's bits below."""
     layers = len(trace[0]["bits"])
     row_height = min(14.0, max(4.0, 260 / layers))
     heat_top = 300
@@ -69,7 +70,7 @@ def filling_chart(trace: list[Sample], budget: int) -> str:
 
 
 def layers_chart(rows: Sequence[PlanRow], trace: list[Sample]) -> str:
-    """A panel for each kind of layer: its bytes against its share, and its bits, while tokens come in."""
+    """The filling cache in a panel for each kind of layer: its bytes, its share of the budget, and its bits."""
     kinds = list(_alike(rows, trace))
     parts = [_legend({bits for sample in trace for pair in sample["bits"] for bits in pair})]
     for place, layers in enumerate(kinds):
@@ -136,7 +137,7 @@ def _bit_cells(rows: Sequence[PlanRow], label: str, key: str, top: float) -> lis
 
 
 def _runs(rows: Sequence[PlanRow], label: str, key: str, top: float) -> list[str]:
-    """Neighbouring layers with the same value as one strip, which is named where the name fits."""
+    """Neighbouring layers with the same value as one strip, with the name of the value if it fits."""
     width, place = PLOT / len(rows), 0
     parts = [_row_label(top + 12, label)]
     for value, run in groupby(rows, key=attrgetter(key)):
@@ -233,7 +234,7 @@ def _stretches(trace: list[Sample], layer: int, half: int) -> list[tuple[int, in
 
 
 def _alike(rows: Sequence[PlanRow], trace: list[Sample]) -> Iterable[list[int]]:
-    """Places of layers that hold the same bytes at the same bits at every moment, those with most bits first."""
+    """Groups of layers (by their place in `rows`) that always have the same bytes and bits; most bits come first."""
     kinds: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         curve = tuple((sample["layer_bytes"][place], *sample["bits"][place]) for sample in trace)

@@ -1,4 +1,4 @@
-"""What the report of a compile holds."""
+"""The contents of a compile's report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pmkvq_compiler.source.source import Source
 
 @dataclass(frozen=True)
 class ReportRow(PlanRow):
-    """A layer of the plan, and of K and V "folded" or why what they are multiplied by is not in the weights."""
+    """A layer of the plan. `fold` (of K) and `value_fold` are "folded", or say why the weights contain no transform."""
 
     fold: str
     value_fold: str
@@ -46,11 +46,13 @@ class Serving:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report.json` holds, in this order. Sizes are in bytes, `predicted_loss` is in nats a token; `check` and
-    `seconds` are of an artifact that was written, None after a dry run."""
+    """The contents of `report.json`, in this order.
+
+    Sizes are in bytes and `predicted_loss` is in nats a token. `check` and `seconds` are None after a dry run.
+    """
 
     model: str
-    """As the user named it."""
+    """The model as the user named it."""
     name: str
     recipe: str
     budget: int
@@ -60,7 +62,7 @@ class Report:
     aot: list[str]
     versions: dict[str, str]
     command: str
-    """That makes the artifact again."""
+    """The command that makes the artifact again."""
     rows: list[ReportRow]
     arena_bytes: int
     original_bytes: int
@@ -70,22 +72,22 @@ class Report:
     """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
     check: dict[str, float] | None = None
-    """Figures of the check, by their names."""
+    """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
-    """What each step took."""
+    """How long each step took."""
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON has it, without what is None."""
-        said = {field.name: getattr(self, field.name) for field in fields(self)}
-        said["rows"] = [asdict(row) for row in self.rows]
-        said["serving"] = None if self.serving is None else asdict(self.serving)
-        return {name: value for name, value in said.items() if value is not None}
+        """The report as a JSON object, without fields that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["rows"] = [asdict(row) for row in self.rows]
+        values["serving"] = None if self.serving is None else asdict(self.serving)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def report_contents(
     source: Source, problem: Problem, calibration: Calibration, options: CompileOptions, tried: Tried
 ) -> Report:
-    """The report, but for check and times."""
+    """The report without check and times, which come after the artifact is written."""
     solution, plan = tried.solution, tried.solution.plan
     folded = Folds.of(solution, calibration).values
     rows = [
@@ -137,28 +139,28 @@ def serving(plan: CachePlan) -> Serving | None:
 
 
 def _folded(site: AttentionSite, transform: Transform) -> str:
-    """ "folded" where the key scales are, else why they are not."""
+    """ "folded" if the scales of K are in the weights, else the reason why not."""
     if transform == "scale":
         return "folded"
     if transform != "none":
-        return "queries and keys are rotated behind RoPE instead, at run time"
-    return site.reason or "the plan does better without: it groups K by channel, or leaves it as it is"
+        return "instead, queries and keys are rotated at run time, after RoPE"
+    return site.reason or "the plan does better without scales: it groups K by channel, or leaves K as it is"
 
 
 def _value_folded(site: AttentionSite, folded: bool) -> str:
-    """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
+    """ "folded" if V's matrix is in the weights, else the reason why V is left as it is."""
     if folded:
         return "folded"
     if not can_transform(site):
         return NO_VALUE_PROJECTION
-    return "the plan does better without"
+    return "the plan does better without a map of V"
 
 
 def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
-    """What the cache of `plan` holds while `batch_size` sequences grow together to `max_len` tokens.
+    """The bytes and bits of the cache of `plan` while `batch_size` sequences grow together to `max_len` tokens.
 
-    The runtime's own layer caches count one sequence's share, for all sequences are alike; they lie on the `meta`
-    device, so nothing is allocated.
+    The runtime's layer caches count the bytes. They hold one sequence, because all sequences are alike, and they are on
+    the `meta` device, so no memory is allocated.
     """
     dtype, meta = getattr(torch, plan.dtype), torch.device("meta")
     shares = [replace(layer, arena_bytes=layer.arena_bytes // plan.batch_size) for layer in plan.layers]
@@ -181,7 +183,7 @@ def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
 
 
 def reproduction_command(options: CompileOptions) -> str:
-    """The `pmkvq-compile` command with these options, those left at their defaults omitted."""
+    """The `pmkvq-compile` command with these options, without those that have their default values."""
     defaults = CompileOptions(model=options.model, output=options.output)
     words = ["pmkvq-compile", options.model, "--output", str(options.output)]
     for field in fields(options):

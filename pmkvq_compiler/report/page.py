@@ -1,4 +1,4 @@
-"""The report of a compile: `report.json` for programs, `report.html` for people, one file with all that it needs."""
+"""Writes the report of a compile: `report.json` for programs, and `report.html`, a self-contained page for people."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from pmkvq_compiler.report.contents import Report, ReportRow
 CHECKS = {
     "largest_layer_error": (
         "largest error of a layer",
-        "relative norm of what a layer computes otherwise than the source model's, each alone and in float32: "
-        "what folds and generated code change",
+        "relative norm of the difference from the source model's layer, each layer on its own and in float32; folds "
+        "and generated code cause it",
     ),
     "full_precision_error": (
         "error before quantization",
-        "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
-        "what folds, generated code and rounding change",
+        "relative norm of the logits' difference in one call, in which K and V are not yet quantized; folds, generated "
+        "code and rounding cause it",
     ),
     "planned_precision_error": (
         "error at the final bits",
-        "the same with all layers at the bits they end at, the text fed piece by piece through the cache",
+        "the same for a text that goes through the cache piece by piece, with all layers at their final bits",
     ),
     "planned_precision_kl": (
         "nats of divergence at the final bits",
-        "mean KL of the next token's distribution from the source model's: 0 is the same model",
+        "mean KL divergence of the next token's distribution from the source model's; 0 means no difference",
     ),
 }
-"""What the figures of the check mean, in the order in which they are shown."""
+"""The names and meanings of the check's figures, in the order in which they are shown."""
 
 FOLDS = {
     "fold": (
         "Scales of K",
-        "Each channel is divided by its scale in the key projection and multiplied by it in the query's.",
+        "The key projection divides each channel by a scale, and the query projection multiplies by it.",
     ),
     "value_fold": (
         "Map of V",
-        "Each head is multiplied by a matrix in the value projection, by its inverse in the output projection.",
+        "The value projection multiplies each head by a matrix, and the output projection multiplies by its inverse.",
     ),
 }
-"""What is folded into the weights, by the key of a row that says whether and why not."""
+"""The names and meanings of the folds, by the field of `ReportRow` that says whether they were made."""
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -83,17 +83,17 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def facts(report: Report) -> list[tuple[str, str, str]]:
-    """The figures to see first, as (name, value, remark)."""
+    """The most important figures, as (name, value, remark)."""
     reserved, budget, original = report.arena_bytes, report.budget, report.original_bytes
     tokens = f"{report.batch_size} x {report.max_len:,} tokens"
     found = [
         ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
         ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
-        ("true bits a number", f"{report.true_bits:.2f}", "parameters, sink and window included"),
+        ("true bits a number", f"{report.true_bits:.2f}", "on average, with parameters, sink and window"),
         (
             "predicted loss",
             figure(report.predicted_loss),
-            "nats a token at the final bits, from doubled errors: it ranks budgets",
+            "nats a token at the final bits, with errors doubled; use it to compare budgets",
         ),
     ]
     if report.serving is not None:
@@ -103,7 +103,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
 
 
 def folds(rows: Sequence[ReportRow]) -> list[tuple[str, str, str, dict[str, str]]]:
-    """The folds as (name, what it does, layers that have it, {why not: layers})."""
+    """The folds as (name, meaning, layers that have it, {reason why not: layers})."""
     return [
         (*text, layer_ranges([row.layer for row in rows if getattr(row, key) == "folded"]), grouped_reasons(rows, key))
         for key, text in FOLDS.items()
@@ -111,19 +111,19 @@ def folds(rows: Sequence[ReportRow]) -> list[tuple[str, str, str, dict[str, str]
 
 
 def checks(figures: dict[str, float]) -> list[tuple[str, str, str]]:
-    """The figures of the check as (value, name, what it says); figures without a text of their own come last."""
+    """The figures of the check as (value, name, meaning). Figures that `CHECKS` does not explain come last."""
     known = [(figure(figures[key]), *text) for key, text in CHECKS.items() if key in figures]
     others = [(figure(value), key.replace("_", " "), "") for key, value in figures.items() if key not in CHECKS]
     return known + others
 
 
 def figure(value: Any) -> str:
-    """A figure of the check for reading: three significant digits."""
+    """A figure of the check as text, with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def grouped_reasons(rows: Sequence[ReportRow], key: str = "fold") -> dict[str, str]:
-    """Why K (`fold`) or V (`value_fold`) of layers was not folded: the reason and its layers (`0-3, 7`)."""
+    """The reasons why K (`fold`) or V (`value_fold`) was not folded, each with its layers (`0-3, 7`)."""
     layers: dict[str, list[int]] = {}
     for row in rows:
         reason = getattr(row, key)

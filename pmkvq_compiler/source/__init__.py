@@ -1,1 +1,1 @@
-"""Where a model comes from: checkpoints, GGUF files and configs, read as data; and the model's graph."""
+"""Reads models: checkpoints, GGUF files and configs, only as data, and captures the model's graph."""

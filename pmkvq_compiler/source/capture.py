@@ -1,4 +1,4 @@
-"""Capture: a model's configuration to one FX graph, without a weight, with a marker in place of each attention."""
+"""Captures the model of a configuration as one FX graph, without weights, with a marker in place of each attention."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ HEAD_DIM_MULTIPLE = 8
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
 POSITIONS_TRIED = 1 << 20
-"""A mask is compared with a plain window at positions below the model's maximum, and at most at so many."""
+"""The most positions at which an attention mask is compared with a plain sliding window."""
 
 
 def capture(config: PretrainedConfig) -> Program:
     """The graph `(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]` of the causal language model of `config`.
 
-    The model is captured in bfloat16, whatever its weights are stored in: there a cast to the model's own dtype and a
-    cast to float32 look different, so that a reader of the graph can tell "model dtype" from "float32". Buffers keep
-    the values and the dtype that they have in a float32 model.
+    The model is captured in bfloat16, whatever dtype its weights are stored in. So a cast to the model's own dtype and
+    a cast to float32 look different in the graph. Buffers have the values and dtypes that they have in a float32 model.
 
-    Raises `CompileError` where the architecture is no causal language model, cannot be exported, or attends in a way
+    Raises `CompileError` if the architecture is not a causal language model, cannot be exported, or attends in a way
     that the marker cannot express.
     """
     _check_config(config)
@@ -54,7 +53,7 @@ def capture(config: PretrainedConfig) -> Program:
 
 
 def _check_config(config: PretrainedConfig) -> None:
-    """Refuse what the configuration already tells, with a plainer reason than a failed capture would give."""
+    """Refuse models that the configuration already rules out: a failed capture would give a less clear reason."""
     if config.is_encoder_decoder:
         raise CompileError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be compiled")
     text = config.get_text_config()
@@ -66,25 +65,25 @@ def _check_config(config: PretrainedConfig) -> None:
     others = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS)
     if others:
         raise CompileError(
-            f"{config.model_type} has layers of type {', '.join(others)}, which keep something else than the keys and "
-            f"values of each token; choose a model all of whose layers are attention"
+            f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the keys and "
+            f"values of each token; choose a model in which all layers are attention layers"
         )
     shared = getattr(text, "num_kv_shared_layers", None)
     if shared:
         raise CompileError(
-            f"the last {shared} layers of {config.model_type} share the keys and values of layers before them, and the "
-            f"cache keeps each layer's own; choose a model whose layers share none"
+            f"the last {shared} layers of {config.model_type} share the keys and values of layers before them, but the "
+            f"cache keeps separate ones for each layer; choose a model whose layers share none"
         )
     moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
     if moving:
         raise CompileError(
             f"{config.model_type} has RoPE of type {moving.pop()}, whose frequencies change with the length of the "
-            f"text: keys already cached would no longer fit; choose another rope_type in config.json"
+            f"text, so keys that are already cached would become wrong; choose another rope_type in config.json"
         )
 
 
 def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
-    """The `rope_type` of all layers, or of each type of layer."""
+    """The `rope_type` of all layers, or of each type of layer if these differ."""
     for name, value in parameters.items():
         if isinstance(value, dict):
             yield from _rope_types(value)
@@ -93,8 +92,8 @@ def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
 
 
 def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with bfloat16 parameters on meta, and buffers that hold the values of a float32 model."""
-    _AttentionRecorder().register()  # a model is only built with an implementation that transformers knows
+    """The model with bfloat16 parameters on the meta device, and buffers that hold the values of a float32 model."""
+    _AttentionRecorder().register()  # transformers builds a model only with an implementation that is registered
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -114,13 +113,13 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
     if model._is_stateful:
         raise CompileError(
-            f"{config.model_type} carries a recurrent state from token to token, which no KV cache holds; choose a "
-            f"model all of whose layers are attention"
+            f"{config.model_type} carries a recurrent state from token to token, which a KV cache cannot hold; choose "
+            f"a model in which all layers are attention layers"
         )
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in _language_modules(model)):
         raise CompileError(
-            f"{config.model_type} mixes neighbouring tokens with convolutions, which no KV cache holds; choose a model "
-            f"all of whose layers are attention"
+            f"{config.model_type} mixes neighbouring tokens with convolutions, whose state a KV cache cannot hold; "
+            f"choose a model in which all layers are attention layers"
         )
     model.tie_weights()
     kept = set(model._keep_in_fp32_modules_strict or ())
@@ -131,14 +130,14 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 class _AttentionRecorder:
-    """The attention of one capture: leaves markers, and remembers which mask each layer was given.
+    """The attention function of one capture. It leaves markers, and remembers the mask of each layer.
 
-    transformers describes a mask as a function of positions; the mask that the model carries around is only a token by
-    which that function is found again.
+    transformers describes a mask as a function of positions. Here, the mask tensor that the model passes around is only
+    a key by which that function is found again.
     """
 
     IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"})
-    """Arguments that say nothing beyond q, k, v and the mask."""
+    """Arguments that add no information to q, k, v and the mask."""
 
     def __init__(self) -> None:
         self.masks: dict[int, tuple[Tensor, Callable[..., Tensor]]] = {}
@@ -172,7 +171,8 @@ class _AttentionRecorder:
         )
         if unknown:
             raise CompileError(
-                f"the attention of layer {layer} takes {', '.join(unknown)}, which the cache cannot represent"
+                f"the attention of layer {layer} takes {', '.join(unknown)}, which the cache cannot represent; choose "
+                f"another model"
             )
         self.mask_of_layer[layer] = self.masks[id(attention_mask)][1] if id(attention_mask) in self.masks else None
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -181,7 +181,7 @@ class _AttentionRecorder:
 
 
 class _LanguageModel(nn.Module):
-    """Inputs to logits. A mask of ones stops transformers from looking for packed sequences in the positions."""
+    """The function from inputs to logits. A mask of ones keeps transformers from looking for packed sequences."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
     recorder.register()
     batch, sequence = Dim("batch"), Dim("sequence")
     shape = {0: batch, 1: sequence}
-    # Sizes of 1 would be specialized, and one tensor given twice would become one input.
+    # A size of 1 would become a constant of the graph, and one tensor given twice would become one input.
     examples = tuple(torch.zeros(2, 7, dtype=torch.long, device="meta") for _ in INPUTS)
     try:
         with torch.no_grad():
@@ -204,8 +204,8 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
     except CompileError:
         raise
     except Exception as error:  # whatever the code of an architecture may raise
-        torchs = type(error).__module__.startswith("torch")  # of which the words are those of its developers
-        reason = "its code takes other ways for other texts or lengths" if torchs else _brief(error)
+        torchs = type(error).__module__.startswith("torch")  # such messages are written for developers of PyTorch
+        reason = "its control flow depends on the tokens or on their number" if torchs else _brief(error)
         raise CompileError(
             f"{model.config.model_type} cannot be captured as one graph by torch.export: {reason}; choose another "
             f"architecture"
@@ -213,7 +213,7 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
 
 
 def _to_program(exported: ExportedProgram, model: PreTrainedModel, buffers: dict[str, Tensor]) -> Program:
-    """A plain graph with readable placeholders: inputs first, then every weight and constant that is used, once."""
+    """A plain graph with readable placeholders: first the inputs, then each weight and constant that is used, once."""
     state = model.state_dict(keep_vars=True)
     owner: dict[int, str] = {}
     for name, tensor in state.items():
@@ -249,37 +249,39 @@ def _to_program(exported: ExportedProgram, model: PreTrainedModel, buffers: dict
 
 
 def _literal(exported: ExportedProgram, name: str) -> Tensor:
-    """The value of a constant that the model's code makes while it runs."""
+    """The value of a constant tensor that the model's code creates while it runs."""
     value = exported.constants[name]
     if value.is_meta or value.dtype == torch.bfloat16:
         raise CompileError(
-            f"the model makes the constant {name} while it runs, whose exact value the capture cannot know"
+            f"the model creates the constant {name} while it runs, and the capture cannot know its exact value; choose "
+            f"another model"
         )
     return value
 
 
 def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
-    """Refuse what the marker cannot express: tokens that meet outside it, positions that are not `position_ids`."""
+    """Refuse graphs that cannot work over a cache, because they mix tokens outside of attention or do not take their
+    positions from `position_ids`."""
     model_type, count = config.model_type, config.get_text_config().num_hidden_layers
     markers = graph.find_nodes(op="call_function", target=MARKER)
     layers = [marker.args[5] for marker in markers]
     if len(set(layers)) < len(layers):
         raise CompileError(
-            f"{model_type} computes attention {len(layers)} times in {count} layers, and the cache keeps the keys and "
-            f"values of one attention for each; choose another architecture"
+            f"{model_type} computes attention {len(layers)} times in {count} layers, but the cache keeps the keys and "
+            f"values of one attention in each layer; choose another architecture"
         )
     if layers != list(range(count)):
         raise CompileError(
-            f"{model_type} has {count} layers, of which {len(markers)} route their attention through transformers' "
-            f"AttentionInterface (layers {layers}); only models all of whose layers do can be compiled"
+            f"{model_type} has {count} layers, but only {len(markers)} of them (layers {layers}) route their attention "
+            f"through transformers' AttentionInterface; choose a model in which all layers do"
         )
     for marker in markers:
         for name, tensor in zip(("query and key", "value"), (marker.args[1], marker.args[2]), strict=True):
             head_dim = tensor.meta["val"].shape[-1]
             if head_dim % HEAD_DIM_MULTIPLE:
                 raise CompileError(
-                    f"layer {marker.args[5]} has {name} heads of {head_dim} channels, which is no multiple of "
-                    f"{HEAD_DIM_MULTIPLE}: its codes cannot be packed; choose another model"
+                    f"layer {marker.args[5]} has {name} heads of {head_dim} channels, which is not a multiple of "
+                    f"{HEAD_DIM_MULTIPLE}, so its codes cannot be packed; choose another model"
                 )
     sequence = markers[0].meta["val"].shape[2]
     for node in graph.nodes:
@@ -287,17 +289,18 @@ def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
             continue
         if "conv" in str(node.target):
             raise CompileError(
-                f"{model_type} mixes tokens outside attention ({node.target}), which no KV cache can hold"
+                f"{model_type} mixes tokens outside of attention ({node.target}), whose state a KV cache cannot hold; "
+                f"choose another model"
             )
         if node.target in ARANGES and str(node.meta["val"].shape[0]) == str(sequence):
             raise CompileError(
-                f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot be "
-                f"continued from a cache"
+                f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
+                f"continue from a cache; choose another model"
             )
 
 
 def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
-    """Write into each marker the window that its layer's mask stands for."""
+    """Write into each marker the sliding window that its layer's mask describes."""
     positions = min(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
     windows: dict[int, int] = {}
     for marker in graph.find_nodes(op="call_function", target=MARKER):
@@ -306,7 +309,7 @@ def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: Pre
         if id(mask) not in windows:
             try:
                 windows[id(mask)] = _window_of(mask, positions)
-            except Exception as error:  # masks may be functions of anything
+            except Exception as error:  # a mask function may need anything
                 reason = str(error) if isinstance(error, ValueError) else "it depends on more than positions"
                 raise CompileError(
                     f"the attention mask of layer {layer} of {config.model_type} is neither causal nor a sliding "
@@ -316,12 +319,13 @@ def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: Pre
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules that tokens go through: not those of towers for images or sound."""
+    """The modules that process text, without towers for images or sound."""
     return (model.get_decoder() or model).modules()
 
 
 def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
-    """Tokens that a query sees, 0 if all before it. Raises `ValueError` where `mask` is no causal window."""
+    """The number of tokens that a query sees, or 0 if it sees all before it. Raises `ValueError` if `mask` is neither
+    causal nor a causal sliding window."""
     if mask is None:
         raise ValueError("it was not made by transformers' masking functions")
     zero, keys = torch.tensor(0), torch.arange(positions)
@@ -342,5 +346,5 @@ def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of an error, for a message of one sentence."""
+    """The type and first line of an error, to be quoted within a sentence."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"

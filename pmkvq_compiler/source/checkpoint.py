@@ -1,6 +1,7 @@
-"""The safetensors files of a folder, and which of them holds a tensor: what transformers would choose, made explicit.
+"""The safetensors files of a folder, and which file holds each tensor. The choice is the one that transformers makes.
 
-`model.safetensors` comes before an index and its shards. All that the shards hold counts, named by the index or not.
+`model.safetensors` takes precedence over an index with shards. All tensors in the shards count, whether the index names
+them or not.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ OTHER_WEIGHTS = {
     "adapter_config.json": "an adapter",
     "shard-?????-model-*.safetensors": "a checkpoint of several processes",
 }
-"""Files by which transformers would load something else than the model's own checkpoint, or something besides."""
+"""Files that would make transformers load other weights than the model's checkpoint, or additional ones."""
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-"""Stored dtypes whose numbers are the weights themselves."""
+"""Stored dtypes whose numbers are the weights themselves, not codes."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is, and what its header says: `dtype` in the words of safetensors."""
+    """The file of a tensor, with the dtype (as safetensors names it) and shape in the file's header."""
 
     file: Path
     dtype: str
@@ -36,12 +37,12 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """The tensors of a model's folder by the names that they are stored under."""
+    """The tensors in a model's folder, by their stored names."""
 
     def __init__(self, folder: Path, named: str | None = None) -> None:
-        """Reads the headers alone; `named` is the file or index of weights that the config names, if it does.
+        """Read only the headers. `named` is the file or index of weights that the config names, if there is one.
 
-        Raises `CompileError` where a file is missing, damaged, outside of the folder, or contradicts another.
+        Raises `CompileError` if a file is missing, is damaged, lies outside of the folder, or contradicts another file.
         """
         self.files = _weight_files(folder, named)
         self.tensors: dict[str, StoredTensor] = {}
@@ -52,11 +53,11 @@ class Checkpoint:
                 self.tensors[name] = tensor
 
     def read(self, name: str) -> Tensor:
-        """A tensor in its stored dtype."""
+        """A tensor in its stored dtype. Raises `CompileError` if it cannot be read."""
         return _read(self.tensors[name].file, name)
 
     def slices(self) -> dict[str, Any]:
-        """Every tensor in the form in which transformers takes a checkpoint: not read before it is needed."""
+        """Every tensor as a safetensors slice, which is not read before it is needed; transformers accepts these."""
         opened = {file: safe_open(file, framework="pt") for file in self.files}
         return {name: opened[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
 
@@ -64,7 +65,9 @@ class Checkpoint:
 def _weight_files(folder: Path, named: str | None) -> list[Path]:
     for pattern, what in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)):
-            raise CompileError(f"folder {folder} holds {what} ({pattern}), which would be left out; merge it first")
+            raise CompileError(
+                f"folder {folder} holds {what} ({pattern}), which would be left out; merge it into the model first"
+            )
     if named is not None:
         file = _inside(folder, named, "config.json (transformers_weights)", (".safetensors", ".safetensors.index.json"))
         return _shards(folder, file) if named.endswith(".json") else [file]
@@ -76,7 +79,7 @@ def _weight_files(folder: Path, named: str | None) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    """The files of a folder that an index names."""
+    """The files that an index in the folder names."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -87,10 +90,10 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: Any, where: str, endings: tuple[str, ...]) -> Path:
-    """The file called `name` in a folder. Raises `CompileError` for a place elsewhere, or another kind of file."""
+    """The file called `name` in a folder. Raises `CompileError` if it lies elsewhere or has another ending."""
     path = PurePosixPath(str(name))
     if path.is_absolute() or ".." in path.parts or not str(name).endswith(endings):
-        raise CompileError(f"{where} names {str(name)!r}, which is no safetensors file of its folder; correct it")
+        raise CompileError(f"{where} names {str(name)!r}, which is not a safetensors file of its folder; correct it")
     return folder / path
 
 
@@ -98,7 +101,7 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         return (
-            f"folder {folder} has only pickled weights ({pickles[0]}) and no pickle is ever loaded; "
+            f"folder {folder} has only pickled weights ({pickles[0]}), and no pickle is ever loaded; "
             f"convert them to safetensors"
         )
     return f"folder {folder} has no {SINGLE_FILE} and no {INDEX_FILE}; fetch the model's weights"
@@ -106,7 +109,7 @@ def _no_weights(folder: Path) -> str:
 
 def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
-        raise CompileError(f"{file} cannot be read: it is missing or no file; fetch it again")
+        raise CompileError(f"{file} cannot be read: it is missing or not a file; fetch it again")
     try:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
@@ -130,5 +133,5 @@ def _check_same(name: str, first: Path, second: Path) -> None:
     one, other = _read(first, name), _read(second, name)
     if one.dtype != other.dtype or not torch.equal(one, other):
         raise CompileError(
-            f"tensor {name} is in {first} and, with other numbers, in {second}; remove the file that is out of date"
+            f"tensor {name} is in {first} and, with other numbers, in {second}; remove the outdated file"
         )

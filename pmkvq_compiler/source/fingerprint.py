@@ -16,7 +16,7 @@ PIECE = 64 << 20
 
 
 def fingerprint(facts: dict[str, Any], files: Iterable[Path]) -> str:
-    """sha256 (hex) over `facts`, which JSON can hold, and the names and whole contents of files."""
+    """sha256 (hex) over `facts`, written as JSON, and over the names and contents of files."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for path in files:
         digest.update(f"{path.name}:{_file_digest(path)}:".encode())
@@ -24,7 +24,7 @@ def fingerprint(facts: dict[str, Any], files: Iterable[Path]) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    """sha256 (hex) over the sha256 of each piece of a file; pieces are read and digested side by side."""
+    """sha256 (hex) over the digests of a file's pieces, which are read and digested in parallel."""
     size = path.stat().st_size
     if size == 0:
         return hashlib.sha256().hexdigest()

@@ -1,5 +1,5 @@
-"""`generation_config.json` of a checkpoint: how it is sampled is kept; how it is cached or sped up is the artifact's
-own matter."""
+"""The `generation_config.json` of a checkpoint. Options for sampling are kept. Options for caches and for speed are
+left out, because the artifact has its own cache and code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FOREIGN_CODE = (
     "constraints",
     "force_words_ids",
 )
-"""Strategies that transformers fetches as code from the hub."""
+"""Options of strategies whose code transformers would fetch from the hub."""
 ARGUMENTS = (
     "assistant_model",
     "logits_processor",
@@ -48,7 +48,7 @@ ARGUMENTS = (
     "streamer",
     "synced_gpus",
 )
-"""What belongs to a call of `generate` and makes a configuration invalid."""
+"""Arguments of a call of `generate`, which are invalid in a configuration."""
 RUNNING = ("compile_config", "disable_compile", "continuous_batching_config", "output_attentions")
 DROPPED = frozenset({*CACHES, *SPECULATION, *FOREIGN_CODE, *ARGUMENTS, *RUNNING, "output_hidden_states"})
 
@@ -57,9 +57,9 @@ LENGTHS = ("max_length", "max_new_tokens")
 
 
 def generation_defaults(values: dict[str, Any], vocab_size: int, where: str) -> GenerationConfig:
-    """The configuration of the `values` that an artifact can follow, with ids of its vocabulary alone.
+    """A configuration with those of the `values` that an artifact supports, and only with ids of its vocabulary.
 
-    Raises `CompileError` where transformers would refuse them; `where` says whose they are.
+    Raises `CompileError` if transformers refuses them; `where` says in the message where they come from.
     """
     kept: dict[str, Any] = {}
     for name, value in values.items():
@@ -71,13 +71,13 @@ def generation_defaults(values: dict[str, Any], vocab_size: int, where: str) -> 
     try:
         config = GenerationConfig.from_dict(kept)
         config.to_json_string(use_diff=True)
-    except Exception as error:  # values of other types end in many kinds of errors
+    except Exception as error:  # values of wrong types cause many kinds of errors
         raise CompileError(f"{where} cannot be used: {first_line(error)}; correct it or remove it") from error
     return config
 
 
 def save_generation_defaults(config: GenerationConfig, folder: Path, max_len: int) -> None:
-    """Write `generation_config.json`, without lengths that a cache of `max_len` tokens cannot hold."""
+    """Write `generation_config.json`, without lengths that are larger than the cache's `max_len` tokens."""
     values = config.to_diff_dict()
     for name in LENGTHS:
         if isinstance(values.get(name), int) and values[name] > max_len:

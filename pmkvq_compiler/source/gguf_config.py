@@ -1,8 +1,8 @@
-"""From the header of a GGUF file to a configuration of transformers.
+"""Turns the header of a GGUF file into a configuration of transformers.
 
-Every key of the model's architecture is read here, or listed as one that does not change what is computed; a file with
-any other key is refused by the key's name. What transformers itself reads of a header is less than what a header says,
-so its reading is not used.
+Every key of the model's architecture is either read here or listed as a key that does not change what is computed. A
+file with any other key is refused, and the message names the key. The reader of transformers is not used, because it
+ignores keys that matter.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (1, -1),
 }
-"""Keys that are understood with these values alone, where nothing else reads them; 0 says that there is none."""
+"""Keys that are accepted only with these values, unless the architecture reads them; 0 means that there is none."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every model with RoPE of type llama3 was trained with; GGUF files hold only what it does to the frequencies."""
+"""The parameters that all models with RoPE of type llama3 have. GGUF files only hold the resulting factors."""
 
 LOCAL_THETA = 10000.0
-"""Gemma 3's base in layers with a window."""
+"""The default base of RoPE, and Gemma 3's base in layers with a sliding window."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture of GGUF: `more` adds to the configuration what only this one has."""
+    """An architecture in GGUF. `more` adds the settings to the configuration that only this architecture has."""
 
     model_type: str
     epsilon: str
@@ -68,7 +68,7 @@ class Family:
 
 
 class _Fields:
-    """The keys of the architecture; remembers which of them were read."""
+    """The header's keys of the architecture. It remembers which of them were read."""
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
@@ -76,8 +76,8 @@ class _Fields:
         self.read: set[str] = set()
 
     def get(self, key: str, kind: type = int, default: Any = None) -> Any:
-        """A value of `kind`, `default` where the header has none. Raises `ValueError` for another kind, such as a list
-        of one value a layer."""
+        """A value of the type `kind`, or `default` if the header does not have the key. Raises `ValueError` for another
+        type, such as a list with a value for each layer."""
         self.read.add(key)
         value = self.header.fields.get(f"{self.architecture}.{key}")
         if value is None:
@@ -85,11 +85,11 @@ class _Fields:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{self.architecture}.{key} is {_short(value)}, which is no single {_KINDS[kind]}")
+            raise ValueError(f"{self.architecture}.{key} is {_short(value)}, which is not a single {_KINDS[kind]}")
         return value
 
     def size(self, key: str) -> int:
-        """A size that the header must tell."""
+        """A size that the header must have. Raises `ValueError` if it is missing or less than 1."""
         value = self.get(key)
         if value is None or value < 1:
             raise ValueError(f"{self.architecture}.{key} is {'missing' if value is None else value}")
@@ -105,7 +105,7 @@ _KINDS = {int: "whole number", float: "number", bool: "truth value", str: "text"
 def gguf_config(path: Path, header: GgufHeader) -> PretrainedConfig:
     """The configuration of the model in a GGUF file.
 
-    Raises `CompileError` where the header contradicts the tensors, or says something that is not understood.
+    Raises `CompileError` if the header contradicts the tensors, or has a key that is not understood.
     """
     try:
         return _config(path, header)
@@ -120,7 +120,7 @@ def _config(path: Path, header: GgufHeader) -> PretrainedConfig:
     family = FAMILIES.get(fields.architecture) if isinstance(fields.architecture, str) else None
     if family is None:
         raise ValueError(
-            f"its architecture is {_short(fields.architecture)}, and GGUF files of {', '.join(FAMILIES)} are understood"
+            f"its architecture is {_short(fields.architecture)}, but only {', '.join(FAMILIES)} are supported in GGUF"
         )
     if header.fields.get("general.type", "model") != "model" or header.fields.get("split.count", 1) > 1:
         raise ValueError("it is an adapter or one part of several files, not a whole model")
@@ -136,7 +136,7 @@ def _config(path: Path, header: GgufHeader) -> PretrainedConfig:
 
 
 def _sizes(fields: _Fields) -> dict[str, Any]:
-    """What every architecture has, held against the tensors so that no size can be absurd."""
+    """The sizes that every architecture has, compared with the tensors so that no size can be absurd."""
     tensors = fields.header.tensors
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if "token_embd.weight" not in tensors:
@@ -153,7 +153,7 @@ def _sizes(fields: _Fields) -> dict[str, Any]:
     }
     values["num_key_value_heads"] = fields.get("attention.head_count_kv", default=values["num_attention_heads"])
     if values["num_hidden_layers"] != len(layers):
-        raise ValueError(f"block_count is {values['num_hidden_layers']:,} and the file has {len(layers)} layers")
+        raise ValueError(f"block_count is {values['num_hidden_layers']:,}, but the file has {len(layers)} layers")
     if values["hidden_size"] != hidden_size or fields.get("vocab_size", default=vocab_size) != vocab_size:
         raise ValueError(f"token_embd.weight has shape {[vocab_size, hidden_size]}, which the header contradicts")
     tokens = fields.header.fields.get("tokenizer.ggml.tokens", [])
@@ -162,16 +162,19 @@ def _sizes(fields: _Fields) -> dict[str, Any]:
     largest = max(max(tensor.shape) for tensor in tensors.values())
     for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
         if not 0 < values[name] <= largest:
-            raise ValueError(f"{name} is {values[name]:,} and the file has no tensor of that size")
+            raise ValueError(f"{name} is {values[name]:,}, but the file has no tensor of that size")
     key_length, value_length = fields.get("attention.key_length"), fields.get("attention.value_length")
     values["head_dim"] = hidden_size // values["num_attention_heads"] if key_length is None else key_length
     if values["head_dim"] != (values["head_dim"] if value_length is None else value_length):
         raise ValueError(f"keys of {values['head_dim']} and values of {value_length} channels a head are not supported")
     if not 0 < values["head_dim"] <= largest:
-        raise ValueError(f"attention.key_length is {values['head_dim']:,} and the file has no tensor of that size")
+        raise ValueError(f"attention.key_length is {values['head_dim']:,}, but the file has no tensor of that size")
     scale = fields.get("attention.scale", float)
     if scale not in (None, 0.0) and not math.isclose(scale, values["head_dim"] ** -0.5, rel_tol=1e-5):
-        raise ValueError(f"attention.scale is {scale:g} where head_dim ** -0.5 is {values['head_dim'] ** -0.5:g}")
+        raise ValueError(
+            f"attention.scale is {scale:g} instead of head_dim ** -0.5 = {values['head_dim'] ** -0.5:g}, which is not "
+            f"supported"
+        )
     return values
 
 
@@ -179,7 +182,7 @@ def _epsilon(fields: _Fields) -> float:
     rms, layer_norm = (fields.get(f"attention.{name}_epsilon", float) for name in ("layer_norm_rms", "layer_norm"))
     epsilon = rms or layer_norm
     if epsilon is None or not 0 < epsilon < 1 or (rms and layer_norm and rms != layer_norm):
-        raise ValueError(f"the epsilon of its norms is {epsilon}")
+        raise ValueError(f"the epsilon of its norms is {epsilon}, which is not a single number between 0 and 1")
     return float(epsilon)
 
 
@@ -205,19 +208,20 @@ def _rope(path: Path, fields: _Fields, values: dict[str, Any], partial: bool) ->
 
 
 def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
-    """What is done to RoPE's frequencies, in transformers' words."""
+    """The scaling of RoPE's frequencies, as transformers' parameters."""
     older = fields.get("rope.scale_linear", float, 1.0)
     factor = fields.get("rope.scaling.factor", float) or older or 1.0
-    kind = fields.get("rope.scaling.type", str, "linear")  # what llama.cpp takes a factor for where no type is said
+    kind = fields.get("rope.scaling.type", str, "linear")  # llama.cpp's default
     original = fields.get("rope.scaling.original_context_length", default=context_length)
     beta_fast = fields.get("rope.scaling.yarn_beta_fast", float, 32.0)
     beta_slow = fields.get("rope.scaling.yarn_beta_slow", float, 1.0)
     logarithm = fields.get("rope.scaling.yarn_log_multiplier", float, 0.0)
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"RoPE of type {kind} is not supported: none, linear and yarn are")
+        raise ValueError(f"RoPE scaling of type {kind} is not supported; none, linear and yarn are")
     if factor < 1 or original < 1 or not beta_fast > beta_slow > 0:
         raise ValueError(
-            f"RoPE is scaled with factor {factor:g}, {original} tokens, {beta_slow:g} to {beta_fast:g} turns"
+            f"RoPE is scaled with factor {factor:g}, {original} original tokens and betas from {beta_slow:g} to "
+            f"{beta_fast:g}, which is not possible"
         )
     if kind == "none" or factor == 1:
         return {}
@@ -235,7 +239,7 @@ def _scaling(fields: _Fields, context_length: int) -> dict[str, Any]:
 
 
 def llama3_factors(parameters: dict[str, Any], dimensions: int) -> Tensor:
-    """By what RoPE of type llama3 divides the frequencies (float64 [dimensions / 2])."""
+    """The factors (float64 [dimensions / 2]) by which RoPE of type llama3 divides the frequencies."""
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     frequencies = parameters["rope_theta"] ** (-torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions)
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -244,7 +248,7 @@ def llama3_factors(parameters: dict[str, Any], dimensions: int) -> Tensor:
 
 
 def _frequency_factors(path: Path, header: GgufHeader) -> Tensor | None:
-    """The tensor that RoPE's frequencies are divided by; None where there is none, or only ones."""
+    """The tensor that RoPE's frequencies are divided by; None if there is none, or if it holds only ones."""
     if ROPE_FREQUENCIES not in header.tensors:
         return None
     (tensor,) = (tensor for tensor in GGUFReader(path).tensors if tensor.name == ROPE_FREQUENCIES)
@@ -256,11 +260,11 @@ def _check_understood(fields: _Fields) -> None:
     for key, value in fields.header.fields.items():
         prefix, _, name = key.partition(".")
         if prefix != fields.architecture and name in fields.read:
-            raise ValueError(f"its header has {key}, of another architecture than its own, {fields.architecture}")
+            raise ValueError(f"its header has {key}, but its architecture is {fields.architecture}")
         if prefix != fields.architecture or name in fields.read | HARMLESS:
             continue
         if name not in NEUTRAL or isinstance(value, (str, list)) or value not in NEUTRAL[name]:
-            raise ValueError(f"what its header's {key} = {_short(value)} does to the model is not understood")
+            raise ValueError(f"its header has {key} = {_short(value)}, which is not supported")
 
 
 def _token_ids(header: GgufHeader) -> dict[str, Any]:
@@ -278,9 +282,14 @@ def _experts(fields: _Fields, values: dict[str, Any]) -> None:
     values["moe_intermediate_size"] = fields.size("expert_feed_forward_length")
     values["num_experts_per_tok"], values["num_experts"] = fields.size("expert_used_count"), fields.size("expert_count")
     if not values["num_experts_per_tok"] <= values["num_experts"] <= largest:
-        raise ValueError(f"expert_count is {values['num_experts']:,}")
+        raise ValueError(
+            f"expert_count is {values['num_experts']:,}, which fits neither expert_used_count nor the tensors"
+        )
     if values["moe_intermediate_size"] > largest:
-        raise ValueError(f"expert_feed_forward_length is {values['moe_intermediate_size']:,}")
+        raise ValueError(
+            f"expert_feed_forward_length is {values['moe_intermediate_size']:,}, but the file has no tensor of that "
+            f"size"
+        )
     values["decoder_sparse_step"], values["mlp_only_layers"] = 1, []
 
 
@@ -293,7 +302,7 @@ def _qwen2moe(fields: _Fields, values: dict[str, Any]) -> None:
 
 def _qwen3moe(fields: _Fields, values: dict[str, Any]) -> None:
     _experts(fields, values)
-    values["norm_topk_prob"] = True  # what llama.cpp does for this architecture
+    values["norm_topk_prob"] = True  # as llama.cpp does for this architecture
     values["attention_bias"] = fields.has_tensor("attn_q.bias")
 
 
@@ -306,8 +315,8 @@ def _window(fields: _Fields, values: dict[str, Any]) -> None:
 
 
 def _stablelm(fields: _Fields, values: dict[str, Any]) -> None:
-    said = fields.get("use_parallel_residual", bool)
-    values["use_parallel_residual"] = not fields.has_tensor("ffn_norm.weight") if said is None else said
+    parallel = fields.get("use_parallel_residual", bool)
+    values["use_parallel_residual"] = not fields.has_tensor("ffn_norm.weight") if parallel is None else parallel
     values["use_qkv_bias"] = fields.has_tensor("attn_q.bias")
 
 
@@ -317,7 +326,7 @@ def _starcoder2(fields: _Fields, values: dict[str, Any]) -> None:
 
 
 def _gemma(fields: _Fields, values: dict[str, Any], layers_of_27b: int) -> None:
-    """Of the largest model of each generation, queries are scaled by another number."""
+    """Set the scale of the queries, which is another one in the largest model of each generation."""
     largest = values["num_hidden_layers"] == layers_of_27b
     values["query_pre_attn_scalar"] = (
         values["hidden_size"] // values["num_attention_heads"] if largest else values["head_dim"]
@@ -337,7 +346,7 @@ def _gemma3(fields: _Fields, values: dict[str, Any]) -> None:
     values["final_logit_softcapping"] = fields.get("final_logit_softcapping", float) or None
     period = fields.get("attention.sliding_window_pattern", default=6)
     if values["sliding_window"] < 1 or period < 1:
-        raise ValueError(f"attention.sliding_window_pattern is {period}")
+        raise ValueError(f"attention.sliding_window_pattern is {period}, which is not a number of layers")
     values["layer_types"] = [
         "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
         for layer in range(values["num_hidden_layers"])

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read with every length checked against the file: nothing in it can hang or exhaust memory.
+"""Reads the header of a GGUF file. Every length is checked against the file, so no header can hang or exhaust memory.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -36,7 +36,7 @@ MOST_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """An entry of the tensor table: `shape` as in PyTorch, `type` of its numbers, `start` and `bytes` in the file."""
+    """An entry of the tensor table: `shape` as in PyTorch, number format, and place (`start`, `bytes`) in the file."""
 
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -46,14 +46,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the file says of the model: values by key, and tensors by name."""
+    """The contents of a header: values by key, and tensors by name."""
 
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The header of a GGUF file. Raises `CompileError` where it is damaged or points outside of the file."""
+    """The header of a GGUF file. Raises `CompileError` if it is damaged or points outside of the file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
@@ -62,7 +62,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Reads one value after the other; `ValueError` or `struct.error` where there is none."""
+    """Reads one value after another. Raises `ValueError` or `struct.error` if the bytes are not a valid value."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -74,7 +74,7 @@ class _Reader:
         self.position = len(MAGIC)
         version, tensor_count, field_count = self.number("I"), self.number("Q"), self.number("Q")
         if version not in VERSIONS:
-            raise ValueError(f"it is GGUF of version {version}, and versions 2 and 3 are known")
+            raise ValueError(f"it is GGUF of version {version}, but only versions 2 and 3 are supported")
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             key = self.text()
@@ -84,13 +84,13 @@ class _Reader:
         entries = [self.entry() for _ in range(tensor_count)]
         alignment = fields.get(ALIGNMENT, 32)
         if not isinstance(alignment, int) or alignment <= 0:
-            raise ValueError(f"its {ALIGNMENT} is {alignment!r}, which is no number of bytes")
+            raise ValueError(f"its {ALIGNMENT} is {alignment!r}, which is not a number of bytes")
         start = -(-self.position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         place = 0
         for name, shape, type_, offset in entries:
             if offset != place or name in tensors:
-                raise ValueError(f"its header has tensor {name} twice, or not behind the one before it")
+                raise ValueError(f"its header has tensor {name} twice, or not directly after the tensor before it")
             tensors[name] = self.placed(name, shape, type_, start + offset)
             place += -(-tensors[name].bytes // alignment) * alignment
         return GgufHeader(fields, tensors)
@@ -134,12 +134,12 @@ class _Reader:
     def placed(self, name: str, shape: tuple[int, ...], type_: GGMLQuantizationType, start: int) -> GgufTensor:
         block, size = GGML_QUANT_SIZES[type_]
         if shape[-1] % block or 0 in shape:
-            raise ValueError(f"tensor {name} has shape {list(shape)}, which is no whole number of {type_.name} blocks")
+            raise ValueError(f"tensor {name} has shape {list(shape)}, which does not hold whole {type_.name} blocks")
         bytes_ = math.prod(shape) // block * size
         if start + bytes_ > len(self.data):
-            raise ValueError(f"tensor {name} ends behind the end of the file, which is cut off")
+            raise ValueError(f"tensor {name} ends after the end of the file, which is cut off")
         return GgufTensor(shape, type_, start, bytes_)
 
     def within(self, length: int) -> None:
         if length > len(self.data) - self.position:
-            raise ValueError("its header ends behind the end of the file")
+            raise ValueError("its header ends after the end of the file")

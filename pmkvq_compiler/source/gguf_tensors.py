@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, held against those of the model that its header describes."""
+"""Compares the tensors of a GGUF file with those of the model that its header describes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.gguf_header import GgufHeader
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
-"""What RoPE's frequencies are divided by; the configuration says the same."""
+"""The tensor that RoPE's frequencies are divided by. The configuration has the same information."""
 
 EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up)_exps\.weight")
-"""Tensors that are joined to one while loading, so that no tensor of the model has their names."""
+"""Tensors that are joined while loading. No tensor of the model has their names."""
 
 
 def check_tensors(path: Path, header: GgufHeader, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `CompileError` where the file lacks one of the model's tensors, whose `shapes` by the model's own names
-    these are, or has one that the model does not take."""
+    """Raises `CompileError` if the file lacks one of the model's tensors or has a tensor that the model does not use.
+
+    `shapes` has the shape of each tensor by the model's own names.
+    """
     architecture = header.fields["general.architecture"]
     (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(arch, _layer_count(header))
@@ -39,7 +41,7 @@ def check_tensors(path: Path, header: GgufHeader, shapes: Mapping[str, Sequence[
         if stored_shape not in forms:
             held = "is missing" if stored_shape is None else f"has shape {list(stored_shape)}"
             raise CompileError(
-                f"{path} cannot be compiled: tensor {name} {held} where the header asks for {list(shape)}; "
+                f"{path} cannot be compiled: tensor {name} {held}, but the header asks for {list(shape)}; "
                 f"fetch the file again"
             )
     more = [name for name in header.tensors if name not in expected and not EXPERTS.fullmatch(name)]

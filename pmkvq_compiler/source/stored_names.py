@@ -1,4 +1,4 @@
-"""Which stored tensor each of a model's tensors is, decided from names, shapes and dtypes before any number is read."""
+"""Finds the stored tensor for each tensor of a model, from names, shapes and dtypes, before any number is read."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MOST_BUFFER_BYTES = 1 << 32
 
 
 def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
-    """transformers' own class, and the config that it takes: that of the text where the model has other parts."""
+    """transformers' class for the model, and the config that it takes, which may be the text part of `config`."""
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     text = config.get_text_config()
     return found, text if found.config_class is type(text) else config
 
 
 def skeleton(name: str, config: PretrainedConfig) -> dict[str, Tensor]:
-    """The tensors of the model called `name`, without numbers; tied ones are one object.
+    """The tensors of the model called `name`, without memory; tied tensors are the same object.
 
-    Raises `CompileError` where the config makes no model.
+    Raises `CompileError` if no model can be built from the config.
     """
     try:
         with torch.device("meta"):
@@ -36,25 +36,25 @@ def skeleton(name: str, config: PretrainedConfig) -> dict[str, Tensor]:
             )
     except Exception as error:  # whatever the code of an architecture may raise
         raise CompileError(
-            f"the config of {name} makes no model of type {config.model_type}: {first_line(error)}; correct it or "
-            f"choose another model"
+            f"no model of type {config.model_type} can be built from the config of {name}: {first_line(error)}; "
+            f"correct it or choose another model"
         ) from error
     if sum(buffer.nbytes for buffer in model.buffers()) > MOST_BUFFER_BYTES:
         raise CompileError(
-            f"the config of {name} asks for tables of more than {MOST_BUFFER_BYTES >> 30} GiB beside the weights, as "
-            f"many positions make them; correct max_position_embeddings"
+            f"the config of {name} asks for buffers of more than {MOST_BUFFER_BYTES >> 30} GiB besides the weights, "
+            f"which happens with too many positions; correct max_position_embeddings"
         )
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return state
 
 
 def stored_names(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> dict[str, str] | None:
-    """The checkpoint's name of each tensor of the model called `name`; None where the checkpoint does not hold them all
-    as the model has them, so that transformers must convert them.
+    """The checkpoint's name of each tensor of the model called `name`. None if the checkpoint stores some tensors in
+    another form than the model's, so that transformers has to convert them.
 
-    Tied tensors are one tensor in the model and may be stored under any of their names. Where they are stored with
-    different numbers they are not tied, as in transformers: `config` then says so. Raises `CompileError` for weights
-    that are stored as codes, and for a config that is not of this checkpoint.
+    Tied tensors are one tensor in the model and may be stored under any of their names. If they are stored with
+    different numbers, they are not tied, as in transformers; then `config` is changed to say so. Raises `CompileError`
+    for weights that are stored as codes, and for a config that does not belong to this checkpoint.
     """
     state = skeleton(name, config)
     if _untied(state, checkpoint):
@@ -84,18 +84,18 @@ def _untied(state: dict[str, Tensor], checkpoint: Checkpoint) -> bool:
 
 
 def _check_counts(name: str, state: dict[str, Tensor], tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a config that asks for many more numbers than are stored: to make them would take all memory."""
+    """Refuse a config that asks for far more numbers than are stored, because creating them could take all memory."""
     asked = sum({id(value): value.numel() for value in state.values()}.values())
     held = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
     if asked > 2 * held:
         raise CompileError(
-            f"the config of {name} asks for {asked:,} weights and its checkpoint holds {held:,}; fetch config.json and "
-            f"the weights again"
+            f"the config of {name} asks for {asked:,} weights, but its checkpoint holds {held:,}; fetch config.json "
+            f"and the weights again"
         )
 
 
 def _check_layers(name: str, state: Collection[str], tensors: Collection[str], ignored: Collection[str]) -> None:
-    """Refuse a config of fewer layers than are stored, but for those that match what transformers ignores."""
+    """Refuse a config with fewer layers than are stored, not counting layers that transformers ignores by name."""
     patterns = {_layer_pattern(own) for own in state}
     for stored in set(tensors) - set(state):
         pattern = _layer_pattern(stored)
@@ -112,7 +112,7 @@ def _layer_pattern(name: str) -> str:
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor], wanted: Collection[str | None]) -> None:
-    """Refuse weights whose stored numbers are codes; masks and tables of integers that no model takes may stay."""
+    """Refuse weights whose stored numbers are codes. Integer tensors that the model does not use may stay."""
     for name, tensor in tensors.items():
         taken = name in wanted or tensor.dtype.startswith("F") or name.endswith("weight")
         if taken and tensor.dtype not in PLAIN:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside a checkpoint, and a trial of what was read from them."""
+"""The files of a tokenizer beside a checkpoint, and a test of the tokenizer that was read from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
 """A model whose folder has none of these has no tokenizer."""
 TOKENIZER_SUFFIXES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe"})
 OTHER_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
-"""Files with such endings that are not a tokenizer's."""
+"""Files with such suffixes that do not belong to a tokenizer."""
 
 PROBE = "The whale, of 30 tons:\n\tit swam \u2013 on!"
 
@@ -30,7 +30,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Every file that may decide which tokens a text is; none where there is no tokenizer."""
+    """Every file that may affect how texts become tokens; none if there is no tokenizer."""
     if not has_tokenizer(folder):
         return []
     files = (path for path in folder.iterdir() if path.suffix in TOKENIZER_SUFFIXES and path.is_file())
@@ -38,19 +38,19 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Do with a tokenizer what will be done with it: some of what a damaged file says is only read then.
+    """Use a tokenizer once in every way in which a compile uses it, because some damage shows only then.
 
-    Raises whatever it raises, and `ValueError` for what would be lost, or be written outside of an artifact's folder.
-    References to code are dropped.
+    Raises whatever the tokenizer raises. Raises `ValueError` for a template that could not be saved in an artifact's
+    folder, and for tokens with equal ids. References to code are removed.
     """
     tokenizer.init_kwargs.pop("auto_map", None)
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"[\w.-]+", template):
-            raise ValueError(f"it has a chat template called {template!r}, which is no file name")
+            raise ValueError(f"it has a chat template called {template!r}, which is not a file name")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else {}
-    if len(set(vocabulary.values())) < len(vocabulary):  # an added token may well take the place of another
-        raise ValueError("two of its tokens have the same id, of which one would be lost")
+    if len(set(vocabulary.values())) < len(vocabulary):  # added tokens are not counted: they may replace another token
+        raise ValueError("two of its tokens have the same id, so one of them would be lost")
     tokenizer.decode(tokenizer.encode(PROBE))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -265,7 +265,7 @@ def test_every_sample_begins_as_the_tokenizer_begins_a_text(source: Source, text
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("short.txt", b"too short", "9 tokens, and 2 samples of 80 need 160"),
+        ("short.txt", b"too short", "9 tokens, but 2 samples of 80 tokens need 160"),
         ("latin.txt", b"caf\xe9" * 100, "not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\nnonsense\n', "line 2, is not JSON"),
         ("other.jsonl", b'{"title": "a"}\n', 'line 1, has no "text"'),
@@ -347,7 +347,7 @@ def test_losses_that_overflow_name_their_layer(
             self.value[1] = dict.fromkeys(self.value[1], measured)
 
     monkeypatch.setattr(OutputLoss, "_add", overflow)
-    with pytest.raises(CompileError, match="layer 1 would lose with values at 8 bits cannot be measured"):
+    with pytest.raises(CompileError, match="the loss of layer 1 with values at 8 bits cannot be measured"):
         calibrate(source, problem(options(tmp_path, calib=text)), silent)
 
 
@@ -358,6 +358,8 @@ def same(one: Any, other: Any) -> bool:
         return same(vars(one), vars(other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, LayerOutputs):
+        return same(vars(one), vars(other))
     return bool(one == other)
 
 

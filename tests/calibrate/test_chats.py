@@ -114,7 +114,7 @@ def test_a_model_without_a_chat_template_is_named(tokenizer: Any, template: Any)
 
 @pytest.mark.parametrize("messages", [[], ["Ahoy"], [None], [["role", "user"]], [SHORT[0], 5]])
 def test_messages_that_are_none_are_named(tokenizer: Any, messages: list[Any]) -> None:
-    with pytest.raises(CompileError, match=r"^here, does not fit .*its messages are no list of objects"):
+    with pytest.raises(CompileError, match=r"^here, does not fit .*its messages are not a list of objects"):
         list(render_chats(with_template(tokenizer, QWEN), [Chat("here", messages)]))
 
 

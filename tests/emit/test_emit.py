@@ -235,7 +235,7 @@ def test_few_weights_are_one_file(program: Program, tmp_path: Path) -> None:
     [
         (torch.full((64,), float("nan")), "model.norm.weight holds NaN or infinity in the checkpoint"),
         (torch.full((64,), 1e6), "model.norm.weight holds NaN or infinity in float16"),
-        (torch.ones(32), r"model.norm.weight has shape \[32\] where the configuration says \[64\]"),
+        (torch.ones(32), r"model.norm.weight has shape \[32\], but the configuration says \[64\]"),
     ],
 )
 def test_unusable_weights_are_refused(program: Program, tmp_path: Path, value: Tensor, reason: str) -> None:

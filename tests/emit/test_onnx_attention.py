@@ -195,5 +195,5 @@ def test_numbers_beyond_float16_stay_finite_in_its_rows() -> None:
 
 
 def test_codes_wider_than_a_byte_are_refused() -> None:
-    with pytest.raises(CompileError, match=r"layer 0 ends at K 16 and V 8 bits .* choose narrower --bits"):
+    with pytest.raises(CompileError, match=r"layer 0 ends at K 16 and V 8 bits, .* choose narrower --bits"):
         attention_of(key_bits=16, value_bits=8, stages=((16, 8),))

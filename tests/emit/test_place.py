@@ -107,7 +107,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("deep/" * 2000 + "out", nothing, "(File name too long)"),
     (os.fsdecode(b"caf\xe9"), nothing, "is not valid UTF-8"),
     (os.fsdecode(b"caf\xe9/out"), nothing, "is not valid UTF-8"),
-    ("mine", lambda here: shutil.copytree(here / "texts", here / "mine"), "is not empty and is no artifact"),
+    ("mine", lambda here: shutil.copytree(here / "texts", here / "mine"), "is not empty and is not an artifact"),
     ("other\nline", lambda here: shutil.copytree(here / "texts", here / "other\nline"), r"'other\nline' is not empty"),
 ]
 
@@ -137,7 +137,7 @@ def test_a_place_that_must_stay_is_refused_before_any_work(
 def test_a_file_called_like_a_manifest_makes_no_artifact(tmp_path: Path, content: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pmkvq.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UsageError, match="is no artifact"), claim(tmp_path / "out", force=True):
+    with pytest.raises(UsageError, match="is not an artifact"), claim(tmp_path / "out", force=True):
         pass
     assert (tmp_path / "out" / "pmkvq.json").exists()
 
@@ -332,7 +332,7 @@ def test_a_mounted_disk_is_no_destination_and_a_full_or_read_only_one_is_said(di
         pass
     with claim(disk / "out") as place:
         place.check_room(1000)
-        with pytest.raises(CompileError, match=r"needs 2,000,000 bytes and its file system has 1,0\d\d,\d\d\d free"):
+        with pytest.raises(CompileError, match=r"needs 2,000,000 bytes, but its file system has 1,0\d\d,\d\d\d free"):
             place.check_room(2_000_000)
     with pytest.raises(CompileError, match=r"out cannot be written \(No space left on device\); free"):
         fill(disk / "out")

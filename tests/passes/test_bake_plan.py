@@ -38,9 +38,9 @@ def test_every_attention_gets_its_layer(program: Program) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_key_value_heads": 4}, "the plan of layer 1 has num_key_value_heads 4 and the graph 2"),
-        ({"key_head_dim": 64}, "the plan of layer 1 has key_head_dim 64 and the graph 16"),
-        ({"sliding_window": 8}, "the plan of layer 1 has sliding_window 8 and the graph None"),
+        ({"num_key_value_heads": 4}, "the plan of layer 1 has num_key_value_heads 4, but the graph has 2"),
+        ({"key_head_dim": 64}, "the plan of layer 1 has key_head_dim 64, but the graph has 16"),
+        ({"sliding_window": 8}, "the plan of layer 1 has sliding_window 8, but the graph has None"),
     ],
 )
 def test_plan_of_another_shape_is_refused(program: Program, changes: dict[str, Any], reason: str) -> None:
@@ -50,5 +50,5 @@ def test_plan_of_another_shape_is_refused(program: Program, changes: dict[str, A
 
 def test_plan_of_another_length_is_refused(program: Program) -> None:
     plan = full_plan(program.sites[:2])
-    with pytest.raises(PreconditionError, match="the plan has 2 layers and the graph 3"):
+    with pytest.raises(PreconditionError, match="the plan has 2 layers, but the graph has 3"):
         run_passes(program, [BakePlan(plan)])

@@ -39,7 +39,7 @@ def test_site_says_window_softcap_and_sinks() -> None:
         ("stablelm", "RoPE turns only 4 of the 16 channels of k_proj (cat_"),
         ("gpt_neox", "RoPE turns only 4 of the 16 channels of query_key_value (cat_"),
         ("cohere", "RoPE pairs neighbouring channels instead of halves of a head (add_"),
-        ("gpt_oss", "joins the halves that RoPE has turned"),
+        ("gpt_oss", "concatenates halves that RoPE has turned"),
         ("gpt2", "no RoPE between c_attn and the attention"),
         ("opt", "no RoPE between k_proj and the attention"),
     ],

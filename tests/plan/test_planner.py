@@ -289,7 +289,7 @@ def test_options_that_no_cache_can_have_are_wrong_usage(chosen: dict[str, Any], 
 
 
 def test_keys_too_narrow_to_pack_are_an_error_that_says_so() -> None:
-    with pytest.raises(CompileError, match="4 channels"):
+    with pytest.raises(CompileError, match="the 4 channels of a key"):
         planned([site(0, key_head_dim=4)], 10**9, bits=(2,))
 
 

@@ -134,8 +134,8 @@ def test_html_shows_layers_reasons_figures_and_command(tmp_path: Path) -> None:
     text.feed((tmp_path / "report.html").read_text())
     shown = " ".join(" ".join(text.content).split())
     assert shown.count("some/<model>") == 2, "in the title and above the page"
-    assert f"multiplied by it in the query's. folded layers 0 not folded layers 1-2: {REASON}" in shown
-    assert "its inverse in the output projection. folded layers 0-2" in shown
+    assert f"the query projection multiplies by it. folded layers 0 not folded layers 1-2: {REASON}" in shown
+    assert "the output projection multiplies by its inverse. folded layers 0-2" in shown
     assert "1.23e-07" in shown
     assert report.command in shown
     assert f"{report.rows[0].arena_bytes:,}" in shown

@@ -407,14 +407,14 @@ def test_numbers_that_transformers_would_change_are_named(tmp_path: Path, monkey
     [
         (
             {"a": "../elsewhere.safetensors"},
-            r"names '\.\./elsewhere\.safetensors', which is no safetensors file of its",
+            r"names '\.\./elsewhere\.safetensors', which is not a safetensors file of its",
         ),
         ({"a": "/etc/passwd"}, "names '/etc/passwd'"),
         ({"a": "/tmp/x.safetensors"}, "names '/tmp/x.safetensors'"),
-        ({"a": "sub/../../x.safetensors"}, "which is no safetensors file of its folder"),
+        ({"a": "sub/../../x.safetensors"}, "which is not a safetensors file of its folder"),
         ({"a": "pytorch_model.bin"}, "names 'pytorch_model.bin'"),
         ({"a": "nowhere.safetensors"}, r"nowhere\.safetensors cannot be read: it is missing"),
-        ({"a": 1}, "names '1', which is no safetensors file"),
+        ({"a": 1}, "names '1', which is not a safetensors file"),
         ({"a": "x.safetensors", "b": 1}, "not the index"),
         ({}, "names no file"),
         (["a"], "not the index"),
@@ -449,7 +449,7 @@ def test_a_tensor_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
 def test_what_transformers_would_load_besides_is_not_left_out_unsaid(tmp_path: Path, name: str) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
     (folder / name).write_text("{}")
-    with pytest.raises(CompileError, match=r"which would be left out; merge it first"):
+    with pytest.raises(CompileError, match=r"which would be left out; merge it into the model first"):
         open_source(str(folder))
 
 
@@ -773,7 +773,7 @@ def test_a_chat_template_cannot_name_a_place_elsewhere(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "default", "template": "a"}, {"name": "../../evil", "template": "b"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil', which is no file name"):
+    with pytest.raises(CompileError, match=r"chat template called '\.\./\.\./evil', which is not a file name"):
         open_source(str(folder)).save_tokenizer(tmp_path / "a" / "b" / "c")
 
 
