@@ -10,6 +10,7 @@ to a module with `prepare` and `attach`. Leave it as it is.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import json
 import re
@@ -26,7 +27,7 @@ from torch import Tensor
 from ..errors import ArtifactError, InputError
 from ..kernels import LayerKernels, check_kernels
 from ..load import check_code, choose_attention
-from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, Files, open_artifact
+from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, file_digest, open_artifact
 from ..plan import CachePlan
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
@@ -214,8 +215,8 @@ def _check_features(config: VllmConfig) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     asked = {
         "speculative decoding": config.speculative_config is not None,
-        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
+        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", _dtype_name(config)),
@@ -253,11 +254,14 @@ def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
 
 def _check_trust(artifact: Artifact) -> None:
     """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
-    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
-    own = Files(Path(__file__).parent.parent.parent)
-    names = [name for name in artifact.package.digests or () if name.startswith("kernels/") and name.endswith(".py")]
-    if all(name in own and own.read(name) == artifact.package.read(name) for name in names):
-        return
+    whoever installed a package with the same kernels, nor the installed compiler, which would write them."""
+    package, digests = artifact.manifest.package, artifact.package.digests or {}
+    code = {name: digest for name, digest in digests.items() if name.startswith("kernels/")}
+    for entry in importlib.metadata.entry_points(group="vllm.general_plugins"):
+        if entry.value.startswith(package + ".") and entry.dist is not None:
+            installed = Path(str(entry.dist.locate_file(package)))
+            if all(_is_same(installed / name, digest) for name, digest in code.items()):
+                return
     try:
         check_code(artifact)
     except ArtifactError as error:
@@ -265,6 +269,10 @@ def _check_trust(artifact: Artifact) -> None:
             f"{artifact.folder} has kernels that nothing on this machine vouches for ({error}); install the artifact "
             f"with pip, or pass --trust-remote-code if you would run code of whoever made it"
         ) from error
+
+
+def _is_same(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
 
 
 def _dtype_name(config: VllmConfig) -> str:
