@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.runtime.cache import record_views
 from pmkvq_compiler.runtime.kernels import LayerKernels, Tuning
+from pmkvq_compiler.runtime.layer_cache import record_views
 from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.runtime.rotation import rotate_heads
 from pmkvq_compiler.runtime.vllm.kernels import KernelPages
