@@ -39,12 +39,29 @@ KINDS = {"packed": "auto", "bf16": "auto", "fp8": "fp8"}
 """`--kv-cache-dtype` of each kind."""
 
 PACKAGE = "qwen_shapes"
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {
+        "hidden_size": 3584,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 512,
+    },
+}
+"""Those of Qwen2.5-7B, and some to try this script with."""
 
 
 def main() -> None:
     options = read_arguments()
     if options.measure:
-        print(json.dumps(measure(options)), flush=True)
+        (options.folder / "found.json").write_text(json.dumps(measure(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "bf16", options)
@@ -52,13 +69,10 @@ def main() -> None:
         found = {}
         for kind in options.kinds.split(","):
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", kind, "--folder", folder]
-            done = subprocess.run(
-                command, env={**SETTINGS, **os.environ}, stdout=subprocess.PIPE, text=True, check=False
-            )
-            lines = done.stdout.splitlines()
-            if done.returncode or not lines:
+            done = subprocess.run(command, env={**SETTINGS, **os.environ}, stdout=sys.stderr, check=False)
+            if done.returncode:
                 sys.exit(f"{kind}: vLLM ended with exit code {done.returncode}; its own words are above")
-            found[kind] = json.loads(lines[-1])
+            found[kind] = json.loads((Path(folder) / "found.json").read_text())
             show(kind, found[kind])
     compare(found)
 
@@ -66,16 +80,20 @@ def main() -> None:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batches", default="1,8,32", help="sequences at once (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=32064, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32001, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=66, help="tokens that are decoded (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="times that a batch is timed (default: %(default)s)")
     parser.add_argument("--prefixes", type=int, default=8, help="ways in which prompts begin (default: %(default)s)")
+    parser.add_argument("--shapes", default="7b", choices=SHAPES, help="of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=28, help="layers of the model (default: %(default)s)")
     parser.add_argument("--bits", type=int, nargs=2, default=(2, 2), metavar=("K", "V"), help="(default: 2 2)")
     parser.add_argument("--window", type=int, default=64, help="tokens kept as they are (default: %(default)s)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of packed, bf16 and fp8 (default: all)")
     parser.add_argument("--largest", type=int, default=512, help="sequences at once at most (default: %(default)s)")
     parser.add_argument("--utilization", type=float, default=0.9, help="of the device's memory (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=int, help="bytes of the cache, rather than what is left of the device's memory"
+    )
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -87,12 +105,8 @@ def write_model(folder: Path, options: argparse.Namespace) -> Any:
     from transformers import Qwen2Config
 
     config = Qwen2Config(
-        hidden_size=3584,
+        **SHAPES[options.shapes],
         num_hidden_layers=options.layers,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-        vocab_size=152064,
         max_position_embeddings=131072,
         tie_word_embeddings=False,
         architectures=["Qwen2ForCausalLM"],
@@ -139,11 +153,12 @@ def made_plan(options: argparse.Namespace) -> Any:
     """Keys by channel, blocks of 64 tokens, no tokens of the beginning kept but four."""
     from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
 
-    bits = tuple(options.bits)
+    bits, shapes = tuple(options.bits), SHAPES[options.shapes]
+    channels = shapes["hidden_size"] // shapes["num_attention_heads"]
     layer = LayerPlan(
-        num_key_value_heads=4,
-        key_head_dim=128,
-        value_head_dim=128,
+        num_key_value_heads=shapes["num_key_value_heads"],
+        key_head_dim=channels,
+        value_head_dim=channels,
         key_bits=bits[0],
         value_bits=bits[1],
         key_axis="channel",
@@ -179,6 +194,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         max_num_seqs=options.largest,
         max_num_batched_tokens=8192,
         gpu_memory_utilization=options.utilization,
+        kv_cache_memory_bytes=options.memory,
         enable_prefix_caching=True,
         enforce_eager=options.eager,
         seed=0,
@@ -193,14 +209,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     generate(llm, prompts[: options.prefixes], 1)  # into the prefix cache
     prefill = time.monotonic() - begun
-    rows = {batch: time_batch(llm, prompts[:batch], options) for batch in batches}
+    rows = {}
+    for batch in batches:
+        rows[batch] = time_batch(llm, prompts[:batch], options)
+        print(f"{options.measure}, batch {batch}: {rows[batch]:.2f} ms", file=sys.stderr, flush=True)
     return {"tokens": tokens, "rows": rows, "started": started, "prefill": prefill}
 
 
 def made_prompts(options: argparse.Namespace, count: int) -> list[list[int]]:
     """The prefixes in turn."""
     made = torch.Generator().manual_seed(0)
-    prefixes = torch.randint(10, 150000, (options.prefixes, options.tokens), generator=made).tolist()
+    vocabulary = SHAPES[options.shapes]["vocab_size"]
+    prefixes = torch.randint(10, vocabulary, (options.prefixes, options.tokens), generator=made).tolist()
     return [prefixes[number % options.prefixes] for number in range(count)]
 
 
@@ -211,10 +231,8 @@ def time_batch(llm: Any, prompts: list[list[int]], options: argparse.Namespace) 
     for _ in range(options.rounds):
         taken = {}
         for new in (2, options.new):
-            torch.cuda.synchronize()
             begun = time.perf_counter()
-            generate(llm, prompts, new)
-            torch.cuda.synchronize()
+            generate(llm, prompts, new)  # tokens are on the host when it returns
             taken[new] = time.perf_counter() - begun
         times.append(1000 * (taken[options.new] - taken[2]) / (options.new - 2))
     return statistics.median(times)

@@ -12,22 +12,20 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
-from ..kernels import LayerKernels, check_kernels
-from ..load import check_code, choose_attention
-from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, Files, open_artifact
-from ..plan import CachePlan
+from ..kernels import LayerKernels
+from ..load import choose_attention
+from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact
+from .checks import artifact_folder, artifact_of, is_paged, is_supported, prepare, rotations_of
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
 if TYPE_CHECKING:
@@ -36,12 +34,9 @@ if TYPE_CHECKING:
 
     from .backend import Store
 
-SUPPORTED = ((0, 30), (0, 32))
-"""The oldest and the newest minor version of vLLM that this was tried with."""
+__all__ = ["COPIES", "attach", "prepare", "register_copy"]
 
 COPIES = "pmkvq_copies"
-REMOTE_CODE = "modeling_compiled."
-"""How the remote code is called in the config of every artifact, by which one is known on a hub."""
 
 
 def register_copy() -> None:
@@ -52,7 +47,7 @@ def register_copy() -> None:
     if copies is None:
         copies = {}
         _wrap_configuration(EngineArgs, copies)
-        if _is_supported():
+        if is_supported():
             _wrap_attention(copies)
     copies.setdefault(FORMAT_VERSION, sys.modules[__name__])
 
@@ -109,184 +104,6 @@ def _copy_for(config: VllmConfig | None, copies: dict[int, Any]) -> Any:
         f"{folder} has format version {version} and the installed plugins serve {', '.join(map(str, sorted(copies)))}; "
         f"upgrade pmkvq-compiler, or install the artifact itself with pip"
     )
-
-
-# ---- which model is an artifact ----
-
-
-def artifact_folder(config: VllmConfig) -> Path | None:
-    """Where the artifact lies that a configuration names by its folder or its hub id; None for any other model."""
-    model = config.model_config
-    if Path(model.model).is_dir():
-        return Path(model.model) if (Path(model.model) / MANIFEST).is_file() else None
-    named = getattr(model.hf_config, "auto_map", None) or {}
-    if not str(named.get("AutoModelForCausalLM", "")).startswith(REMOTE_CODE):
-        return None
-    return _downloaded(model.model, model.revision, config.load_config.download_dir)
-
-
-@functools.cache
-def _downloaded(model: str, revision: str | None, cache_dir: str | None) -> Path | None:
-    """The folder of a hub's repository, whose files vLLM would download anyway, but for those of the plan."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(model, revision=revision, cache_dir=cache_dir))
-    return folder if (folder / MANIFEST).is_file() else None
-
-
-# ---- the checks that a server makes when it starts ----
-
-
-def prepare(config: VllmConfig) -> None:
-    """Check an artifact and what it is to be served with. Raises `ArtifactError` or `InputError`.
-
-    Every file is compared with its digest here, and only here: it is done once, not in every process.
-    """
-    _check_vllm()
-    artifact = _artifact(config)
-    artifact.check_files()
-    _rotations(artifact)
-    plan = artifact.manifest.plan
-    if not _is_paged(plan):
-        return
-    _check_model(config, artifact)
-    _check_features(config)
-    _check_kernels(config, artifact)
-    block = plan.layers[0].block
-    cache = config.cache_config
-    if cache.user_specified_block_size and cache.block_size != block:
-        raise InputError(
-            f"--block-size {cache.block_size} is not the {block} tokens of the blocks that {artifact.folder} was "
-            f"compiled with; leave the option out"
-        )
-    cache.block_size, cache.user_specified_block_size = block, True
-
-
-def _is_supported() -> bool:
-    found = re.match(r"(\d+)\.(\d+)", _version())
-    return found is not None and SUPPORTED[0] <= (int(found[1]), int(found[2])) <= SUPPORTED[1]
-
-
-def _version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
-
-
-def _check_vllm() -> None:
-    if not _is_supported():
-        oldest, newest = (".".join(map(str, version)) for version in SUPPORTED)
-        raise InputError(
-            f"vLLM {_version()} is not one that artifacts are served with; install vLLM {oldest} to {newest}"
-        )
-
-
-def _artifact(config: VllmConfig) -> Artifact:
-    folder = artifact_folder(config)
-    assert folder is not None
-    return open_artifact(folder)
-
-
-def _is_paged(plan: CachePlan) -> bool:
-    """Whether there is anything to pack; a plan that quantizes nothing is served as any other model is."""
-    return any(not layer.exact for layer in paged_layers(plan, 2))
-
-
-def _check_model(config: VllmConfig, artifact: Artifact) -> None:
-    model, plan = config.model_config, artifact.manifest.plan
-    if model.use_mla:
-        raise InputError(
-            f"{artifact.folder} has latent attention, which vLLM keeps as latents and the plan as keys and values; "
-            f"serve the original model"
-        )
-    count = model.get_total_num_hidden_layers() if hasattr(model, "get_total_num_hidden_layers") else None
-    count = count or model.hf_text_config.num_hidden_layers
-    if len(plan.layers) != count:
-        raise ArtifactError(
-            f"{artifact.folder}: the plan has {len(plan.layers)} layers and config.json {count}; {AGAIN}"
-        )
-    if len({layer.block for layer in plan.layers}) > 1:
-        raise ArtifactError(f"{artifact.folder}: layers of the plan have blocks of different sizes; {AGAIN}")
-
-
-def _check_features(config: VllmConfig) -> None:
-    """Raises `InputError` for what would give wrong answers, or none of the plan's savings."""
-    parallel, cache = config.parallel_config, config.cache_config
-    asked = {
-        "speculative decoding": config.speculative_config is not None,
-        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
-        "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
-        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", _dtype_name(config)),
-        "--kv-cache-dtype-skip-layers": bool(getattr(cache, "kv_cache_dtype_skip_layers", None)),
-        "--kv-sharing-fast-prefill": bool(getattr(cache, "kv_sharing_fast_prefill", False)),
-        "--disable-hybrid-kv-cache-manager": bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
-        "--enable-dbo": bool(getattr(parallel, "enable_dbo", False)),
-        "--enable-lora": config.lora_config is not None,
-        f"--runner {config.model_config.runner_type}": config.model_config.runner_type != "generate",
-    }
-    for name, used in asked.items():
-        if used:
-            raise InputError(
-                f"{name} does not go with an artifact, whose plan says how its cache is kept; leave it out"
-            )
-
-
-def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
-    """Raises `InputError` where the kernels of a GPU do not fit, and `ArtifactError` where nobody vouches for them."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        return
-    ranks = config.parallel_config.tensor_parallel_size
-    for layer in artifact.manifest.plan.layers:
-        check_kernels(layer)
-        if ranks > layer.num_key_value_heads:
-            raise InputError(
-                f"--tensor-parallel-size {ranks} is more than {layer.num_key_value_heads} key/value heads, and the "
-                f"kernels of {artifact.folder} take all queries of one; use {layer.num_key_value_heads} ranks at most"
-            )
-    if not config.model_config.trust_remote_code:
-        _check_trust(artifact)
-
-
-def _check_trust(artifact: Artifact) -> None:
-    """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
-    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
-    own = Files(Path(__file__).parent.parent.parent)
-    names = [name for name in artifact.package.digests or () if name.startswith("kernels/") and name.endswith(".py")]
-    if all(name in own and own.read(name) == artifact.package.read(name) for name in names):
-        return
-    try:
-        check_code(artifact)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"{artifact.folder} has kernels that nothing on this machine vouches for ({error}); install the artifact "
-            f"with pip, or pass --trust-remote-code if you would run code of whoever made it"
-        ) from error
-
-
-def _dtype_name(config: VllmConfig) -> str:
-    return str(config.model_config.dtype).removeprefix("torch.")
-
-
-def _rotations(artifact: Artifact) -> dict[int, Tensor]:
-    """What turns keys and queries of a layer [H, key_head_dim, key_head_dim]. Raises `ArtifactError`."""
-    name = "constants.safetensors"
-    try:
-        constants = safetensors.torch.load(artifact.package.read(name))
-    except safetensors.SafetensorError as error:
-        raise ArtifactError(f"{artifact.package.folder / name} cannot be read ({error}); {AGAIN}") from error
-    found = {}
-    for index in artifact.manifest.key_rotations:
-        layer = artifact.manifest.plan.layers[index]
-        shape = (layer.num_key_value_heads, layer.key_head_dim, layer.key_head_dim)
-        named = [key for key in constants if key.endswith(f".{index}.key_rotation")]
-        if len(named) != 1 or constants[named[0]].shape != shape:
-            raise ArtifactError(f"{artifact.package.folder / name} has no rotation of layer {index}'s keys; {AGAIN}")
-        found[index] = constants[named[0]]
-    return found
 
 
 # ---- the layers of a model, on one rank ----
@@ -371,8 +188,8 @@ def _served(config: VllmConfig) -> Served | None:
     for layer in context.values():
         if isinstance(layer, Store):
             return layer.served
-    artifact = _artifact(config)
-    if not _is_paged(artifact.manifest.plan):
+    artifact = artifact_of(config)
+    if not is_paged(artifact.manifest.plan):
         return None
     served = _made(config, artifact)
     served.stores = [Store(served, number) for number in range(len(served.pool.groups))]
@@ -391,7 +208,7 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
     in_flight = config.max_in_flight_tokens
     rank = get_tensor_model_parallel_rank()
     rotations = {}
-    for index, rotation in _rotations(artifact).items():
+    for index, rotation in rotations_of(artifact).items():
         first = rank * len(rotation) // ranks  # ranks have heads in turn; where they are more than heads, they share
         rotations[index] = rotation[first : first + layers[index].heads]
     return Served(

@@ -90,12 +90,12 @@ class KernelPages:
         block = self.layer.plan.block
         pieces = -(-batch.longest_new // TOKENS_KEPT)
         if batch.longest_new == 1 and self.layer.plan.sink % block != 1:
+            # What a sequence takes over from another one ends where a page does, so its first token completes no block
+            # by itself, unless the sink is a token longer than pages: it waits for nobody's rows.
             modes = [("token", 1, 1)]
         elif self.layer.exact:
             modes = [("rows", pieces, TOKENS_KEPT)]
         else:
-            # A sequence may begin with pages that another one fills in this step. Its own tokens then begin where a
-            # page does, so that a single one completes no block but of a layer whose sink is a token longer than pages.
             modes = [("rows", pieces, TOKENS_KEPT), ("blocks", batch.longest_new // block + 1, 1)]
         for mode, grid, chunk in modes:
             self.kernels.module.append_pages[(batch.count * self.layer.heads, 2, grid)](
@@ -196,59 +196,53 @@ class KernelPages:
     ) -> None:
         """Attention of sequences that bring more than one token: what they see is unpacked, for as many heads at once
         as the scratch holds; one head of one sequence may take more than that."""
-        layer, plan, tuning, module = self.layer, self.layer.plan, self.kernels.tuning, self.kernels.module
-        new = batch.longest_new
-        blocks = self._blocks(new, batch.longest)
-        recent = min(batch.longest, self._seen_at_most(new) if layer.exact else layer.window + new)
-        sink = 0 if layer.exact else plan.sink
-        recent_at = _rounded(sink + blocks * plan.block)
-        capacity = recent_at + _rounded(recent)
-        dtype = torch.float32 if queries.dtype == torch.float32 else torch.float16
+        layer, tuning, module = self.layer, self.kernels.tuning, self.kernels.module
+        pieces, recent_at, capacity = self._unpacked(batch)
         padded = (module.KEY_PADDED.value, module.VALUE_PADDED.value)
+        dtype = torch.float32 if queries.dtype == torch.float32 else torch.float16
         first, last = batch.several.start * layer.heads, batch.several.stop * layer.heads
         at_once = min(last - first, max(1, tuning.prefill_scratch // (capacity * sum(padded) * dtype.itemsize)))
         scratch = [torch.empty(at_once, capacity, width, dtype=dtype, device=queries.device) for width in padded]
         tile, step = tuning.prefill_shape(max(padded), dtype)
+        new, strides = (keys, values, *scratch), (keys.stride()[:2], values.stride()[:2])
+        tiles, group = -(-batch.longest_new // tile), queries.shape[1] // layer.heads
         for head in range(first, last, at_once):
             some = min(at_once, last - head)
-            module.unpack_pages[(blocks + -(-(sink + recent) // ROWS_COPIED), 2, some)](
+            place = (layer.window, layer.heads, head, capacity, recent_at)
+            module.unpack_pages[(pieces, 2, some)](
                 *self._pool(),
-                keys,
-                values,
-                *scratch,
-                keys.stride()[:2],
-                values.stride()[:2],
+                *new,
+                *strides,
                 *_sequences(batch),
                 *self._place(),
-                layer.window,
-                layer.heads,
-                head,
-                capacity,
-                recent_at,
+                *place,
                 **self._constants(),
                 ROWS=ROWS_COPIED,
                 num_warps=4,
             )
-            module.prefill_pages[(-(-new // tile), queries.shape[1] // layer.heads, some)](
+            told = (batch.starts, batch.lengths, queries.stride(0), *place, scale)
+            module.prefill_pages[(tiles, group, some)](
                 queries,
                 *scratch,
                 queries if sinks is None else sinks,
                 out,
-                batch.starts,
-                batch.lengths,
-                queries.stride(0),
-                layer.window,
-                layer.heads,
-                head,
-                capacity,
-                recent_at,
-                scale,
+                *told,
                 EXACT=layer.exact,
                 TILE=tile,
                 STEP=step,
                 num_warps=tuning.prefill_warps,
                 num_stages=tuning.prefill_stages,
             )
+
+    def _unpacked(self, batch: Batch) -> tuple[int, int, int]:
+        """Of what the new tokens of a sequence see at most: in how many pieces it is unpacked, after how many tokens of
+        the scratch those begin that are seen as they are, and how many tokens that makes."""
+        layer, plan, new = self.layer, self.layer.plan, batch.longest_new
+        blocks = self._blocks(new, batch.longest)
+        recent = min(batch.longest, self._seen_at_most(new) if layer.exact else layer.window + new)
+        sink = 0 if layer.exact else plan.sink
+        recent_at = _rounded(sink + blocks * plan.block)
+        return blocks + -(-(sink + recent) // ROWS_COPIED), recent_at, recent_at + _rounded(recent)
 
     def _pool(self) -> tuple[Tensor, Tensor]:
         """Pages as 16-bit words, and rows as numbers; those of an exact layer are in its pages."""
