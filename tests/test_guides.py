@@ -35,9 +35,9 @@ SCRIPTS = sorted(path for path in (ROOT / "examples").rglob("*.py") if path.name
 NAME, PACKAGE = "SmolLM2-135M-Instruct", "smollm2_135m_instruct"
 FILLED_IN = {"SIZE": "25%", "PACKAGE": PACKAGE}
 """What stands for the words that a reader is to replace."""
-ELSEWHERE = {"hf", "lcb_runner", "pre-commit"}
+ELSEWHERE = {"curl", "hf", "lcb_runner", "pre-commit", "vllm"}
 """Programs of others, whose arguments are not looked at."""
-OPTIONS_ELSEWHERE = {"--help", "--model_args"}
+OPTIONS_ELSEWHERE = {"--help", "--model_args", "--pipeline-parallel-size"}
 """Options that argparse adds, or that programs of others have."""
 Check = Callable[[Sequence[str]], None]
 

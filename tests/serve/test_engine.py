@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,8 @@ def test_preemption_does_not_change_the_text(served_tiny: Served) -> None:
     artifact, prompts = served_tiny(), random_prompts((300, 320, 340, 360, 380, 400))
     expected = alone(artifact, prompts, new=200)
     pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
-    small = pool.block_bytes * (2 * pool.blocks_per_sequence(700, 512) + 14)
+    rows = sum(group.blocks(700, 0) for group in pool.groups if group.kind == "rows")
+    small = pool.block_bytes * (1 + pool.blocks_per_sequence(700, 512) + rows + 4)  # two prompts, but not their answers
     options = {"max_model_len": 700, "kv_cache_memory_bytes": small, "disable_log_stats": False}
     for caching in (False, True):
         with engine(artifact, **options, enable_prefix_caching=caching) as llm:
@@ -158,11 +158,16 @@ def test_a_plan_that_quantizes_nothing_is_served_as_another_model(served_tiny: S
 # ---- the project's own reasoner, whose text means something ----
 
 
+def text_of(length: int, seed: int) -> list[int]:
+    """A problem's prompt and as much of its chain as makes so many tokens; the rest of the chain has 24 or more."""
+    prompt, chain, _, _ = chains(1, max(200, length + length // 2), seed)[0]
+    return (prompt + chain)[:length]
+
+
 def test_text_at_8_bits_is_that_of_plain_vllm(reasoner: Served) -> None:
     """Eight prompts of 7 to 1,200 tokens, 24 tokens each."""
     artifact = reasoner(recipe="uniform", bits=(8,), budget="70%")
-    whole = list(itertools.chain(*(prompt + chain for prompt, chain, _, _ in chains(1, 1400))))
-    prompts = [whole[:length] for length in (7, 40, 130, 300, 513, 777, 1200, 64)]
+    prompts = [text_of(length, seed=length) for length in (7, 40, 130, 300, 513, 777, 1200, 64)]
     with engine(REASONER / "model") as llm:
         expected = greedy(llm, prompts)
     with engine(artifact) as llm:

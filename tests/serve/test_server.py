@@ -140,6 +140,10 @@ def test_chains_of_the_reasoner_and_clients_that_come_and_go(reasoner: Served, t
             exact = sum(pool.map(solved, problems))
         assert exact >= 0.95 * len(problems)
 
+        client = re.search("```py\n(.*?)```", (REASONER.parent / "serve" / "README.md").read_text(), re.DOTALL)
+        assert client is not None
+        exec(client[1].replace("http://localhost:8000", address).replace("out/demo", "artifact"), {})
+
         short = [(ids, complete(address, prompt=ids, max_tokens=40)) for ids, *_ in problems[:5]]
         rng, wrong = random.Random(3), []
 
