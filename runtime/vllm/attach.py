@@ -211,8 +211,8 @@ def _check_features(config: VllmConfig) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     asked = {
         "speculative decoding": config.speculative_config is not None,
-        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
+        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", _dtype_name(config)),
