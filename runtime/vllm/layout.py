@@ -24,10 +24,13 @@ from typing import Literal
 from ..plan import ALIGNMENT, CachePlan, LayerPlan, block_bytes, blocks_needed
 
 MOST_ROW_GROUPS = 4
-"""Groups of rows at most. More of them waste fewer bytes and cost a block table each in every step."""
+"""Groups of rows at most."""
 
 MOST_PARTS = 8
 """Parts at most into which the largest group of pages is cut."""
+
+GROUP_COST = 0.01
+"""What a group must save, as a share of all bytes, to be worth its block table in every step."""
 
 ENDLESS = 1 << 40
 
@@ -138,7 +141,7 @@ def paged_layers(plan: CachePlan, itemsize: int, ranks: int = 1) -> list[PagedLa
 
 
 def pool_of(layers: Sequence[PagedLayer], max_len: int, stages: Sequence[range] | None = None) -> Pool:
-    """The pool that holds sequences of `max_len` tokens in the fewest bytes.
+    """The pool that holds sequences of `max_len` tokens in the fewest bytes, or nearly so in fewer groups.
 
     `stages` are the layers of each pipeline stage, whose blocks are alike; all layers are one stage unless told.
     """
@@ -146,15 +149,20 @@ def pool_of(layers: Sequence[PagedLayer], max_len: int, stages: Sequence[range] 
     seen = {layer.plan.sliding_window for layer in layers}
     sights = {sight: [i for i, layer in enumerate(layers) if layer.plan.sliding_window == sight] for sight in seen}
     largest = max(_widest([(i, layers[i].page_bytes) for i in indices], stages) for indices in sights.values())
-    pools = (_pool(layers, sights, -(-largest // parts), stages) for parts in range(1, MOST_PARTS + 1))
-    return min(pools, key=lambda pool: pool.block_bytes * pool.blocks_per_sequence(max_len, 0))
+    targets = dict.fromkeys(-(-largest // parts) for parts in range(1, MOST_PARTS + 1))
+    pools = [pool for target in targets for pool in _pools(layers, sights, target, stages)]
+
+    def cost(pool: Pool) -> float:
+        return pool.block_bytes * pool.blocks_per_sequence(max_len, 0) * (1 + GROUP_COST * len(pool.groups))
+
+    return min(pools, key=cost)
 
 
-def _pool(
+def _pools(
     layers: Sequence[PagedLayer], sights: dict[int | None, list[int]], target: int, stages: Sequence[range]
-) -> Pool:
+) -> list[Pool]:
     """Groups of pages of about `target` bytes, the blocks that hold the largest of them, and groups of rows that fit
-    into such blocks."""
+    into such blocks, more or fewer of them."""
     block = layers[0].plan.block
     groups: list[Group] = []
     widest = 0
@@ -167,15 +175,16 @@ def _pool(
             groups.append(Group("pages", members, block, sight))
     block_bytes = _aligned(widest, ALIGNMENT * block)
     rows = [(i, layer) for i, layer in enumerate(layers) if not layer.exact]
-    return Pool((*groups, *_row_groups(rows, block, block_bytes, stages)), block_bytes)
+    return [Pool((*groups, *found), block_bytes) for found in _row_groups(rows, block, block_bytes, stages)]
 
 
 def _row_groups(
     rows: list[tuple[int, PagedLayer]], block: int, block_bytes: int, stages: Sequence[range]
-) -> list[Group]:
-    """Rows in the groups that take a sequence the fewest blocks: runs of layers in the order of their windows.
+) -> list[list[Group]]:
+    """Rows in the groups that take a sequence the fewest blocks, for every number of groups that there may be.
 
-    A group keeps the longest window of its layers, and has blocks of as many tokens as fit, a divisor of a page's.
+    A group is a run of layers in the order of their windows. It keeps the longest window of them, and has blocks of as
+    many tokens as fit, a divisor of a page's.
     """
     rows = sorted(rows, key=lambda row: row[1].window)
     best: list[list[tuple[int, list[Group]]]] = [[(0, [])]]  # best[n]: the first n layers, in 0, 1, ... groups
@@ -190,7 +199,7 @@ def _row_groups(
                 if count < MOST_ROW_GROUPS and total < found.get(count + 1, (ENDLESS, []))[0]:
                     found[count + 1] = total, [*groups, group]
         best.append([found.get(count, (ENDLESS, [])) for count in range(MOST_ROW_GROUPS + 1)])
-    return min(best[-1], key=lambda item: item[0])[1]
+    return [groups for blocks, groups in best[-1] if blocks < ENDLESS]
 
 
 def _row_group(
