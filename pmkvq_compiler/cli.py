@@ -15,7 +15,7 @@ from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import Signals, ignore_from_now_on, watched
-from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions
+from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions, final_bits
 
 if TYPE_CHECKING:
     from pmkvq_compiler.compile import CompileResult
@@ -27,7 +27,7 @@ LONGEST_NUMBER = 18
 
 DESCRIPTION = """\
 Compile a causal language model and a memory budget for its key/value cache into an artifact: a directory that loads and
-generates by itself and keeps its cache inside that budget, in 16, 8, 4 or 2 bits a number."""
+generates by itself and keeps its cache inside that budget, in 16 bits a number and, when it is full, in fewer."""
 
 
 EXAMPLES = """\
@@ -119,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = CompileOptions(model="", output=Path())
+    defaults = CompileOptions(model="", output=Path(), bits=())
     parser = _Parser(
         prog="pmkvq-compile",
         description=DESCRIPTION,
@@ -157,7 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{'; '.join(f'{name}: {what}' for name, what in RECIPE_SUMMARIES.items())} (%(default)s)",
     )
     plan.add_argument(
-        "--bits", type=_bits, default=defaults.bits, metavar="LIST", help="final widths to choose from (8,4,2)"
+        "--bits",
+        type=_bits,
+        default=argparse.SUPPRESS,
+        metavar="LIST",
+        help="final widths to choose from, such as 8,4 (every one there is)",
     )
     plan.add_argument("--window", type=_count, metavar="N", help="most recent tokens kept in the model's dtype")
     plan.add_argument("--sink", type=_count_or_zero, metavar="N", help="first tokens kept in the model's dtype")
@@ -231,9 +235,12 @@ def _integer(text: str, least: int) -> int:
 
 
 def _bits(text: str) -> tuple[int, ...]:
-    widths = text.split(",")
-    if not set(widths) <= {"8", "4", "2"} or len(set(widths)) < len(widths):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different widths out of 8, 4 and 2, such as 4,2")
+    widths, known = text.split(","), [str(bits) for bits in final_bits()]
+    if not set(widths) <= set(known) or len(set(widths)) < len(widths):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of different widths out of {', '.join(known[:-1])} and {known[-1]}, "
+            f"such as {','.join(known[-2:])}"
+        )
     return tuple(sorted(map(int, widths), reverse=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 RECIPE_SUMMARIES = {
@@ -19,6 +19,13 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 """Architectures that kernels can be compiled for ahead of time."""
 
 
+def final_bits() -> tuple[int, ...]:
+    """The widths that layers may end at, widest first."""
+    from pmkvq_compiler.runtime.plan import FINAL_BITS  # loads torch, for which `--help` does not wait
+
+    return FINAL_BITS
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """Options of one compile. Lengths are in tokens; `None` means "decide from the model"."""
@@ -30,7 +37,7 @@ class CompileOptions:
     max_len: int | None = None
     batch_size: int = 1
     recipe: str = "best"
-    bits: tuple[int, ...] = (8, 4, 2)
+    bits: tuple[int, ...] = field(default_factory=final_bits)
     sink: int | None = None
     window: int | None = None
     block: int | None = None

@@ -1,8 +1,7 @@
-"""The progressive cache: one arena a layer, allocated once, whose codes are halved in place when it is full.
+"""The progressive cache: one arena a layer, allocated once, whose codes are lowered in place when it is full.
 
-An arena holds, for each sequence and head, `[sink and window rows of K | of V | pool of quantized blocks]`. Sink and
-window lie together so that one product serves both. A block's record in the pool is `[K parameters | V parameters | K
-codes | V codes]`: K packed along channels, V along the block's tokens. Lowering a layer rewrites its records,
+An arena holds, for each sequence and head, the rows of sink and window and a pool of quantized blocks; `records` says
+where what lies. Sink and window lie together so that one product serves both. Lowering a layer rewrites its records,
 shorter, from the front of the pool; what that frees at the end takes new blocks.
 """
 
@@ -22,7 +21,6 @@ from .errors import CacheFull, InputError
 from .inputs import whole_number, whole_numbers
 from .plan import (
     ALIGNMENT,
-    PARAMETER_BYTES,
     CachePlan,
     LayerPlan,
     block_bytes,
@@ -34,6 +32,7 @@ from .plan import (
     longest,
 )
 from .quantize import encode, group_parameters, lower, pack, unpack
+from .records import STATE, row_numbers, state_row, state_rows
 
 if TYPE_CHECKING:
     from .graph import DecodeGraph
@@ -61,23 +60,13 @@ class Records:
 
 def record_views(raw: Tensor, plan: LayerPlan, key_bits: int, value_bits: int) -> Records:
     """The fields of n records of all heads, `raw` [H, n, bytes] (uint8), whose codes have these widths."""
-    key_groups = plan.block if plan.key_axis == "token" else plan.key_head_dim
-    sizes = [
-        key_groups * PARAMETER_BYTES,
-        plan.block * PARAMETER_BYTES,
-        plan.block * plan.key_head_dim * key_bits // 8,
-        plan.block * plan.value_head_dim * value_bits // 8,
-    ]
-    key_parameters, value_parameters, key_codes, value_codes = raw.split(sizes, dim=-1)
-    return Records(
-        key_bits=key_bits,
-        value_bits=value_bits,
-        key_by_channel=plan.key_axis == "channel",
-        key_parameters=key_parameters.view(torch.int16),
-        value_parameters=value_parameters.view(torch.int16),
-        key_codes=key_codes.unflatten(-1, (plan.block, -1)),
-        value_codes=value_codes.unflatten(-1, (plan.value_head_dim, -1)),
-    )
+    fields = plan.record.fields
+    parts = raw.split([field.bits(key_bits, value_bits) // 8 for field in fields.values()], dim=-1)
+    views = {
+        name: part.view(torch.int16) if field.kind == "parameter" else part.unflatten(-1, (field.lines, -1))
+        for (name, field), part in zip(fields.items(), parts, strict=True)
+    }
+    return Records(key_bits=key_bits, value_bits=value_bits, key_by_channel=plan.key_axis == "channel", **views)
 
 
 def write_records(records: Records, keys: Tensor, values: Tensor) -> None:
@@ -114,10 +103,11 @@ class LayerCache:
     def _look_into(self, arena: Tensor, dtype: torch.dtype) -> None:
         """Hold an arena, and the views of it that everything else reads and writes."""
         plan, self.arena = self.plan, arena
-        rows, key_bytes = plan.sink + plan.window, (plan.sink + plan.window) * plan.key_head_dim * dtype.itemsize
+        rows, numbers = plan.sink + plan.window, row_numbers(plan.key_head_dim, plan.value_head_dim)
         buffers = buffer_bytes(plan, dtype.itemsize)
-        self.keys = arena[..., :key_bytes].view(dtype).unflatten(-1, (rows, plan.key_head_dim))
-        self.values = arena[..., key_bytes:buffers].view(dtype).unflatten(-1, (rows, plan.value_head_dim))
+        parts = arena[..., :buffers].view(dtype).split([rows * count for count in numbers.values()], dim=-1)
+        views = {name: part.unflatten(-1, (rows, -1)) for name, part in zip(numbers, parts, strict=True)}
+        self.keys, self.values = views["keys"], views["values"]
         self.pool = arena[..., buffers:]
         # the whole arena as words of parameters and codes, and as rows, which is how kernels address it
         self.words, self.buffers = arena.view(torch.int16), arena.view(dtype)
@@ -327,7 +317,7 @@ class LayerCache:
         return max(0, self.rows[sequence] - plan.sink - kept)
 
     def lower(self) -> None:
-        """Halve the codes of all sequences to the next stage, in place."""
+        """Lower the codes of all sequences to the next stage, in place."""
         self.overwritten = True
 
         before, after = self.plan.stages[self.stage], self.plan.stages[self.stage + 1]
@@ -461,10 +451,9 @@ class Cache:
         """Let these kernels attend, a set of them a layer; the reference path where there are none."""
         self.kernels = kernels
         self.state = None
-        """For the kernels: each sequence's length before the call, first column and count of its own tokens, and a
-        length that it has had and that says how many blocks every layer has flushed."""
+        """For the kernels: what `records.STATE` says of each sequence."""
         if kernels is not None:
-            self.state = torch.zeros(4, self.batch_size, dtype=torch.int32, device=self.device)
+            self.state = torch.zeros(len(STATE), self.batch_size, dtype=torch.int32, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -531,7 +520,7 @@ class Cache:
         if not self.ahead or self.change is not None:
             return
         assert self.state is not None
-        lengths = (self.state[0] + self.state[2]).tolist()
+        lengths = (self.state[state_row("length")] + self.state[state_row("count")]).tolist()
         for layer in self.layers:
             layer.grow_to(lengths)
         self._length = lengths
@@ -574,7 +563,8 @@ class Cache:
                 max(length, *(layer.reached(sequence) for layer in self.layers))
                 for sequence, length in enumerate(self._length)
             ]
-            self.state.copy_(torch.tensor([self._length, starts, counts, reached], dtype=torch.int32))
+            rows = state_rows({"length": self._length, "start": starts, "count": counts, "reached": reached})
+            self.state.copy_(torch.tensor(rows, dtype=torch.int32))
 
     def steps_until_lowering(self, counts: Sequence[int]) -> int:
         """How often so many tokens (0 or 1 of a sequence) fit before a layer must be lowered or the cache is full."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .errors import InputError
+from .records import state_row
 
 if TYPE_CHECKING:
     from .model import CompiledModel
@@ -78,7 +79,7 @@ def _step(model: CompiledModel, cache: Cache, tokens: Tensor, counts: Tensor) ->
     captured = cache.change is not None
     if not captured:
         cache.note_change()
-    length, _, new, reached = cache.state
+    length, new, reached = (cache.state[state_row(name)] for name in ("length", "count", "reached"))
     length += new
     torch.maximum(reached, length, out=reached)
     new.copy_(counts)

@@ -17,16 +17,22 @@ from torch import Tensor
 from .cubins import CompiledKernels
 from .errors import ArtifactError, InputError
 from .manifest import AGAIN, conform, parse_json
-from .plan import CODE_BITS, LayerPlan, block_bytes
+from .plan import CODE_BITS, FINAL_BITS, LayerPlan, block_bytes
 
 if TYPE_CHECKING:
     from .cache import Cache, LayerCache
 
 SMALLEST_BLOCK = 64
-"""Tokens of a block whose 2-bit codes fill the eight words that a matrix operand takes."""
+"""Tokens of a block that the kernels are made for. It takes more where its codes would not fill LINE_BITS."""
 
 CHANNELS_AT_ONCE = 16
-"""Rows of a matrix operand, which are channels of V."""
+"""Rows of a matrix operand, which are channels of V. A key takes more where its codes would not fill LANE_BITS."""
+
+LANE_BITS = 32
+"""Bits of codes that a lane loads at once."""
+
+LINE_BITS = 4 * LANE_BITS
+"""Bits of a line of V codes that a step of the decode kernel takes: a word of each of four lanes."""
 
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
@@ -74,7 +80,7 @@ class Tuning:
     prefill_warps: int
     prefill_stages: int
     append_warps: int = 4
-    shrink_warps: int = 8
+    lower_warps: int = 8
     prefill_scratch: int = 256 << 20
     """Bytes for what new tokens attend to, unpacked."""
 
@@ -100,7 +106,10 @@ def read_tunings(text: str) -> dict[str, Tuning]:
     for tuning in tunings.values():
         decode = [number for one in tuning.decode.values() for number in astuple(one)]
         launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
-        if not tuning.decode.keys() <= {*CODE_BITS} or min(decode, default=0) < 0 or min(launch) < 1:
+        if tuning.decode.keys() != {*CODE_BITS}:
+            widths = ", ".join(map(str, CODE_BITS))
+            raise ArtifactError(f"{TUNING} does not say how V is decoded at exactly {widths} bits; {AGAIN}")
+        if min(decode) < 0 or min(launch) < 1:
             raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
     return tunings
 
@@ -141,7 +150,7 @@ class LayerKernels:
         it stands."""
         for stage in store.stages_until_fit(counts):
             store.overwritten = True
-            self.shrink(cache, store, stage)
+            self.lower(cache, store, stage)
             store.stage = stage
 
     def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
@@ -173,14 +182,14 @@ class LayerKernels:
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
-    def shrink(self, cache: Cache, store: LayerCache, stage: int) -> None:
+    def lower(self, cache: Cache, store: LayerCache, stage: int) -> None:
         """Rewrite the records that are held at the present stage for `stage`."""
         plan = store.plan
         before, after = plan.stages[store.stage], plan.stages[stage]
         live = max(store.live_blocks(sequence) for sequence in range(cache.batch_size))
         heads = cache.batch_size * plan.num_key_value_heads
         for first, last in lowering_order(live, block_bytes(plan, *before), block_bytes(plan, *after)):
-            self.module.shrink[(heads, last - first)](
+            self.module.lower[(heads, last - first)](
                 store.words,
                 store.buffers,
                 store.head_units,
@@ -193,7 +202,7 @@ class LayerKernels:
                 VALUE_BITS=before[1],
                 KEY_TARGET=after[0],
                 VALUE_TARGET=after[1],
-                num_warps=self.tuning.shrink_warps,
+                num_warps=self.tuning.lower_warps,
             )
 
     def _decode(
@@ -248,7 +257,7 @@ class LayerKernels:
 
     def largest_cells(self, bits: int) -> int:
         """32-bit words of a line of V codes that one of four lanes has."""
-        return self.module.BLOCK.value * bits // 128
+        return self.module.BLOCK.value * bits // LINE_BITS
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
@@ -333,15 +342,17 @@ def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
 
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
-    for channels in (plan.key_head_dim, plan.value_head_dim):
-        if channels % CHANNELS_AT_ONCE:
+    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
+    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
+        if channels % unit:
             raise InputError(
-                f"head_dim {channels} is not a multiple of {CHANNELS_AT_ONCE}, which the Triton kernels need; "
+                f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need; "
                 f'load with backend="reference"'
             )
-    if plan.quantized and (plan.block < SMALLEST_BLOCK or plan.block & (plan.block - 1)):
+    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
+    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
         raise InputError(
-            f"a block of {plan.block} tokens is not a power of two from {SMALLEST_BLOCK} up, which the Triton kernels "
+            f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels "
             f'need; load with backend="reference", or compile with a recipe of longer blocks'
         )
 
@@ -360,7 +371,7 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
 
 def _widths(store: LayerCache) -> dict[str, Any]:
     """Present widths; any that the kernels know where nothing is quantized."""
-    key_bits, value_bits = store.bits if store.plan.quantized else (8, 8)
+    key_bits, value_bits = store.bits if store.plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 

@@ -9,10 +9,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .records import Record, row_numbers
+
 KeyAxis = Literal["token", "channel"]
 
-PARAMETER_BYTES = 2  # a group's mid and range, a byte each
 CODE_BITS = (16, 8, 4, 2)
+"""The widths that codes may have, widest first; nothing else lists them. Each is half of the one before, for lowering a
+code keeps its upper half. A layer begins at the first width."""
+
+FINAL_BITS = CODE_BITS[1:]
+"""The widths that a layer may end at."""
+
 ALIGNMENT = 16
 """Arenas of a head begin and end at multiples of so many bytes."""
 
@@ -49,6 +56,11 @@ class LayerPlan:
     def quantized(self) -> bool:
         return bool(self.stages)
 
+    @property
+    def record(self) -> Record:
+        """The layout of a quantized block of one head."""
+        return Record(self.block, self.key_head_dim, self.value_head_dim, key_by_channel=self.key_axis == "channel")
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -81,15 +93,13 @@ class CachePlan:
 
 def block_bytes(layer: LayerPlan, key_bits: int, value_bits: int) -> int:
     """Bytes of one quantized block of one head: K and V codes and the parameters of their groups."""
-    key_groups = layer.block if layer.key_axis == "token" else layer.key_head_dim
-    parameters = (key_groups + layer.block) * PARAMETER_BYTES
-    codes = layer.block * (layer.key_head_dim * key_bits + layer.value_head_dim * value_bits) // 8
-    return parameters + codes
+    return layer.record.nbytes(key_bits, value_bits)
 
 
 def buffer_bytes(layer: LayerPlan, itemsize: int) -> int:
     """Bytes of sink and window of one head, in a dtype of `itemsize` bytes."""
-    return (layer.sink + layer.window) * (layer.key_head_dim + layer.value_head_dim) * itemsize
+    row = sum(row_numbers(layer.key_head_dim, layer.value_head_dim).values())
+    return (layer.sink + layer.window) * row * itemsize
 
 
 def blocks_needed(layer: LayerPlan, max_len: int) -> int:

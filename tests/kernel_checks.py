@@ -23,7 +23,7 @@ from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, LayerKernels, Tuning, read_tunings
-from pmkvq_compiler.runtime.plan import LayerPlan, block_bytes, sequence_bytes
+from pmkvq_compiler.runtime.plan import CODE_BITS, LayerPlan, block_bytes, sequence_bytes
 
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
@@ -184,7 +184,7 @@ def check_lowering(wide: int, device: torch.device) -> None:
         codes.view(torch.int16).copy_(chosen[: codes.numel() // 2].view((*codes.shape[:-1], -1)))
     cache.layers[0].arena.copy_(twin.layers[0].arena)
     cache.begin([slice(0, 0)])
-    kernels.shrink(cache, cache.layers[0], 1)
+    kernels.lower(cache, cache.layers[0], 1)
     twin.layers[0].lower()
     used = slice(0, twin.layers[0].arena.shape[-1] - twin.layers[0].pool.shape[-1] + 8 * block_bytes(plan, *stages[1]))
     assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
@@ -246,9 +246,6 @@ SMALL = [
     Case(steps=steps(196, 90), taken_back=64),
 ]
 
-LOWERED = (16, 8, 4)
-"""Widths of which every code is lowered."""
-
 
 def repair_interpreter() -> None:
     """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses."""
@@ -269,5 +266,5 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
-    for wide in LOWERED:
+    for wide in CODE_BITS[:-1]:
         check_lowering(wide, torch.device("cpu"))

@@ -49,7 +49,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     lowered = {"KEY_BITS": 16, "VALUE_BITS": 8, "KEY_TARGET": 8, "VALUE_TARGET": 8}
     work = {f"append {mode}": (module.append, 4, {**widths, "MODE": mode}) for mode in ("token", "blocks", "rows")}
     work |= {
-        "shrink": (module.shrink, 8, lowered),
+        "lower": (module.lower, 8, lowered),
         "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),

@@ -24,6 +24,7 @@ from pmkvq_compiler.formats import Format
 from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import RECIPES
+from pmkvq_compiler.runtime.plan import FINAL_BITS
 from pmkvq_compiler.source.source import Source, open_source
 from tests.folders import TEXT, model_folder
 from tests.models import tiny_folder, tiny_model
@@ -151,7 +152,7 @@ def test_each_recipe_measures_what_it_can_choose(source: Source, text: str, tmp_
         assert bool(calibration.scales) == ("scale" in RECIPES[recipe].key_transforms)
         assert bool(calibration.key_gradient) == (recipe == "pm-kvq")
         assert {kept.axis for kept in calibration.key_loss[0]} == set(RECIPES[recipe].key_axes)
-        assert {kept.bits for kept in calibration.value_loss[2]} == {8, 4, 2}
+        assert {kept.bits for kept in calibration.value_loss[2]} == {*FINAL_BITS}
 
 
 def test_positions_are_spread_over_the_effective_length() -> None:

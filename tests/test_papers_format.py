@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pmkvq_compiler.formats import as_cached
-from pmkvq_compiler.runtime.plan import block_bytes
+from pmkvq_compiler.runtime.plan import CODE_BITS, block_bytes
 
 from .runtime.plans import layer_plan
 
@@ -23,7 +23,7 @@ def papers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("papers_format")
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", CODE_BITS[:-1])
 def test_the_equivalent_right_shift_is_the_rounded_quotient_for_every_code(papers: ModuleType, bits: int) -> None:
     codes = torch.arange(1 << bits, dtype=torch.int32)
     divisor = (1 << bits // 2) + 1
@@ -31,7 +31,7 @@ def test_the_equivalent_right_shift_is_the_rounded_quotient_for_every_code(paper
     assert torch.equal(papers.right_shift(codes, bits), quotient.to(torch.int32))
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize("bits", CODE_BITS)
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_levels_reach_both_ends_of_a_group_and_errors_are_at_most_half_a_step(
     papers: ModuleType, bits: int, dim: int

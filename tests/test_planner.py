@@ -22,7 +22,7 @@ from pmkvq_compiler.plan.knapsack import choose, undominated
 from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits, lowering_stages
 from pmkvq_compiler.plan.propose import propose, solve
 from pmkvq_compiler.plan.solution import plan_table
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, longest, sequence_bytes
+from pmkvq_compiler.runtime.plan import CODE_BITS, CachePlan, LayerPlan, longest, sequence_bytes
 
 MAX_LEN = 2048
 
@@ -251,7 +251,7 @@ def test_long_caches_are_also_planned_for_as_if_windows_held_less_of_them() -> N
     assert min(short) < 0.7 * min(as_long)
 
 
-@pytest.mark.parametrize("final", list(itertools.product((16, 8, 4, 2), repeat=2)))
+@pytest.mark.parametrize("final", list(itertools.product(CODE_BITS, repeat=2)))
 def test_stages_halve_the_wider_width_first_and_end_at_the_final_ones(final: tuple[int, int]) -> None:
     stages = lowering_stages(*final, together=False)
     assert (stages[0], stages[-1]) == ((16, 16), final)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.calibrate.key_scales import GRID, LARGEST, QUERIES, SMALLEST, ScaleSearch, candidate_scales
 from pmkvq_compiler.formats import as_cached
+from pmkvq_compiler.runtime.plan import FINAL_BITS
 from pmkvq_compiler.runtime.quantize import fake_quantize
 
 HEADS, TOKENS, CHANNELS, SINK, BLOCK = 2, 100, 32, 4, 32
@@ -80,7 +81,7 @@ def test_layers_that_cannot_be_folded_are_left_out() -> None:
     assert not search.errors[0].any()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", FINAL_BITS)
 def test_groups_along_a_channel_are_indifferent_to_its_scale(bits: int) -> None:
     key = attention(30.0).key
     scale = 2.0 ** torch.randint(-3, 4, (1, HEADS, 1, CHANNELS))  # powers of two: the fp16 parameters scale exactly

@@ -4,7 +4,7 @@
     python examples/benchmarks/kernel_times.py --only decode,append
 
 `decode`: one token's attention, against the best of cuDNN SDPA, flash SDPA and a Triton kernel over bf16. `append`: one
-token into the cache, against the decode attention of the same step. `shrink`: codes lowered in place, against the
+token into the cache, against the decode attention of the same step. `lower`: codes lowered in place, against the
 device's copy bandwidth. `prefill`: a prompt in chunks, against flash attention over the whole prompt.
 
 Every row is measured in the same run as what it is compared with: medians of replayed CUDA graphs over random data, the
@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `ratio` is the baseline's time over ours (of a shrink: bandwidth over that of a copy)."""
+    """One measurement: `ratio` is the baseline's time over ours (of `lower`: bandwidth over that of a copy)."""
 
     kernel: str
     shape: str
@@ -94,11 +94,11 @@ CHUNKS = (8192, PREFILL_CHUNK, 2048, 512)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="decode,append,shrink,prefill", help="parts to run (%(default)s)")
+    parser.add_argument("--only", default="decode,append,lower,prefill", help="parts to run (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/kernels"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = {"decode": decode_rows, "append": append_rows, "shrink": shrink_rows, "prefill": prefill_rows}
+    parts = {"decode": decode_rows, "append": append_rows, "lower": lower_rows, "prefill": prefill_rows}
     rows = []
     for name in arguments.only.split(","):
         for row in parts[name]():
@@ -284,7 +284,7 @@ def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float
     return taken
 
 
-def shrink_rows() -> Iterator[Row]:
+def lower_rows() -> Iterator[Row]:
     """A gigabyte of codes lowered in place; bytes read and written a second against those of a copy."""
     source = torch.randint(-128, 128, (1 << 30,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
@@ -292,7 +292,7 @@ def shrink_rows() -> Iterator[Row]:
         2 * source.nbytes / taken / 1e3 for taken in (microseconds(lambda: target.copy_(source)), eager(target, source))
     )
     for wide, narrow in (((16, 16), (8, 8)), ((8, 8), (4, 4)), ((4, 4), (2, 2)), ((4, 4), (4, 2))):
-        yield shrink_row(wide, narrow, copy)
+        yield lower_row(wide, narrow, copy)
 
 
 def eager(target: Tensor, source: Tensor) -> float:
@@ -300,7 +300,7 @@ def eager(target: Tensor, source: Tensor) -> float:
     return seconds_and_peak(lambda: torch.bitwise_not(source, out=target))[0]
 
 
-def shrink_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> Row:
+def lower_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> Row:
     tokens = 2**30 * 8 // (32 * 4 * 128 * (wide[0] + wide[1]))
     shape = Shape(32, tokens // 64 * 64 + 132)
     layer = layer_plan(shape, narrow, "channel", 64, (wide, narrow))
@@ -309,10 +309,10 @@ def shrink_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> R
     cache.begin([slice(0, 0)] * shape.batch)
     live, sizes = store.live_blocks(0), [block_bytes(layer, *bits) for bits in (wide, narrow)]
     moved = live * shape.batch * shape.heads * sum(sizes)
-    taken = microseconds(lambda: kernels.shrink(cache, store, 1), 10)
+    taken = microseconds(lambda: kernels.lower(cache, store, 1), 10)
     speed = moved / taken / 1e3
     launches = f"{len(list(lowering_order(live, *sizes)))} launches"
-    return Row("shrink", launches, f"{wide} to {narrow}", taken, speed, "copy", moved / copy / 1e3, speed / copy, 1.0)
+    return Row("lower", launches, f"{wide} to {narrow}", taken, speed, "copy", moved / copy / 1e3, speed / copy, 1.0)
 
 
 def prefill_rows() -> Iterator[Row]:

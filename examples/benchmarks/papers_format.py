@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pmkvq_compiler import formats
 from pmkvq_compiler.calibrate import gradient_product
-from pmkvq_compiler.runtime import plan
+from pmkvq_compiler.runtime import records
 
-PARAMETER_BYTES = 4
+PARAMETER_BITS = 32
 LARGEST_FP16 = 65504.0
 WIDEST = 16
 
@@ -30,7 +30,7 @@ WIDEST = 16
 def papers_format() -> Iterator[None]:
     """Within it, plans count two fp16 numbers a group, and K and V are calibrated and scored in this format."""
     with (
-        patch.object(plan, "PARAMETER_BYTES", PARAMETER_BYTES),
+        patch.object(records, "PARAMETER_BITS", PARAMETER_BITS),
         patch.object(formats, "fake_quantize", fake_quantize),
         patch.object(gradient_product, "fake_quantize", fake_quantize),
     ):

@@ -37,8 +37,8 @@ from kernel_times import (
 
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
 from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, DecodeTuning, LayerKernels, Tuning, read_tunings
+from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
 
-WIDTHS = (8, 4, 2)
 CHUNK = 8192
 PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
 """Queries and keys of a step, warps, stages."""
@@ -56,11 +56,11 @@ def main() -> None:
     arguments = parser.parse_args()
     tunings = read_tunings(arguments.table.read_text(encoding="utf-8"))
     default = tunings[DEFAULT_TUNING]
-    jobs = [functools.partial(decode_time, bits, one) for bits in WIDTHS for one in decode_candidates(bits)]
+    jobs = [functools.partial(decode_time, bits, one) for bits in FINAL_BITS for one in decode_candidates(bits)]
     jobs += [functools.partial(prefill_time, default, *shape) for shape in PREFILL_SHAPES]
     compile_all(jobs)
-    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in WIDTHS}
-    decode[16] = decode[8]
+    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in FINAL_BITS}
+    decode[CODE_BITS[0]] = decode[FINAL_BITS[0]]
     shape = min(PREFILL_SHAPES, key=lambda shape: prefill_time(default, *shape))
     tile, step, warps, stages = shape
     found = dataclasses.replace(
@@ -90,7 +90,7 @@ def decode_cache(bits: int) -> tuple[Cache, LayerKernels, LayerCache]:
 
 def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> float:
     cache, kernels, store = decode_cache(bits)
-    tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys((16, 8, 4, 2), candidate))
+    tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys(CODE_BITS, candidate))
     tuned = LayerKernels(kernels.module, tuning)
     taken = microseconds(decode_work(LARGE, cache, tuned, store), 1 if quiet else 15)
     if not quiet:

@@ -180,7 +180,13 @@ def compile_work(work: Work) -> Cubin:
         {path: [["tt.divisibility", ALIGNMENT]] for path in _paths(types, launched.divisible)},
     )
     target = GPUTarget("cuda", int(work.target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # Triton wraps it in an error for every call on the way
+            reason = reason.__cause__
+        raise reason from None
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ValueError("it needs memory or thread blocks beside its own")

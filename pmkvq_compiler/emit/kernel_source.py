@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from pmkvq_compiler.emit.model_source import span
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.runtime import quantize
-from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime import quantize, records
+from pmkvq_compiler.runtime.plan import ALIGNMENT, LayerPlan
+from pmkvq_compiler.runtime.records import PARAMETER_BITS, Field, row_numbers
 from pmkvq_compiler.templates import read, render
 
 TUNING = "tuning.json"
+
+WIDTH_OF = {"parameter": str(PARAMETER_BITS), "key": "key_bits", "value": "value_bits"}
+"""The width of a field's numbers, as kernels call it."""
 
 
 def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks: bool, layers: str) -> str:
@@ -29,7 +35,29 @@ def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks:
         softcap=softcap,
         has_sinks=has_sinks,
         quantize=quantize,
+        **layout(plan),
     )
+
+
+def layout(plan: LayerPlan) -> dict[str, Any]:
+    """`runtime.records` for the kernels of a layer: rows of `state`, what lies before the rows of K and V, and what
+    lies before the fields of a record, in bits that depend on the widths of codes."""
+    fields, row = plan.record.fields, row_numbers(plan.key_head_dim, plan.value_head_dim)
+    before = itertools.accumulate(row.values(), initial=0)
+    return {
+        "state": records.STATE,
+        "alignment": ALIGNMENT,
+        "rows": dict(zip(row, before, strict=False)),
+        "key_groups": fields["key_parameters"].numbers,
+        "record": {name: bits_of(plan.record.before(name)) for name in fields},
+        "record_bits": bits_of(fields.values()),
+    }
+
+
+def bits_of(fields: Collection[Field]) -> str:
+    """The bits of fields as an expression of `key_bits` and `value_bits`."""
+    kinds = {kind: sum(field.numbers * field.lines for field in fields if field.kind == kind) for kind in WIDTH_OF}
+    return " + ".join(f"{count} * {WIDTH_OF[kind]}" for kind, count in kinds.items() if count) or "0"
 
 
 def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> dict[str, str]:

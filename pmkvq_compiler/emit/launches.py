@@ -178,7 +178,7 @@ def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) ->
             cache = _attend(kernels, plan, plan.max_len, stage, call)
             store = cache.layers[0]
             if stage + 1 < len(stages) and store.live_blocks(0):
-                kernels.shrink(cache, store, stage + 1)
+                kernels.lower(cache, store, stage + 1)
         if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts
             for max_len in _lengths(plan.max_len):
                 _attend(kernels, plan, max_len, stages[-1], call)

@@ -22,6 +22,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
 from pmkvq_compiler.runtime.quantize import LARGEST, LARGEST_MID, LARGEST_RANGE, MIDS_PER_RANGE, levels, range_of
+from pmkvq_compiler.runtime.records import PARAMETER_BITS
 
 DOMAIN = "pmkvq"
 OPSET = 20
@@ -88,14 +89,15 @@ def state_tensors(attention: Attention) -> list[StateTensor]:
     ]
     if not attention.blocks:
         return rows
-    groups = plan.block if plan.key_axis == "token" else plan.key_head_dim
     key_bytes = plan.key_head_dim * plan.key_bits // BYTE_BITS
     value_bytes = plan.value_head_dim * plan.value_bits // BYTE_BITS
+    fields, parameter_bytes = plan.record.fields, PARAMETER_BITS // BYTE_BITS
+    key_groups, value_groups = fields["key_parameters"].numbers, fields["value_parameters"].numbers
     return [
         StateTensor("key_codes", ir.DataType.UINT8, (*batch, "blocks", key_bytes, plan.block)),
-        StateTensor("key_parameters", ir.DataType.UINT8, (*batch, "blocks", 2, groups)),
+        StateTensor("key_parameters", ir.DataType.UINT8, (*batch, "blocks", parameter_bytes, key_groups)),
         StateTensor("value_codes", ir.DataType.UINT8, (*batch, "blocks", plan.block, value_bytes)),
-        StateTensor("value_parameters", ir.DataType.UINT8, (*batch, "blocks", 2, plan.block)),
+        StateTensor("value_parameters", ir.DataType.UINT8, (*batch, "blocks", parameter_bytes, value_groups)),
         *rows,
     ]
 

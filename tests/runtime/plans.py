@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
+from pmkvq_compiler.runtime.plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 
 
 def stages_to(key_bits: int, value_bits: int) -> tuple[tuple[int, int], ...]:
-    """From (16, 16) down, the wider of the two first, V before K."""
-    stages = [(16, 16)]
+    """From the widest codes down, the wider of the two first, V before K."""
+    stages = [(CODE_BITS[0], CODE_BITS[0])]
     while stages[-1] != (key_bits, value_bits):
         key, value = stages[-1]
         lower_value = value > value_bits and (value >= key or key == key_bits)

@@ -9,7 +9,7 @@ import torch
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache, LayerCache
 from pmkvq_compiler.runtime.errors import CacheFull, InputError
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, longest
+from pmkvq_compiler.runtime.plan import FINAL_BITS, CachePlan, LayerPlan, blocks_needed, longest
 
 from .plans import cache_plan, layer_plan, stages_to
 
@@ -72,7 +72,7 @@ def test_other_batch_sizes_share_the_same_bytes(dtype: torch.dtype) -> None:
 
 def test_layers_are_lowered_in_the_planned_order_to_their_final_bits() -> None:
     max_len = 1500
-    layers = [layer_plan(max_len, key_bits=k, value_bits=v) for k, v in itertools.product((8, 4, 2), repeat=2)]
+    layers = [layer_plan(max_len, key_bits=k, value_bits=v) for k, v in itertools.product(FINAL_BITS, repeat=2)]
     cache = Cache(cache_plan(*layers, max_len=max_len), 1, None, torch.float32, CPU)
     seen: list[list[tuple[int, int]]] = [[bits] for bits in cache.bits]
     while cache.length[0] < max_len:

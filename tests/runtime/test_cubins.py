@@ -89,9 +89,9 @@ def test_every_launch_of_a_run_was_compiled(compiled: Path, monkeypatch: pytest.
     assert widths == {(16, 16), (16, 8), (8, 8)}, "the run was to go through every stage"
     assert len(device.launches) > 15
     entry = archive.index["modules"]["attention_0"]
-    gone = next(key for key in entry["variants"] if json.loads(key)[0] == "shrink")
+    gone = next(key for key in entry["variants"] if json.loads(key)[0] == "lower")
     del entry["variants"][gone]
-    with pytest.raises(runtime.InputError, match=r"the kernel shrink was not compiled for sm_90 with .* --aot"):
+    with pytest.raises(runtime.InputError, match=r"the kernel lower was not compiled for sm_90 with .* --aot"):
         run_through_all_stages(compiled, {"attention_0": archive.kernels("attention_0")})
 
 
@@ -104,7 +104,7 @@ def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: 
     assert len(launched) == 2
     for name, recorder in launched.items():
         assert recorder.launches.keys() <= foreseen[name].launches.keys()
-        assert {one.kernel for one in recorder.launches.values()} >= {"append", "shrink", "decode", "merge"}
+        assert {one.kernel for one in recorder.launches.values()} >= {"append", "lower", "decode", "merge"}
         for key, one in recorder.launches.items():
             assert one.divisible >= foreseen[name].launches[key].divisible, f"{key} relies on more than holds"
 
@@ -115,7 +115,7 @@ def test_code_takes_the_parameters_that_are_passed(compiled: Path, tmp_path: Pat
     archive = Archive(path, torch.device("cuda:0"))
     tool = triton.knobs.nvidia.cuobjdump.path
     variants = archive.index["modules"]["attention_0"]["variants"]
-    assert {json.loads(key)[0] for key in variants} >= {"append", "shrink", "decode", "merge", "prefill"}
+    assert {json.loads(key)[0] for key in variants} >= {"append", "lower", "decode", "merge", "prefill"}
     for key, entry in variants.items():
         about = archive.index["cubins"][entry["cubin"]]
         file = tmp_path / entry["cubin"]

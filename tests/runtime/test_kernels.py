@@ -13,6 +13,7 @@ import torch
 
 from pmkvq_compiler.runtime.errors import InputError
 from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order
+from pmkvq_compiler.runtime.plan import CODE_BITS
 
 from .plans import layer_plan
 
@@ -37,23 +38,34 @@ def test_kernels_in_the_interpreter_equal_float64() -> None:
     [
         (80, {"head_dim": 64, "group": 3, "key_bits": 2, "value_bits": 2}),
         (90, {"head_dim": 128, "group": 7, "key_bits": 2, "value_bits": 4}),
-        (100, {"head_dim": 80, "group": 4, "key_bits": 8, "value_bits": 8, "key_axis": "token"}),
+        (
+            100,
+            {
+                "head_dim": 80,
+                "group": 4,
+                "key_bits": 8,
+                "value_bits": 8,
+                "key_axis": "token",
+                "block": 128,
+                "window": 128,
+            },
+        ),
     ],
 )
 def test_kernels_compile_without_a_device(capability: int, changes: dict[str, object]) -> None:
     compiled = compile_case(Case(steps=steps(1), **changes), capability)
-    assert {"append", "shrink", "decode", "merge", "prefill"} <= {name.split()[0] for name in compiled}
+    assert {"append", "lower", "decode", "merge", "prefill"} <= {name.split()[0] for name in compiled}
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
     decode = compiled["decode"].asm["ptx"]
     assert "mma.sync" in decode, "the matrix unit does the products"
     assert not re.search(r"cvt\.rn\.f\d+\.[su](8|16)", decode), "codes become operands without a conversion"
 
 
-@pytest.mark.parametrize("wide", [16, 8, 4])
+@pytest.mark.parametrize("wide", CODE_BITS[:-1])
 def test_lowering_takes_two_masks_and_a_shift_for_a_word(wide: int) -> None:
     case = Case(head_dim=128, key_bits=wide // 2, value_bits=wide // 2, steps=steps(1))
     widths = {"KEY_BITS": wide, "VALUE_BITS": wide, "KEY_TARGET": wide // 2, "VALUE_TARGET": wide // 2}
-    text = compile_kernel(render_module(case).shrink, case, 90, 8, **widths).asm["ptx"]
+    text = compile_kernel(render_module(case).lower, case, 90, 8, **widths).asm["ptx"]
     stored = sum(int(count) for count in re.findall(r"st\.global\.v(\d)\.b32", text))
     addressing = 4
     assert stored >= 4
@@ -82,7 +94,7 @@ def test_blocks_that_kernels_cannot_read_are_refused() -> None:
             check_kernels(layer_plan(block=block, window=128))
 
 
-WIDTHS = list(itertools.product((16, 8, 4, 2), repeat=2))
+WIDTHS = list(itertools.product(CODE_BITS, repeat=2))
 LENGTHS = [steps(190, 1, 130, 1), RAGGED, steps(400, 1, 1), steps(1, 1, 250, 1, 64, 1)]
 
 
@@ -93,7 +105,7 @@ def covering() -> list[Case]:
     for number, (head_dim, axis) in enumerate(shapes):
         for turn in range(5):
             at = 5 * number + turn
-            key_bits, value_bits = WIDTHS[at % 16]
+            key_bits, value_bits = WIDTHS[at % len(WIDTHS)]
             case = Case(
                 head_dim=head_dim,
                 key_axis=axis,

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pmkvq_compiler.runtime.plan import CODE_BITS
 from pmkvq_compiler.runtime.quantize import (
     decode,
     encode,
@@ -19,8 +20,6 @@ from pmkvq_compiler.runtime.quantize import (
 )
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-WIDTHS = (16, 8, 4, 2)
-
 
 WORDS = [
     (mid << 8) | value_range
@@ -43,13 +42,13 @@ def test_lowering_every_code_gives_what_quantizing_at_once_gives(word: int) -> N
     halves = mid + (torch.arange(2 * 65536 + 1) / 2 - 32768) * (value_range / 65536)
     infinity = torch.tensor(torch.inf)
     x = torch.cat([halves, halves.nextafter(infinity), halves.nextafter(-infinity)], dim=-1)
-    codes = {bits: encode(x, parameters, bits) for bits in WIDTHS}
+    codes = {bits: encode(x, parameters, bits) for bits in CODE_BITS}
     assert torch.equal(codes[16].unique(), torch.arange(65536, dtype=torch.int32))
-    for wide, narrow in itertools.combinations(WIDTHS, 2):
+    for wide, narrow in itertools.combinations(CODE_BITS, 2):
         assert torch.equal(lower(codes[wide], wide, narrow), codes[narrow])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", CODE_BITS)
 def test_numbers_of_codes_are_evenly_spaced_and_have_these_codes(bits: int) -> None:
     codes, parameters = torch.arange(1 << bits, dtype=torch.int32), groups(WORDS)
     mid, value_range = mid_and_range(parameters)
@@ -59,7 +58,7 @@ def test_numbers_of_codes_are_evenly_spaced_and_have_these_codes(bits: int) -> N
     torch.testing.assert_close(x.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("wide", "narrow"), list(itertools.combinations(WIDTHS, 2)))
+@pytest.mark.parametrize(("wide", "narrow"), list(itertools.combinations(CODE_BITS, 2)))
 def test_a_lowered_number_is_off_by_at_most_half_a_narrow_step(wide: int, narrow: int) -> None:
     x = torch.randn(512, 64) * torch.rand(512, 1).mul(12).sub(6).exp()
     parameters = group_parameters(x, -1)
@@ -71,7 +70,7 @@ def test_a_lowered_number_is_off_by_at_most_half_a_narrow_step(wide: int, narrow
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", CODE_BITS)
 def test_pack_round_trip(bits: int, head_dim: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 5, head_dim), dtype=torch.int32)
     words = pack(codes, bits)
@@ -81,7 +80,7 @@ def test_pack_round_trip(bits: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", CODE_BITS)
 def test_bytes_unpack_to_the_same_fields(bits: int, head_dim: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 5, head_dim), dtype=torch.int32)
     fields = unpack_bytes(pack(codes, bits).view(torch.uint8), bits, torch.float32)
@@ -90,7 +89,7 @@ def test_bytes_unpack_to_the_same_fields(bits: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", CODE_BITS)
 @pytest.mark.parametrize("offset", [0, 1, 100])
 def test_error_is_at_most_half_a_step(bits: int, dim: int, offset: float) -> None:
     x = (torch.randn(7, 64, 80) * torch.rand(7, 64, 80).mul(10).sub(5).exp()).double()
@@ -121,7 +120,7 @@ def test_groups_of_one_value_and_of_zeros() -> None:
     for value in (0.0, 3.14159, -1e-3, 4e4):
         x = torch.full((2, 64), value)
         parameters = group_parameters(x, -1)
-        for bits in WIDTHS:
+        for bits in CODE_BITS:
             decoded = decode(encode(x, parameters, bits), parameters, bits)
             torch.testing.assert_close(decoded, x, rtol=0.15 / (1 << bits) / 2, atol=0)
 
@@ -135,5 +134,5 @@ def test_values_beyond_the_largest_range_saturate_and_stay_finite() -> None:
     for x in (torch.tensor([[-1e6, 0.0, 1e6, 5.0]]), torch.full((1, 64), 3e38), torch.full((1, 64), -65504.0)):
         parameters = group_parameters(x, -1)
         assert (mid_and_range(parameters)[0].abs() < 65504).all(), "a middle that is no fp16 number"
-        for bits in WIDTHS:
+        for bits in CODE_BITS:
             assert torch.isfinite(fake_quantize(x, bits, -1)).all()
