@@ -18,6 +18,8 @@ POINTERS = {
     "state": "*i32",
     "keys": "*fp16",
     "values": "*fp16",
+    "page_table": "*i32",
+    "row_table": "*i32",
 }
 ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
 STRIDES = {"query_strides", "key_strides", "value_strides"}
@@ -29,7 +31,8 @@ def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -
     types |= {name: kind for name, kind in POINTERS.items() if name in types}
     types |= dict.fromkeys(ROWS & set(names), "*bf16" if dtype == torch.bfloat16 else "*fp16")
     types |= dict.fromkeys({"scale"} & set(names), "fp32")
-    types |= dict.fromkeys(STRIDES & set(names), ("i32", "i32", "i32"))
+    strides = ("i32",) * (2 if "page_table" in names else 3)  # pages' tokens are of all sequences in turn
+    types |= dict.fromkeys(STRIDES & set(names), strides)
     return types | dict.fromkeys(constants, "constexpr")
 
 
@@ -54,6 +57,10 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
         "prefill": (module.prefill, 4, {"TILE": 64, "STEP": 64}),
+        "keep_paged": (module.keep_paged, 4, {"TOKENS": 16}),
+        "quantize_paged": (module.quantize_paged, 4, widths),
+        "decode_paged": (module.decode_paged, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
+        "prefill_paged": (module.prefill_paged, 4, {**widths, "TILE": 8, "STEP": 32}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)

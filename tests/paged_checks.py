@@ -79,9 +79,16 @@ def run(case: Case, device: torch.device, exact: bool = False, seed: int = 0) ->
         starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
         lengths += starts[1:] - starts[:-1]
         tell(state, starts.to(device), lengths.to(device))
-        told = Tables(state, pages, rows, sequences, max(counts))
+        first = next((n for n, count in enumerate(counts) if count != 1), sequences)  # those of one token come first
+        parts = [
+            Tables(state[:, own], pages[own], rows[own], own.stop - own.start, max(counts[own]))
+            for own in (slice(0, first), slice(first, sequences))
+            if own.start < own.stop
+        ]
+        out = torch.empty(total, heads * case.group, plan.value_head_dim, dtype=case.dtype, device=device)
         on_device = (one.to(device) for one in (q, k, v))
-        out = kernels.attend(*on_device, told, 0.2, None if sinks is None else sinks.to(device)).cpu().double()
+        kernels.attend(*on_device, parts, 0.2, None if sinks is None else sinks.to(device), out)
+        out = out.cpu().double()
         steps = []
         for number, count in enumerate(counts):
             own = slice(int(starts[number]), int(starts[number]) + count)

@@ -10,6 +10,7 @@ to a module with `prepare` and `attach`. Leave it as it is.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import json
 import re
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -24,7 +26,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
-from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, open_artifact
+from ..kernels import Tuning, check_kernels
+from ..load import choose_kernels
+from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, file_digest, open_artifact
 from ..plan import CachePlan
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
@@ -149,6 +153,7 @@ def prepare(config: VllmConfig) -> None:
         return
     _check_model(config, artifact)
     _check_features(config)
+    _check_kernels(config, artifact)
     block = plan.layers[0].block
     cache = config.cache_config
     if cache.user_specified_block_size and cache.block_size != block:
@@ -268,6 +273,8 @@ class Served:
     in_flight: int
     max_len: int
     dtype: torch.dtype
+    code: list[tuple[ModuleType, Tuning]] | None
+    """Each layer's kernels and how they are launched; None where the reference attends."""
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
 
@@ -312,7 +319,8 @@ def attach(original: Callable[..., None], attention: Attention, args: Any, kwarg
     pages, rows = (_placed(served, kind, index) for kind in ("pages", "rows"))
     assert pages is not None
     layer = served.layers[index]
-    attention.impl.attach(layer, pages[0], pages[1], *(rows or (None, 0)), served.rotations.get(index))
+    code = served.code[index] if served.code is not None else None
+    attention.impl.attach(layer, *pages, *(rows or (None, 0)), served.rotations.get(index), code)
     attention.kv_sharing_target_layer_name = pages[0].name  # the layer owns no cache of its own
     served.attached.add(index)
 
@@ -358,7 +366,60 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         in_flight=in_flight,
         max_len=config.model_config.max_model_len,
         dtype=config.model_config.dtype,
+        code=_code(artifact),
     )
+
+
+def _code(artifact: Artifact) -> list[tuple[ModuleType, Tuning]] | None:
+    """The artifact's generated kernels, on a device that they are for."""
+    from .backend import device, kernels_attend
+
+    if not kernels_attend():
+        return None
+    found = choose_kernels(artifact.package, artifact.manifest.plan, device(), "triton", compiled=False)
+    assert found is not None
+    return [(one.module, one.tuning) for one in found]
+
+
+def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
+    """Raises `InputError` where the kernels attend and do not know the plan's blocks or heads, or are not trusted."""
+    from .backend import kernels_attend
+
+    if not kernels_attend():
+        return
+    ranks = config.parallel_config.tensor_parallel_size
+    for layer in artifact.manifest.plan.layers:
+        check_kernels(layer)
+        if ranks > layer.num_key_value_heads:
+            raise InputError(
+                f"--tensor-parallel-size {ranks} shares {layer.num_key_value_heads} key/value heads, for which the "
+                f"kernels of {artifact.folder} were not made; use {layer.num_key_value_heads} ranks at most"
+            )
+    _check_trust(config, artifact)
+
+
+def _check_trust(config: VllmConfig, artifact: Artifact) -> None:
+    """Raises `InputError` where the kernels are Python that the user has not agreed to run.
+
+    Who installed the artifact's package has, if what lies there is the same; so has who passes --trust-remote-code.
+    """
+    if config.model_config.trust_remote_code:
+        return
+    package = artifact.manifest.package
+    for entry in importlib.metadata.entry_points(group="vllm.general_plugins"):
+        if entry.value.startswith(package + ".") and entry.dist is not None:
+            installed = Path(str(entry.dist.locate_file(package)))
+            code = {name for name in artifact.package.digests or () if name.startswith("kernels/")}
+            if all(_is_same(installed / name, (artifact.package.digests or {})[name]) for name in code):
+                return
+    raise InputError(
+        f"the kernels of {artifact.folder} are Python of whoever made it; install the artifact with pip, or pass "
+        f"--trust-remote-code, if you would run that"
+    )
+
+
+def _is_same(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
 
 
 def _check_attention(arguments: dict[str, Any], served: Served, prefix: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,7 +21,10 @@ from vllm.v1.attention.backend import (
 )
 
 from ..errors import InputError
+from ..kernels import Tuning
+from ..records import STATE
 from ..rotation import rotate_heads
+from .kernels import PagedKernels, Tables, tell
 from .layout import PagedLayer
 from .pages import LayerPages, Step
 
@@ -32,33 +37,82 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metadata:
-    """A group's part in a step: where each sequence's new tokens begin in the batch (and where the last ones end), the
-    lengths of the sequences with them, and the table of their blocks."""
+    """A group's part in a step, for the reference: where each sequence's new tokens begin in the batch (and where the
+    last ones end), the lengths of the sequences with them, and the table of their blocks."""
 
     starts: list[int]
     lengths: list[int]
     table: Tensor
 
 
-class Builder(AttentionMetadataBuilder[Metadata]):
-    """The reference path goes from sequence to sequence, so it wants lengths on the host."""
+@dataclass(frozen=True)
+class DeviceMetadata:
+    """The same for kernels, which know sequences by `state`. The first `singles` of them have at most one new token
+    each, and none has more than `most_new`."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    state: Tensor
+    table: Tensor
+    count: int
+    singles: int
+    most_new: int
+
+    def parts(self, rows: DeviceMetadata) -> list[Tables]:
+        """Sequences of one new token, and all others."""
+        cuts = [(0, self.singles, 1), (self.singles, self.count, self.most_new)]
+        return [
+            Tables(self.state[:, first:last], self.table[first:last], rows.table[first:last], last - first, most)
+            for first, last, most in cuts
+            if first < last
+        ]
+
+
+class Builder(AttentionMetadataBuilder[Any]):
+    """Where kernels attend, the host looks at nothing that the device knows, so that a step of single tokens can be a
+    CUDA graph. The reference path goes from sequence to sequence and wants their lengths."""
+
+    reorder_batch_threshold = 1
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        most = max(vllm_config.scheduler_config.max_num_seqs, *_captured(vllm_config), 1)
+        self.state = torch.zeros(len(STATE), most, dtype=torch.int32, device=device) if kernels_attend() else None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if kernels_attend() else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Metadata:
-        count = common_attn_metadata.num_reqs
-        return Metadata(
-            common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
-            common_attn_metadata.seq_lens[:count].tolist(),
-            common_attn_metadata.block_table_tensor[:count],
-        )
+    ) -> Metadata | DeviceMetadata:
+        common, count = common_attn_metadata, common_attn_metadata.num_reqs
+        table = common.block_table_tensor[:count]
+        if self.state is None:
+            starts, lengths = common.query_start_loc_cpu[: count + 1], common.seq_lens[:count]
+            return Metadata(starts.tolist(), lengths.tolist(), table)
+        tell(self.state, common.query_start_loc[: count + 1], common.seq_lens[:count])
+        singles = count
+        if common.max_query_len > 1:
+            new = common.query_start_loc_cpu[1 : count + 1] - common.query_start_loc_cpu[:count]
+            longer = (new > 1).nonzero()
+            singles = int(longer[0]) if len(longer) else count
+        return DeviceMetadata(self.state, table, count, singles, common.max_query_len)
+
+
+def kernels_attend() -> bool:
+    """Whether the platform is one of the generated kernels'."""
+    return bool(current_platform.is_cuda())
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device(current_platform.device_type)
+
+
+def _captured(vllm_config: VllmConfig) -> list[int]:
+    """Sizes of batches that CUDA graphs are made of."""
+    return list(vllm_config.compilation_config.cudagraph_capture_sizes or ())
 
 
 class Backend(AttentionBackend):
@@ -104,7 +158,7 @@ class Store(AttentionLayerBase):
         self.served.check_size(len(kv_cache))
 
 
-class Impl(AttentionImpl[Metadata]):
+class Impl(AttentionImpl[Any]):
     """Attention of one layer, once `attach` has told it which."""
 
     def __init__(
@@ -142,11 +196,14 @@ class Impl(AttentionImpl[Metadata]):
         rows: Store | None,
         row_offset: int,
         rotation: Tensor | None,
+        code: tuple[ModuleType, Tuning] | None,
     ) -> None:
         """What the layer is, the stores of its group of pages and of rows, and where in their blocks it begins.
-        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries."""
+        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries. `code` are the kernels and how they are
+        launched; None where the reference attends."""
         self.layer, self.stores, self.places = layer, (pages, rows), (page_offset, row_offset)
-        self.rotation = rotation
+        self.rotation = None if rotation is None else rotation.to(device())
+        self.code = code
 
     def forward(
         self,
@@ -155,7 +212,7 @@ class Impl(AttentionImpl[Metadata]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Metadata | None,
+        attn_metadata: Metadata | DeviceMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -163,12 +220,27 @@ class Impl(AttentionImpl[Metadata]):
         """`query` [T, Hq, key_head_dim], `key` and `value` [T, H, d] of all new tokens, to `output` [T, Hq, dv]."""
         if attn_metadata is None:  # a trial run that measures memory
             return output.zero_()
-        pages, views = attn_metadata, self._views()
+        pages = attn_metadata
         rows = pages if self.stores[1] is None else get_forward_context().attn_metadata[self.stores[1].name]
-        q, k, v = (part.transpose(0, 1) for part in (query, key, value))
+        if self._seen is not self.stores[0].blocks:
+            self._look_into_pool()
         if self.rotation is not None:
-            turn = self.rotation = self.rotation.to(query.device)
-            q, k = rotate_heads(q[None], turn)[0], rotate_heads(k[None], turn)[0]
+            query, key = (self._turned(part) for part in (query, key))
+        if isinstance(pages, DeviceMetadata):
+            self.kernels.attend(query, key, value, pages.parts(rows), self.scale, self.sinks, output)
+        else:
+            self._attend_by_reference(query, key, value, pages, rows, output)
+        return output
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Queries or keys [T, heads, key_head_dim] by the rotation of the key head that each belongs to."""
+        assert self.rotation is not None
+        return rotate_heads(x.transpose(0, 1)[None], self.rotation)[0].transpose(0, 1)
+
+    def _attend_by_reference(
+        self, query: Tensor, key: Tensor, value: Tensor, pages: Metadata, rows: Metadata, output: Tensor
+    ) -> None:
+        q, k, v = (part.transpose(0, 1) for part in (query, key, value))
         steps = {}
         for number, length in enumerate(pages.lengths):
             own = slice(pages.starts[number], pages.starts[number + 1])
@@ -176,19 +248,30 @@ class Impl(AttentionImpl[Metadata]):
                 cached = length - (own.stop - own.start)
                 steps[own.start] = Step(k[:, own], v[:, own], cached, pages.table[number], rows.table[number])
         for step in steps.values():
-            views.write_tokens(step)
+            self.views.write_tokens(step)
         for step in steps.values():
-            views.write_blocks(step)
+            self.views.write_blocks(step)
         for start, step in steps.items():
             own = slice(start, start + step.keys.shape[1])
-            output[own] = views.attend(q[:, own], step, self.scale, self.softcap, self.sinks).transpose(0, 1)
-        return output
+            output[own] = self.views.attend(q[:, own], step, self.scale, self.softcap, self.sinks).transpose(0, 1)
 
-    def _views(self) -> LayerPages:
-        """The layer's views of the pool, made anew when vLLM has made another pool."""
-        pages, rows = self.stores
-        if self._seen is not pages.blocks:
-            placed = () if rows is None else (rows.blocks, self.places[1], rows.group.block)
-            self._pages = LayerPages.of(self.layer, pages.served.dtype, pages.blocks, self.places[0], *placed)
-            self._seen = pages.blocks
-        return self._pages
+    def _look_into_pool(self) -> None:
+        """Make the layer's views of the pool, which vLLM has made, or made anew."""
+        (pages, rows), (page_offset, row_offset) = self.stores, self.places
+        served, row_block = pages.served, 0 if rows is None else rows.group.block
+        if self.code is None:
+            placed = () if rows is None else (rows.blocks, row_offset, row_block)
+            self.views = LayerPages.of(self.layer, served.dtype, pages.blocks, page_offset, *placed)
+        else:
+            assert rows is None or rows.blocks.data_ptr() == pages.blocks.data_ptr(), "all groups are in one pool"
+            self.kernels = PagedKernels.of(
+                *self.code,
+                self.layer,
+                pages.blocks,
+                served.dtype,
+                page_offset,
+                row_offset,
+                row_block,
+                served.max_len,
+            )
+        self._seen = pages.blocks

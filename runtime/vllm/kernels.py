@@ -6,6 +6,7 @@ host's; how long each one is only the device's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -91,16 +92,23 @@ class PagedKernels:
             most_blocks=0 if layer.exact else -(-max_len // layer.plan.block),
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, sinks: Tensor | None) -> Tensor:
-        """Keep the new tokens and attend: `q` [T, Hq, key_head_dim], `k` and `v` [T, H, d] to [T, Hq, value_head_dim].
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Tables], scale: float, sinks: Tensor | None, out: Tensor
+    ) -> None:
+        """Keep the new tokens of all parts of a step, then attend: `q` [T, Hq, key_head_dim], `k` and `v` [T, H, d] to
+        `out` [T, Hq, value_head_dim].
 
-        T may be more than the sequences have, whose rest is padding and gets anything.
+        Sequences of one new token each come first in the batch, in the order of the tables. T may be more than the
+        sequences have; what is padding gets anything.
         """
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        self._keep(k, v, tables)
-        if tables.most_new == 1 and tables.count == q.shape[0]:
-            return self._decode(q, v.shape[-1], tables, scale, sinks)
-        return self._prefill(q, k, v, tables, scale, sinks)
+        for tables in parts:
+            self._keep(k, v, tables)
+        for tables in parts:
+            if tables.most_new == 1:
+                self._decode(q[: tables.count], tables, scale, sinks, out)
+            else:
+                self._prefill(q, k, v, tables, scale, sinks, out)
 
     @property
     def _widths(self) -> dict[str, Any]:
@@ -118,7 +126,7 @@ class PagedKernels:
         rows = pages if self.layer.exact else tables.rows
         head_page = self.layer.record_bytes // self.numbers.itemsize
         tail = (self.block_size, self.page_at, self.row_at, head_page, self.row_block)
-        return (tables.state, tables.state.shape[1], pages, rows, pages.stride(0), rows.stride(0), *tail)
+        return (tables.state, tables.state.stride(0), pages, rows, pages.stride(0), rows.stride(0), *tail)
 
     def _keep(self, k: Tensor, v: Tensor, tables: Tables) -> None:
         new = (k, v, k.stride()[:2], v.stride()[:2])
@@ -138,8 +146,8 @@ class PagedKernels:
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
-    def _decode(self, q: Tensor, value_dim: int, tables: Tables, scale: float, sinks: Tensor | None) -> Tensor:
-        count, query_heads = q.shape[:2]
+    def _decode(self, q: Tensor, tables: Tables, scale: float, sinks: Tensor | None, out: Tensor) -> None:
+        count, query_heads, value_dim = q.shape[0], q.shape[1], out.shape[-1]
         q, heads, widths = q.contiguous(), self.layer.heads, self._widths
         tuning = self.tuning.decode[widths["VALUE_BITS"]]
         registers = tuning.registers_for(max(self.layer.plan.key_head_dim, value_dim))
@@ -166,7 +174,6 @@ class PagedKernels:
             num_stages=1,
             maxnreg=registers,
         )
-        out = torch.empty(count, query_heads, value_dim, dtype=q.dtype, device=q.device)
         padded = 1 << (splits - 1).bit_length()
         self.module.merge[(count, query_heads, -(-value_dim // 32))](
             partial,
@@ -174,13 +181,12 @@ class PagedKernels:
             q if sinks is None else sinks,
             out,
             tables.state,
-            tables.state.shape[1],
+            tables.state.stride(0),
             splits,
             SPLITS_PADDED=padded,
             CHUNK=min(MERGED_AT_ONCE, padded),
             num_warps=4,
         )
-        return out
 
     def _splits(self, heads: int, resident: int) -> tuple[int, int]:
         """In how many parts a head's pages are read, and how many that makes with those of its rows; see
@@ -196,11 +202,12 @@ class PagedKernels:
         splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
         return splits, splits + row_splits
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, sinks: Tensor | None) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, sinks: Tensor | None, out: Tensor
+    ) -> None:
         """Attention of any number of new tokens of each sequence, straight over codes and rows."""
         module, heads = self.module, self.layer.heads
         tile = max(1, 64 // module.GROUP_PADDED.value)
-        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
         module.prefill_paged[(-(-tables.most_new // tile), heads, tables.count)](
             q,
             self.words,
@@ -221,4 +228,3 @@ class PagedKernels:
             num_warps=4,
             num_stages=1,
         )
-        return out
