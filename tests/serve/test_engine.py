@@ -92,7 +92,7 @@ def test_same_prompts_in_one_step_share_pages_that_are_filled_in_it(served_tiny:
 
 def test_preemption_does_not_change_the_text(served_tiny: Served) -> None:
     """A pool that takes two short prompts, one while it is read, but not their answers."""
-    artifact, prompts = served_tiny(), random_prompts((150, 170, 190))
+    artifact, prompts = served_tiny(window=64), random_prompts((150, 170, 190))
     expected = alone(artifact, prompts, new=600)
     pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
     rows = sum(group.blocks(800, 0) for group in pool.groups if group.kind == "rows")
