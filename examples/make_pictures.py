@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.report.charts import Sample, filling_chart, plan_chart
+from pmkvq_compiler.report.contents import ReportRow
 from pmkvq_compiler.runtime.plan import original_bytes
 
 PIECE = 16
@@ -28,7 +29,7 @@ def main(artifact: Path, folder: Path) -> None:
     report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
     style = files("pmkvq_compiler.templates").joinpath("charts.css.j2").read_text(encoding="utf-8")
     pictures = {
-        "plan.svg": plan_chart(report["rows"]),
+        "plan.svg": plan_chart([ReportRow(**row) for row in report["rows"]]),
         "filling.svg": filling_chart(measured(artifact), report["budget"]),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,8 @@ class BakePlan(Pass):
 
 
 def cached_attentions(program: Program) -> list[Node]:
-    return program.graph.find_nodes(op="call_function", target=cached_attention)
+    found: list[Node] = program.graph.find_nodes(op="call_function", target=cached_attention)
+    return found
 
 
 def layer_plans(program: Program) -> list[LayerPlan]:

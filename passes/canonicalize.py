@@ -67,13 +67,13 @@ def _drop_identity(node: Node) -> bool:
 def _returns_operand(node: Node, operand: Node) -> bool:
     before, after = operand.meta.get("val"), node.meta.get("val")
     if node.target in CASTS:
-        return before.dtype == after.dtype
+        return bool(before.dtype == after.dtype)
     if node.target is aten.slice.Tensor:
         return tuple(node.args[2:]) in ((), (0, sys.maxsize), (None, None), (0, None))
     if node.target is aten.expand.default:
         return _same_form(operand, node)
     if node.target is aten.mul.Tensor:
-        return node.args[1] == 1 and before.dtype == after.dtype
+        return bool(node.args[1] == 1 and before.dtype == after.dtype)
     if node.target is aten.dropout.default:
         return node.args[2] is False
     if node.target is aten.contiguous.default:
@@ -136,7 +136,7 @@ def _functional_form(target: OpOverload) -> OpOverload | None:
 def _shares_memory(node: Node) -> bool:
     """Whether the node's value may be a view of another node's."""
     if node.target in CASTS:  # one to another dtype makes a copy
-        return node.args[0].meta["val"].dtype == node.meta["val"].dtype
+        return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)
     source = node.args[0] if node.target is operator.getitem else node
     schema = getattr(source.target, "_schema", None)
     return schema is not None and any(result.alias_info is not None for result in schema.returns)

@@ -31,7 +31,7 @@ def dump_text(program: Program) -> str:
         *("edit: " + _edit(edit) for edit in program.edits),
         f"plan: {'none yet' if program.plan is None else f'{program.plan.arena_bytes:,} bytes'}",
     ]
-    code = program.graph_module.print_readable(print_output=False)
+    code: str = program.graph_module.print_readable(print_output=False)
     return "".join(f"# {fact}\n" for fact in facts) + "\n" + code + "\n"
 
 

@@ -126,4 +126,5 @@ def _is_cast(node: Node | None, dtype: torch.dtype) -> bool:
 
 
 def _dtype(node: Node) -> torch.dtype:
-    return node.meta["val"].dtype
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype

@@ -13,7 +13,8 @@ from torch.fx import Graph, Node
 
 from .base import Pass
 from .ops import CASTS, MARKER
-from .program import AttentionSite, Program, Projection
+from .outline_layers import layer_module
+from .program import WRAPPER, AttentionSite, Program, Projection
 from .verify import Stage, is_assertion
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ LINEARS = frozenset({aten.linear.default, aten.addmm.default})
 class LocateAttention(Pass):
     """Fill `program.sites`, one `AttentionSite` for each marker. Analysis only.
 
-    1. Shapes, scale, window, soft cap and sinks are read off the marker.
+    1. Shapes, scale, window, soft cap, sinks and the layer's module are read off the marker.
     2. From k, then from q, walk back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin` with x1, x2 the
        halves of x's channels, then through the split into heads, to a linear layer with an optional bias.
     3. Casts and copies are looked through; anything else in between ends the match with a reason.
@@ -51,7 +52,8 @@ class LocateAttention(Pass):
 
 
 def markers(graph: Graph) -> list[Node]:
-    return graph.find_nodes(op="call_function", target=MARKER)
+    found: list[Node] = graph.find_nodes(op="call_function", target=MARKER)
+    return found
 
 
 class _NoMatchError(Exception):
@@ -85,6 +87,7 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
         value=value,
         reason=reason,
         output=output,
+        module=(layer_module(marker) or "").removeprefix(WRAPPER) or None,
     )
 
 
@@ -222,9 +225,9 @@ def _source(node: Node) -> str:
     """The module of the linear layer behind `node`, as in "k_proj"."""
     linear = next((one for one in _behind(node) if one.target in LINEARS), None)
     if linear is None:
-        return node.name
+        return str(node.name)
     path, _ = list(linear.meta["nn_module_stack"].values())[-1]
-    return path.rpartition(".")[2]
+    return str(path).rpartition(".")[2]
 
 
 def _explain_parts(node: Node) -> str:

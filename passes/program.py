@@ -29,7 +29,8 @@ class Projection:
 class AttentionSite:
     """One attention, read off the graph: layer index, marker node, shapes, and where q, k and v come from.
 
-    `output` is the weight that takes the heads' outputs side by side, where it alone takes them.
+    `output` is the weight that takes the heads' outputs side by side, where it alone takes them. `module` is the path
+    of the layer's module in the model, where the layers are a list.
     `reason` is None where the key scales can be folded, else a sentence why not; then the projections may be None.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
@@ -49,6 +50,7 @@ class AttentionSite:
     value: Projection | None
     reason: str | None
     output: str | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pmkvq_compiler.console import print_json, print_text, progress_bars
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.failures import FAILED, explain
 from pmkvq_compiler.interrupts import Signals, ignore_from_now_on, watched
-from pmkvq_compiler.options import RECIPE_NAMES, RECIPE_SUMMARIES, TARGETS, CompileOptions, final_bits
+from pmkvq_compiler.options import TARGETS, CompileOptions
+from pmkvq_compiler.recipes import RECIPES
 
 if TYPE_CHECKING:
     from pmkvq_compiler.compile import CompileResult
@@ -95,12 +96,15 @@ def parse(argv: Sequence[str] | None) -> Request:
     as_json, budgets = chosen.pop("json"), chosen.pop("budgets")
     if budgets and not chosen["dry_run"]:
         raise UsageError("--budgets compares plans and writes nothing; add --dry-run, or give one --budget")
-    if budgets and (chosen["budget"] is not None or chosen["recipe"] == "none"):
+    name, quantizes = chosen["recipe"], RECIPES[chosen["recipe"]].quantizes
+    if budgets and (chosen["budget"] is not None or not quantizes):
         raise UsageError("--budgets takes the place of --budget and compares plans of one recipe that has any")
-    if chosen["recipe"] != "none" and chosen["budget"] is None and not budgets:
+    if quantizes and chosen["budget"] is None and not budgets:
         raise UsageError("--budget is missing: say what the cache may take, such as --budget 512MiB, 25% or 3.2bits")
-    if chosen["recipe"] == "none" and chosen["budget"] is not None:
-        raise UsageError("--recipe none leaves the cache unquantized, so it takes no --budget; leave one of them out")
+    if not quantizes and chosen["budget"] is not None:
+        raise UsageError(
+            f"--recipe {name} leaves the cache unquantized, so it takes no --budget; leave one of them out"
+        )
     if chosen["dump_passes"] is not None and chosen["dry_run"]:
         raise UsageError("--dump-passes writes files and --dry-run writes nothing; leave one of them out")
     if chosen["output"] is None:
@@ -119,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = CompileOptions(model="", output=Path(), bits=())
+    defaults = CompileOptions(model="", output=Path())
     parser = _Parser(
         prog="pmkvq-compile",
         description=DESCRIPTION,
@@ -148,24 +152,32 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: the model's name and -pmkvq)"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT where it is not empty")
+    _add_plan(parser, defaults)
+    _add_calibration(parser, defaults)
+    _add_output(parser, defaults)
+    return parser
 
+
+def _add_plan(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     plan = parser.add_argument_group("plan")
+    summaries = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
     plan.add_argument(
         "--recipe",
-        choices=RECIPE_NAMES,
+        choices=tuple(RECIPES),
         default=defaults.recipe,
-        help=f"{'; '.join(f'{name}: {what}' for name, what in RECIPE_SUMMARIES.items())} (%(default)s)",
+        help=f"{summaries.replace('%', '%%')} (%(default)s)",
     )
     plan.add_argument(
         "--bits",
         type=_bits,
-        default=argparse.SUPPRESS,
         metavar="LIST",
-        help="final widths to choose from, such as 8,4 (every one there is)",
+        help="final widths to choose from, such as 8,4 (all of them)",
     )
     plan.add_argument("--window", type=_count, metavar="N", help="most recent tokens kept in the model's dtype")
     plan.add_argument("--sink", type=_count_or_zero, metavar="N", help="first tokens kept in the model's dtype")
 
+
+def _add_calibration(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     calibration = parser.add_argument_group("calibration (kept beside OUT and used again when only the budget changes)")
     calibration.add_argument(
         "--calib", default=defaults.calib, metavar="FILE", help="text or JSON lines, or `builtin` (%(default)s)"
@@ -195,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model and of the artifact (auto: the checkpoint's own)",
     )
 
+
+def _add_output(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--aot",
@@ -215,7 +229,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--dry-run", action="store_true", help="plan and print the table, write nothing")
     output.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 def _count(text: str) -> int:
@@ -235,7 +248,9 @@ def _integer(text: str, least: int) -> int:
 
 
 def _bits(text: str) -> tuple[int, ...]:
-    widths, known = text.split(","), [str(bits) for bits in final_bits()]
+    from pmkvq_compiler.runtime.plan import FINAL_BITS  # loads torch, for which `--help` does not wait
+
+    widths, known = text.split(","), [str(bits) for bits in FINAL_BITS]
     if not set(widths) <= set(known) or len(set(widths)) < len(widths):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of different widths out of {', '.join(known[:-1])} and {known[-1]}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.storage import calibration_path, load_or_calibrate
 from pmkvq_compiler.emit.artifact import remove_unlisted, write_manifest
@@ -33,11 +32,11 @@ from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.passes.rotate_keys import rotated_layers
 from pmkvq_compiler.plan.feasible import check_feasible
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
 from pmkvq_compiler.plan.rerank import best_plans
 from pmkvq_compiler.plan.solution import Folds, Solution
-from pmkvq_compiler.progress import Progress, Stages
-from pmkvq_compiler.report.contents import report_contents
+from pmkvq_compiler.problem import Problem, resolve
+from pmkvq_compiler.progress import Progress, Steps
+from pmkvq_compiler.report.contents import Report, report_contents
 from pmkvq_compiler.report.page import write_report
 from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
@@ -59,8 +58,7 @@ class CompileResult:
 
     path: Path | None
     plan: CachePlan
-    rows: list[dict[str, Any]]
-    report: dict[str, Any]
+    report: Report
 
 
 def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
@@ -72,10 +70,10 @@ def compile_model(options: CompileOptions, progress: Progress) -> CompileResult:
     onnx_export = _onnx_export() if options.onnx else None
     check_targets(options.aot)
     with watched() as signals:
-        stages = Stages(signals.checking(progress))
+        steps = Steps(signals.checking(progress))
         place = nullcontext() if options.dry_run else claimed(options.output, options.force, _inputs(options), signals)
         with place as claim:
-            return _compile(options, onnx_export, stages, claim, signals)
+            return _compile(options, onnx_export, steps, claim, signals)
 
 
 def _inputs(options: CompileOptions) -> dict[str, Path]:
@@ -86,78 +84,80 @@ def _inputs(options: CompileOptions) -> dict[str, Path]:
 
 
 def _compile(
-    options: CompileOptions, onnx_export: ModuleType | None, stages: Stages, place: Place | None, signals: Signals
+    options: CompileOptions, onnx_export: ModuleType | None, steps: Steps, place: Place | None, signals: Signals
 ) -> CompileResult:
-    source, program, max_len = captured(options, stages)
+    source, program, max_len = captured(options, steps)
+    problem = resolve(options, program.sites, max_len, source.dtype)
     if onnx_export is not None:
         onnx_export.check_expressible(program)
     if place is not None:
         place.check_room(weight_bytes(program, source.dtype) + BESIDE_WEIGHTS)
-    with stages("calibrate"):
-        budget = _budget(program, options, max_len)
-        check_feasible(program.sites, options, budget, max_len, source.dtype)
-        calibration = load_or_calibrate(source, program.sites, options, max_len, stages.progress)
+    with steps("calibrate"):
+        check_feasible(problem)
+        calibration = load_or_calibrate(source, problem, options.output, steps.progress, options.dry_run)
     kept = calibration_path(options.output, source.name, calibration.fingerprint)
-    if place is not None and kept.exists() and kept.stat().st_mtime >= stages.began:
+    if place is not None and kept.exists() and kept.stat().st_mtime >= steps.began:
         signals.state = f"nothing was changed, and the calibration is kept in {kept}"
-    with stages("plan"):
-        (tried,) = best_plans(source, program.sites, calibration, options, [budget], max_len, stages.progress)
+    with steps("plan"):
+        (tried,) = best_plans(source, [problem], calibration, steps.progress)
         plan = tried.solution.plan
         if options.aot:
             check_plan(plan)
-    report = report_contents(source, program, calibration, options, tried)
+    report = report_contents(source, problem, calibration, options, tried)
     if place is None:
-        return CompileResult(None, plan, report["rows"], report)
-    with stages("passes"):
+        return CompileResult(None, plan, report)
+    with steps("passes"):
         run_passes(program, _pipeline(tried.solution, calibration), options.dump_passes)
-    _write_artifact(source, program, calibration, options, onnx_export, report, stages, place)
+    report = _write_artifact(source, program, problem, calibration, options, onnx_export, report, steps, place)
     with signals.deferred():
         place.take(options.force)
         signals.state = f"{options.output} is the new artifact, whole"
     signals.check()
-    return CompileResult(options.output, plan, report["rows"], report)
+    return CompileResult(options.output, plan, report)
 
 
 def _write_artifact(
     source: Source,
     program: Program,
+    problem: Problem,
     calibration: Calibration,
     options: CompileOptions,
     onnx_export: ModuleType | None,
-    report: dict[str, Any],
-    stages: Stages,
+    report: Report,
+    steps: Steps,
     place: Place,
-) -> None:
-    """Write and check the artifact in the folder of `place`. The manifest, which loading needs, is written before the
-    check and again when all is there."""
+) -> Report:
+    """Write and check the artifact in the folder of `place`; returns the complete report. The manifest, which loading
+    needs, is written before the check and again when all is there."""
     folder = place.folder
-    with stages("emit"):
-        manifest, written = _write_model(source, program, calibration, options, place, stages.progress)
+    with steps("emit"):
+        manifest, written = _write_model(source, program, calibration, options, place, steps.progress)
         write_manifest(folder, manifest, written)
     if options.aot:
-        with stages("aot"):
+        with steps("aot"):
             checkpoint = [folder / name for name in manifest["weights"]]
-            written += write_cubins(folder / manifest["package"], checkpoint, options.aot, stages.progress)
+            written += write_cubins(folder / manifest["package"], checkpoint, options.aot, steps.progress)
             write_manifest(folder, manifest, written)
     if onnx_export is not None:
-        with stages("onnx"):
+        with steps("onnx"):
             written += onnx_export.write_onnx(program, folder, manifest["weights"])
-    with stages("check"):
-        check_ids, check_logits = calibration.check_ids, calibration.check_logits
-        report["check"] = check_artifact(folder, place.scratch, report["dtype"], check_ids, check_logits)
-    report["seconds"] = stages.seconds
+    with steps("check"):
+        reference = calibration.check_ids, calibration.check_logits, calibration.check_layers
+        check = check_artifact(folder, place.scratch, report.dtype, problem.device, *reference)
+    report = replace(report, check=check, seconds=steps.seconds)
     written += write_report(report, folder)
     remove_unlisted(folder, written)
     written += write_project(folder, manifest["package"], source.name)
     write_manifest(folder, manifest, written)
+    return report
 
 
-def captured(options: CompileOptions, stages: Stages) -> tuple[Source, Program, int]:
+def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, int]:
     """The source model, its graph with the attention located, and the tokens that a sequence may have."""
-    with stages("source"):
+    with steps("source"):
         source = open_source(options.model, options.dtype)
         max_len = _max_len(source, options)
-    with stages("capture"):
+    with steps("capture"):
         program = capture(source.config)
         if options.dump_passes is not None:
             write_dump(program, options.dump_passes)
@@ -185,13 +185,6 @@ def _onnx_export() -> ModuleType:
             f"--onnx needs the package {error.name}, which is not installed; "
             f"run `pip install 'pmkvq-compiler[onnx]'` or leave --onnx out"
         ) from error
-
-
-def _budget(program: Program, options: CompileOptions, max_len: int) -> int | None:
-    """Bytes for the cache; None where the recipe takes what it takes."""
-    if options.budget is None:
-        return None
-    return parse_budget(options.budget, cache_bytes_at_16_bits(program.sites, max_len, options.batch_size))
 
 
 def _pipeline(solution: Solution, calibration: Calibration) -> list[Pass]:

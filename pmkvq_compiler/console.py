@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pmkvq_compiler.compile import CompileResult
     from pmkvq_compiler.explore import Explored
     from pmkvq_compiler.progress import Progress
+    from pmkvq_compiler.report.contents import ReportRow
 
 
 BAR = 30
@@ -23,7 +24,7 @@ BAR = 30
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """One bar a stage on stderr, in the order in which stages first report."""
+    """One bar a step on stderr, in the order in which steps first report."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers has bars of its own, which would mix with ours
     from transformers.utils import logging
 
@@ -34,12 +35,12 @@ def progress_bars() -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        stages: dict[str, TaskID] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage)
-            bars.update(stages[stage], completed=done, total=total)
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step)
+            bars.update(tasks[step], completed=done, total=total)
 
         yield progress
 
@@ -48,7 +49,8 @@ def print_json(result: CompileResult | list[Explored]) -> None:
     if isinstance(result, list):
         print(json.dumps([asdict(explored) for explored in result], indent=2))
         return
-    report = {key: value for key, value in result.report.items() if key != "bytes_over_tokens"}
+    report = result.report.to_json()
+    del report["bytes_over_tokens"]
     print(json.dumps({"path": None if result.path is None else str(result.path), **report}, indent=2))
 
 
@@ -89,8 +91,8 @@ def _print_summary(result: CompileResult) -> None:
     from pmkvq_compiler.report.page import facts, grouped_reasons
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(result.report["rows"]), soft_wrap=False)
-    for reason, layers in grouped_reasons(result.report["rows"]).items():
+    console.print(_table(result.report.rows), soft_wrap=False)
+    for reason, layers in grouped_reasons(result.report.rows).items():
         console.print(f"K scales not folded in layers {layers}: {reason}")
     for name, value, remark in facts(result.report):
         console.print(f"{name:<20} {value:<10} {remark}")
@@ -99,7 +101,7 @@ def _print_summary(result: CompileResult) -> None:
         console.print(f"{'report':<20} {result.path / 'report.html'}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: Sequence[ReportRow]) -> Table:
     from rich.table import Table
 
     names = ("layer", "K bits", "V bits", "K axis", "window", "bytes", "loss", "K map", "V map")
@@ -108,14 +110,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         column.justify = "right"
     for row in rows:
         table.add_row(
-            str(row["layer"]),
-            str(row["key_bits"]),
-            str(row["value_bits"]),
-            row["key_axis"],
-            str(row["window"]),
-            f"{row['arena_bytes']:,}",
-            f"{row['sensitivity']:.3g}",
-            row["key_transform"],
-            row["value_transform"],
+            str(row.layer),
+            str(row.key_bits),
+            str(row.value_bits),
+            row.key_axis,
+            str(row.window),
+            f"{row.arena_bytes:,}",
+            f"{row.sensitivity:.3g}",
+            row.key_transform,
+            row.value_transform,
         )
     return table

@@ -6,18 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate.storage import load_or_calibrate
 from pmkvq_compiler.compile import captured
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.feasible import check_feasible
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
 from pmkvq_compiler.plan.rerank import best_plans
-from pmkvq_compiler.progress import Progress, Stages
+from pmkvq_compiler.problem import Problem, resolve
+from pmkvq_compiler.progress import Progress, Steps
 
 
 @dataclass(frozen=True)
@@ -35,31 +31,28 @@ def explore(options: CompileOptions, budgets: Sequence[str], progress: Progress)
 
     Raises `UsageError` for a request that makes no sense, `CompileError` where none of the budgets holds a plan.
     """
-    stages = Stages(progress)
-    source, program, max_len = captured(options, stages)
-    original = cache_bytes_at_16_bits(program.sites, max_len, options.batch_size)
-    sizes = {budget: parse_budget(budget, original) for budget in budgets}
-    largest = max(sizes, key=lambda budget: sizes[budget])
-    with stages("calibrate"):
-        options = replace(options, budget=largest)
-        check_feasible(program.sites, options, sizes[largest], max_len, source.dtype)
-        calibration = load_or_calibrate(source, program.sites, options, max_len, progress)
-    feasible = [budget for budget in sizes if _fits(program.sites, options, sizes[budget], max_len, source.dtype)]
-    with stages("plan"):
-        chosen = [sizes[budget] for budget in feasible]
-        plans = best_plans(source, program.sites, calibration, options, chosen, max_len, progress)
-    explored = {budget: Explored(budget) for budget in sizes}
+    steps = Steps(progress)
+    source, program, max_len = captured(options, steps)
+    problems = {
+        budget: resolve(replace(options, budget=budget), program.sites, max_len, source.dtype) for budget in budgets
+    }
+    largest = max(problems.values(), key=lambda problem: problem.budget or 0)
+    with steps("calibrate"):
+        check_feasible(largest)
+        calibration = load_or_calibrate(source, largest, options.output, progress, options.dry_run)
+    feasible = [budget for budget, problem in problems.items() if _fits(problem)]
+    with steps("plan"):
+        plans = best_plans(source, [problems[budget] for budget in feasible], calibration, progress)
+    explored = {budget: Explored(budget) for budget in problems}
     for budget, tried in zip(feasible, plans, strict=True):
         taken = tried.solution.plan.arena_bytes
-        explored[budget] = Explored(budget, taken, 16 * taken / original, tried.loss)
+        explored[budget] = Explored(budget, taken, 16 * taken / largest.original_bytes, tried.loss)
     return list(explored.values())
 
 
-def _fits(
-    sites: Sequence[AttentionSite], options: CompileOptions, budget: int, max_len: int, dtype: torch.dtype
-) -> bool:
+def _fits(problem: Problem) -> bool:
     try:
-        check_feasible(sites, options, budget, max_len, dtype)
+        check_feasible(problem)
     except CompileError:
         return False
     return True

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from pmkvq_compiler.errors import CompileError, Defect, UsageError
+from pmkvq_compiler.errors import CompileError, Defect, UsageError, first_line
 
 FAILED, WRONG_USAGE = 1, 2
 """Exit codes."""
@@ -29,12 +29,12 @@ def explain(error: Exception) -> tuple[str, int]:
         return _explain_os_error(error), FAILED
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return (
-            f"there is not enough memory ({_first_line(error)}); lower --calib-len, choose another --device, or "
+            f"there is not enough memory ({_named(error)}); lower --calib-len, choose another --device, or "
             f"compile on a larger machine",
             FAILED,
         )
     return (
-        f"this is a defect of pmkvq-compile ({_first_line(error)}); please report it with the traceback, which is "
+        f"this is a defect of pmkvq-compile ({_named(error)}); please report it with the traceback, which is "
         f"{_kept_traceback(error)}",
         FAILED,
     )
@@ -56,9 +56,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _named(error: BaseException) -> str:
+    """The kind of an error, and its first line where it has one."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"
 
 
 def _kept_traceback(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pmkvq_compiler.recipes import Recipe
 from pmkvq_compiler.runtime.plan import KeyAxis
 from pmkvq_compiler.runtime.quantize import fake_quantize
 
@@ -25,6 +26,35 @@ class Format:
     axis: KeyAxis
     transform: Transform
     window: int
+
+
+def key_formats(recipe: Recipe, bits: tuple[int, ...], can_scale: bool) -> list[Format]:
+    """The ways to keep K; where scales cannot be folded, or K is grouped by channel, "scale" becomes "none"."""
+
+    def transforms(axis: KeyAxis) -> dict[Transform, None]:
+        scales = can_scale and axis == "token"
+        return dict.fromkeys("none" if one == "scale" and not scales else one for one in recipe.key_transforms)
+
+    return [
+        Format(width, axis, transform, window)
+        for width in bits
+        for axis in recipe.key_axes
+        for transform in transforms(axis)
+        for window in recipe.windows
+    ]
+
+
+def value_formats(recipe: Recipe, bits: tuple[int, ...], can_transform: bool) -> list[Format]:
+    """The ways to keep V; where nothing can be folded, all transforms are "none"."""
+    transforms: dict[Transform, None] = dict.fromkeys(
+        one if can_transform else "none" for one in recipe.value_transforms
+    )
+    return [
+        Format(width, "token", transform, window)
+        for width in bits
+        for transform in transforms
+        for window in recipe.windows
+    ]
 
 
 def by_code(formats: Iterable[Format]) -> list[tuple[Format, list[Format]]]:

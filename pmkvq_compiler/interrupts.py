@@ -71,9 +71,9 @@ class Signals:
     def checking(self, progress: Progress) -> Progress:
         """`progress`, with a look at the signals before and after each report."""
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(step: str, done: int, total: int) -> None:
             self.check()
-            progress(stage, done, total)
+            progress(step, done, total)
             self.check()
 
         return report

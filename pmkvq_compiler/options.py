@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-RECIPE_SUMMARIES = {
-    "best": "what measures best",
-    "pm-kvq": "the paper's, as its published code plans",
-    "kivi": "a baseline: the same bits in every layer at once, K by channel over 32 tokens",
-    "rotation": "a baseline: the same bits in every layer at once, K and V rotated",
-    "uniform": "a baseline: the same bits in every layer at once, by token",
-    "none": "the cache in the model's own dtype",
-}
-"""What each recipe is, in the order in which they are told. `recipes.RECIPES` has the recipes themselves."""
-RECIPE_NAMES = tuple(RECIPE_SUMMARIES)
 TARGETS = ("sm_80", "sm_90", "sm_100")
 """Architectures that kernels can be compiled for ahead of time."""
-
-
-def final_bits() -> tuple[int, ...]:
-    """The widths that layers may end at, widest first."""
-    from pmkvq_compiler.runtime.plan import FINAL_BITS  # loads torch, for which `--help` does not wait
-
-    return FINAL_BITS
 
 
 @dataclass(frozen=True)
@@ -37,7 +20,8 @@ class CompileOptions:
     max_len: int | None = None
     batch_size: int = 1
     recipe: str = "best"
-    bits: tuple[int, ...] = field(default_factory=final_bits)
+    bits: tuple[int, ...] | None = None
+    """Widths that layers may end at; `None` is all of them."""
     sink: int | None = None
     window: int | None = None
     block: int | None = None

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done of it and what there is to do."""
+"""Called with a step's name, what is done of it and what there is to do."""
 
 
-class Stages:
-    """Tells when a stage begins and ends, and keeps how long it took."""
+class Steps:
+    """Tells when a step of the compile begins and ends, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -19,9 +19,9 @@ class Stages:
         self.began = time.time()
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self.progress(stage, 0, 1)
+    def __call__(self, step: str) -> Iterator[None]:
+        self.progress(step, 0, 1)
         start = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
-        self.progress(stage, 1, 1)
+        self.seconds[step] = round(time.perf_counter() - start, 2)
+        self.progress(step, 1, 1)

@@ -3,7 +3,7 @@
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
 from .generate import PREFILL_CHUNK
-from .load import Backend, choose_kernels, load
+from .load import Backend, choose_attention, load
 from .manifest import FORMAT_VERSION, open_artifact
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
@@ -19,7 +19,7 @@ __all__ = [
     "CompiledModel",
     "InputError",
     "LayerPlan",
-    "choose_kernels",
+    "choose_attention",
     "load",
     "open_artifact",
 ]

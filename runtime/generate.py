@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import Cache
-from .errors import InputError
+from .errors import ArtifactError, InputError
+from .forward import Forward
 from .graph import GraphDecoder
 from .inputs import real_number, whole_number, whole_numbers
-
-if TYPE_CHECKING:
-    from .model import CompiledModel
 
 PREFILL_CHUNK = 4096
 """Tokens of each prompt that are fed at once: one prompt of as many fills a GPU, and activations are bounded."""
@@ -24,7 +22,7 @@ Streamer = Callable[[Tensor], None]
 
 
 def generate(
-    model: CompiledModel,
+    model: Forward,
     input_ids: Tensor,
     max_new_tokens: int,
     do_sample: bool = False,
@@ -68,7 +66,7 @@ def generate(
 
 
 def _continue(
-    model: CompiledModel,
+    model: Forward,
     ids: Tensor,
     mask: Tensor,
     cache: Cache,
@@ -102,10 +100,10 @@ def _tell(streamer: Streamer, chosen: Tensor, cache: Cache) -> None:
         streamer(chosen)
 
 
-def decoder(model: CompiledModel, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes logits [B, V] of the next tokens [B] of the sequences that are running [B]: one CUDA graph where
-    generated kernels attend on a CUDA device, a call of the model elsewhere."""
-    if cache.kernels is not None and model.device.type == "cuda":
+def decoder(model: Forward, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes logits [B, V] of the next tokens [B] of the sequences that are running [B]: one CUDA graph where the
+    cache's attention can be replayed on a CUDA device, a call of the model elsewhere."""
+    if cache.replayable and model.device.type == "cuda":
         return GraphDecoder(model, cache)
     return lambda tokens, running: model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
 
@@ -120,9 +118,7 @@ class Sampling:
     generator: torch.Generator
 
 
-def _sampling(
-    model: CompiledModel, do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any
-) -> Sampling | None:
+def _sampling(model: Forward, do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling | None:
     """None where tokens are not drawn. What is given is checked in either case."""
     temperature, top_p = real_number("temperature", temperature), real_number("top_p", top_p)
     top_k, smallest = whole_number("top_k", top_k), torch.finfo(torch.float32).tiny
@@ -173,7 +169,7 @@ def _check_room(cache: Cache, mask: Tensor, max_new_tokens: int) -> None:
             )
 
 
-def _prefill(model: CompiledModel, input_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+def _prefill(model: Forward, input_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Feed the prompts in chunks; logits [B, V] of every sequence's last own token."""
     last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
     found: Tensor | None = None
@@ -191,9 +187,15 @@ def _prefill(model: CompiledModel, input_ids: Tensor, mask: Tensor, cache: Cache
 
 
 def _choose(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order."""
+    """Sample [B] from `logits` [B, V] after temperature, top-k and top-p, in this order. Raises `ArtifactError` where
+    logits are not numbers that a token can be drawn by."""
     scores = logits.float()
     scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # the likeliest stays finite
+    if bool(scores.isnan().any()):
+        raise ArtifactError(
+            f"the model's logits are not finite in {str(logits.dtype).removeprefix('torch.')}, so no token can be "
+            f"drawn; load the artifact with dtype='float32', or copy it again"
+        )
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, float("-inf"))

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .backend import lower_until_fit
 from .cache import Cache
 from .errors import InputError
+from .forward import Forward
 from .records import state_row
-
-if TYPE_CHECKING:
-    from .model import CompiledModel
 
 _CAPTURING = Lock()
 """Threads capture one after another: torch has one stream for it."""
@@ -58,7 +56,7 @@ class DecodeGraph:
     returns logits [B, vocab_size], which the next replay overwrites.
     """
 
-    def __init__(self, model: CompiledModel, cache: Cache, capture: Capture) -> None:
+    def __init__(self, model: Forward, cache: Cache, capture: Capture) -> None:
         self.model = model
         self.bits = cache.bits
         self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=model.device)
@@ -66,11 +64,11 @@ class DecodeGraph:
         tokens, counts = self.tokens, self.counts
         self.replay = capture(lambda: _step(model, cache, tokens, counts))
 
-    def serves(self, model: CompiledModel, cache: Cache) -> bool:
+    def serves(self, model: Forward, cache: Cache) -> bool:
         return self.model is model and self.bits == cache.bits
 
 
-def _step(model: CompiledModel, cache: Cache, tokens: Tensor, counts: Tensor) -> Tensor:
+def _step(model: Forward, cache: Cache, tokens: Tensor, counts: Tensor) -> Tensor:
     """Count the tokens of the step before, announce this one's, and run the model: all of it on the device.
 
     A replay is a single launch, whole or not at all. Run step by step, this is a change of the cache as any call is.
@@ -94,7 +92,7 @@ class GraphDecoder:
     """Feeds a model one token of every sequence at a time, by a graph that is captured again when a layer is
     lowered."""
 
-    def __init__(self, model: CompiledModel, cache: Cache, capture: Capture = capture_cuda_graph) -> None:
+    def __init__(self, model: Forward, cache: Cache, capture: Capture = capture_cuda_graph) -> None:
         self.model = model
         self.cache = cache
         self.capture = capture
@@ -111,22 +109,22 @@ class GraphDecoder:
         cache = self.cache
         if cache.change is not None or not cache.ahead or not self.steps:
             self._prepare(running.int().tolist())
-        assert cache.graph is not None
-        cache.graph.tokens.copy_(tokens)
-        cache.graph.counts.copy_(running)
+        graph = cache.graph
+        assert isinstance(graph, DecodeGraph)
+        graph.tokens.copy_(tokens)
+        graph.counts.copy_(running)
         cache.ahead = True
         self.steps -= 1
-        return cache.graph.replay()
+        return graph.replay()
 
     def _prepare(self, counts: list[int]) -> None:
         """Tell the device where the cache stands, lower layers that the next tokens need lowered, have a graph."""
         cache = self.cache
         cache.check_room(counts)
         cache.begin([slice(0, 0)] * cache.batch_size)  # no tokens: the device counts them
-        assert cache.kernels is not None
-        for kernels, store in zip(cache.kernels, cache.layers, strict=True):
-            kernels.lower_until_fit(cache, store, counts)
-        if cache.graph is None or not cache.graph.serves(self.model, cache):
+        for attention, store in zip(cache.attention, cache.layers, strict=True):
+            lower_until_fit(attention, store, cache.state, counts)
+        if not isinstance(cache.graph, DecodeGraph) or not cache.graph.serves(self.model, cache):
             cache.graph = None  # gives its memory back to the next one
             cache.graph = DecodeGraph(self.model, cache, self.capture)
         cache.end()

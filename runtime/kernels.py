@@ -1,4 +1,4 @@
-"""Attention over the progressive cache through an artifact's generated Triton kernels.
+"""Attention over a layer's cache through an artifact's generated Triton kernels.
 
 The host decides what is lowered and when, from lengths that it knows; the kernels read the same lengths from device
 memory, so that a captured graph can be replayed as sequences grow.
@@ -6,21 +6,20 @@ memory, so that a captured graph can be replayed as sequences grow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import NewTokens, lower_until_fit
 from .cubins import CompiledKernels
-from .errors import ArtifactError, InputError
-from .manifest import AGAIN, conform, parse_json
-from .plan import CODE_BITS, FINAL_BITS, LayerPlan, block_bytes
-
-if TYPE_CHECKING:
-    from .cache import Cache, LayerCache
+from .errors import InputError
+from .layer_cache import LayerCache
+from .plan import FINAL_BITS, LayerPlan, block_bytes
+from .tuning import Tuning
 
 SMALLEST_BLOCK = 64
 """Tokens of a block that the kernels are made for. It takes more where its codes would not fill LINE_BITS."""
@@ -46,119 +45,53 @@ FEWEST_BLOCKS = 4
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
-LARGEST_REGISTERS = 248
-"""Registers of a lane, of which eight single warps have the most that can be had."""
-
 MERGED_AT_ONCE = 64
 """Parts of a head that a program of the merging kernel holds at a time."""
 
 
 @dataclass(frozen=True)
-class DecodeTuning:
-    """The decode kernel runs in single warps of so many `registers` a lane, for heads of 128 channels; a lane takes
-    `cells` words of V in a step, and blocks of the pool are asked for `prefetch` ahead."""
-
-    cells: int
-    registers: int
-    prefetch: int
-
-    def registers_for(self, channels: int) -> int:
-        """Sums of values and queries take registers in proportion to a head's channels."""
-        return LARGEST_REGISTERS if channels > 128 else min(self.registers, 128) if channels <= 64 else self.registers
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How kernels are launched; none of it changes what they compute.
-
-    `decode[bits]` is for V of that width.
-    """
-
-    decode: dict[int, DecodeTuning]
-    prefill_tile: int
-    prefill_step: int
-    prefill_warps: int
-    prefill_stages: int
-    append_warps: int = 4
-    lower_warps: int = 8
-    prefill_scratch: int = 256 << 20
-    """Bytes for what new tokens attend to, unpacked."""
-
-    def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Queries and keys of a step of the prefill kernel. Wide keys are taken fewer at a time, for the sake of shared
-        memory, and fp32 numbers, which are no operands of the matrix unit, in tiles that registers hold."""
-        if dtype == torch.float32:
-            return 32, 16
-        return self.prefill_tile, self.prefill_step if channels <= 128 else self.prefill_step // 2
-
-
-TUNING, DEFAULT_TUNING = "tuning.json", "default"
-
-
-def read_tunings(text: str) -> dict[str, Tuning]:
-    """A table of tunings (JSON) by a part of the device's name; one of them is "default", for all other devices.
-
-    Raises `ArtifactError` where it is something else.
-    """
-    tunings: dict[str, Tuning] = conform(parse_json(text.encode(), TUNING), dict[str, Tuning], TUNING)
-    if DEFAULT_TUNING not in tunings:
-        raise ArtifactError(f"{TUNING} has nothing for {DEFAULT_TUNING!r}; {AGAIN}")
-    for tuning in tunings.values():
-        decode = [number for one in tuning.decode.values() for number in astuple(one)]
-        launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
-        if tuning.decode.keys() != {*CODE_BITS}:
-            widths = ", ".join(map(str, CODE_BITS))
-            raise ArtifactError(f"{TUNING} does not say how V is decoded at exactly {widths} bits; {AGAIN}")
-        if min(decode) < 0 or min(launch) < 1:
-            raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
-    return tunings
-
-
-def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:
-    """How to launch kernels on a device: as was measured on it, or cautiously."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tuning for known, tuning in tunings.items() if known in name), tunings[DEFAULT_TUNING])
-
-
-@dataclass(frozen=True)
 class LayerKernels:
-    """The kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`, which Triton compiles as it
-    is used, or what was compiled of it with the artifact."""
+    """`Attention` by the kernels of one layer: a module rendered from `templates/kernels/attention.py.j2`, which Triton
+    compiles as it is used, or what was compiled of it with the artifact."""
 
     module: ModuleType | CompiledKernels
     tuning: Tuning
+    replayable = True
+
+    @property
+    def name(self) -> str:
+        return self.module.target if isinstance(self.module, CompiledKernels) else "triton"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerKernels:
         return self  # code, and how it is launched
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """`cached_attention` of one layer; the soft cap is a constant of the kernels."""
-        store = cache.layers[layer]
-        assert cache.state is not None
+        """See `Attention`; the soft cap is a constant of the kernels."""
+        assert new.state is not None
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         if q.shape[2] == 1:
-            self._append(k, v, cache, store)
-            return self._decode(q, v.shape[-1], cache, store, scale, sinks)
-        out = self._prefill(q, k, v, cache, store, scale, sinks)
-        self._append(k, v, cache, store)
+            self.append(k, v, store, new)
+            return self.decode(q, v.shape[-1], store, new.state, scale, sinks)
+        out = self._prefill(q, k, v, store, new, scale, sinks)
+        self.append(k, v, store, new)
         return out
 
-    def lower_until_fit(self, cache: Cache, store: LayerCache, counts: Sequence[int]) -> None:
-        """Lower the layer until `counts` new tokens of the sequences fit, once `cache.begin` has told the device where
-        it stands."""
-        for stage in store.stages_until_fit(counts):
-            store.overwritten = True
-            self.lower(cache, store, stage)
-            store.stage = stage
-
-    def _append(self, k: Tensor, v: Tensor, cache: Cache, store: LayerCache) -> None:
-        """Add the call's tokens to the cache, lowering the layer until they fit."""
-        counts = [own.stop - own.start for own in cache.columns]
-        self.lower_until_fit(cache, store, counts)
+    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
+        """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is
+        lowered until they fit."""
+        lower_until_fit(self, store, new.state, new.counts)
         heads = k.shape[0] * k.shape[1]
-        blocks = store.grow(counts)
+        blocks = store.grow(new.counts)
         if k.shape[2] == 1:
             modes = [("token", 1)]
         else:
@@ -172,7 +105,7 @@ class LayerKernels:
                 v,
                 k.stride()[:3],
                 v.stride()[:3],
-                cache.state,
+                new.state,
                 k.shape[0],
                 store.plan.window,
                 store.ring,
@@ -182,32 +115,32 @@ class LayerKernels:
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
-    def lower(self, cache: Cache, store: LayerCache, stage: int) -> None:
-        """Rewrite the records that are held at the present stage for `stage`."""
-        plan = store.plan
-        before, after = plan.stages[store.stage], plan.stages[stage]
-        live = max(store.live_blocks(sequence) for sequence in range(cache.batch_size))
-        heads = cache.batch_size * plan.num_key_value_heads
-        for first, last in lowering_order(live, block_bytes(plan, *before), block_bytes(plan, *after)):
-            self.module.lower[(heads, last - first)](
-                store.words,
-                store.buffers,
-                store.head_units,
-                first,
-                cache.state,
-                cache.batch_size,
-                plan.window,
-                store.ring,
-                KEY_BITS=before[0],
-                VALUE_BITS=before[1],
-                KEY_TARGET=after[0],
-                VALUE_TARGET=after[1],
-                num_warps=self.tuning.lower_warps,
-            )
+    def lower(self, store: LayerCache, state: Tensor | None) -> None:
+        """Rewrite the records that are held at the present stage for the next one."""
+        plan, batch = store.plan, len(store.rows)
+        live = max(store.live_blocks(sequence) for sequence in range(batch))
+        with store.lowering() as (before, after):
+            for first, last in lowering_order(live, block_bytes(plan, *before), block_bytes(plan, *after)):
+                self.module.lower[(batch * plan.num_key_value_heads, last - first)](
+                    store.words,
+                    store.buffers,
+                    store.head_units,
+                    first,
+                    state,
+                    batch,
+                    plan.window,
+                    store.ring,
+                    KEY_BITS=before[0],
+                    VALUE_BITS=before[1],
+                    KEY_TARGET=after[0],
+                    VALUE_TARGET=after[1],
+                    num_warps=self.tuning.lower_warps,
+                )
 
-    def _decode(
-        self, q: Tensor, value_dim: int, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
+    def decode(
+        self, q: Tensor, value_dim: int, store: LayerCache, state: Tensor, scale: float, sinks: Tensor | None
     ) -> Tensor:
+        """Attention [B, Hq, 1, value_dim] of one query a sequence, `q` [B, Hq, 1, key_head_dim], over the layer."""
         batch, query_heads = q.shape[:2]
         q = q.contiguous()
         heads = batch * store.plan.num_key_value_heads
@@ -224,7 +157,7 @@ class LayerKernels:
             store.buffers,
             partial,
             log_weights,
-            cache.state,
+            state,
             store.head_units,
             batch,
             store.plan.window,
@@ -246,7 +179,7 @@ class LayerKernels:
             log_weights,
             q if sinks is None else sinks,
             out,
-            cache.state,
+            state,
             batch,
             splits,
             SPLITS_PADDED=padded,
@@ -257,74 +190,118 @@ class LayerKernels:
 
     def largest_cells(self, bits: int) -> int:
         """32-bit words of a line of V codes that one of four lanes has."""
-        return self.module.BLOCK.value * bits // LINE_BITS
+        block: int = self.module.BLOCK.value
+        return block * bits // LINE_BITS
 
     def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, store: LayerCache, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention of new tokens: what they attend to is unpacked, for as many heads at once as the scratch
         holds; one head of one sequence may take more than that."""
-        batch, query_heads, columns = q.shape[:3]
-        plan, module, tuning = store.plan, self.module, self.tuning
-        out = torch.zeros(batch, query_heads, columns, v.shape[-1], dtype=q.dtype, device=q.device)  # of padding too
+        module = self.module
+        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)  # of padding too
         dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-        counts = [own.stop - own.start for own in cache.columns]
-        live = [store.live_blocks(sequence) for sequence in range(batch)]
-        copied = [rows + count for rows, count in zip(store.rows, counts, strict=True)]
-        tokens = max(blocks * plan.block + rows for blocks, rows in zip(live, copied, strict=True))
-        pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
-        capacity = -(-tokens // ROWS_COPIED) * ROWS_COPIED
-        heads = batch * plan.num_key_value_heads
+        pieces, capacity = _unpacked(store, new)
+        heads = q.shape[0] * store.plan.num_key_value_heads
         channels = module.KEY_PADDED.value + module.VALUE_PADDED.value
-        at_once = min(heads, max(1, tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
+        at_once = min(heads, max(1, self.tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
         keys, values = (
             torch.empty(at_once, capacity, padded.value, dtype=dtype, device=q.device)
             for padded in (module.KEY_PADDED, module.VALUE_PADDED)
         )
-        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), dtype)
         for first in range(0, heads, at_once):
-            some = min(at_once, heads - first)
-            module.unpack[(pieces, 2, some)](
-                store.words,
-                store.buffers,
-                k,
-                v,
-                keys,
-                values,
-                cache.state,
-                k.stride()[:3],
-                v.stride()[:3],
-                store.head_units,
-                first,
-                batch,
-                plan.window,
-                store.ring,
-                capacity,
-                **_widths(store),
-                ROWS=ROWS_COPIED,
-                num_warps=4,
-            )
-            module.prefill[(-(-columns // tile), query_heads // plan.num_key_value_heads, some)](
-                q,
-                keys,
-                values,
-                q if sinks is None else sinks,
-                out,
-                cache.state,
-                q.stride()[:3],
-                columns,
-                first,
-                batch,
-                plan.window,
-                store.ring,
-                capacity,
-                scale,
-                TILE=tile,
-                STEP=step,
-                num_warps=tuning.prefill_warps,
-                num_stages=tuning.prefill_stages,
-            )
+            some = slice(first, min(heads, first + at_once))
+            self._unpack(k, v, keys, values, store, new.state, some, pieces)
+            self._attend_unpacked(q, keys, values, out, store, new.state, some, scale, sinks)
         return out
+
+    def _unpack(
+        self,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        store: LayerCache,
+        state: Tensor | None,
+        heads: slice,
+        pieces: int,
+    ) -> None:
+        """Write into `keys` and `values` [heads, capacity, channels] what these heads attend to: pool, rows, new
+        tokens."""
+        self.module.unpack[(pieces, 2, heads.stop - heads.start)](
+            store.words,
+            store.buffers,
+            k,
+            v,
+            keys,
+            values,
+            state,
+            k.stride()[:3],
+            v.stride()[:3],
+            store.head_units,
+            heads.start,
+            k.shape[0],
+            store.plan.window,
+            store.ring,
+            keys.shape[1],
+            **_widths(store),
+            ROWS=ROWS_COPIED,
+            num_warps=4,
+        )
+
+    def _attend_unpacked(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        store: LayerCache,
+        state: Tensor | None,
+        heads: slice,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> None:
+        """Write into `out` what the queries of these heads find in their unpacked `keys` and `values`."""
+        batch, query_heads, columns = q.shape[:3]
+        plan, tuning = store.plan, self.tuning
+        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
+        grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
+        self.module.prefill[grid](
+            q,
+            keys,
+            values,
+            q if sinks is None else sinks,
+            out,
+            state,
+            q.stride()[:3],
+            columns,
+            heads.start,
+            batch,
+            plan.window,
+            store.ring,
+            keys.shape[1],
+            scale,
+            TILE=tile,
+            STEP=step,
+            num_warps=tuning.prefill_warps,
+            num_stages=tuning.prefill_stages,
+        )
+
+
+def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
+    """Programs that unpack what a head of the longest sequence attends to, and the tokens that it has room for."""
+    live = [store.live_blocks(sequence) for sequence in range(len(store.rows))]
+    copied = [rows + count for rows, count in zip(store.rows, new.counts, strict=True)]
+    pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
+    tokens = max(blocks * store.plan.block + rows for blocks, rows in zip(live, copied, strict=True))
+    return pieces, -(-tokens // ROWS_COPIED) * ROWS_COPIED
 
 
 def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:

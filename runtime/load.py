@@ -11,6 +11,7 @@ import importlib
 import linecache
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -20,14 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .backend import Attention
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
-from .kernels import LayerKernels, check_kernels, read_tunings, tuning_for
+from .kernels import LayerKernels, check_kernels
 from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import file_digest as file_digest
 from .model import CompiledModel
 from .plan import CachePlan
+from .reference import REFERENCE
+from .tuning import read_tunings, tuning_for
 
 Backend = Literal["reference", "triton"]
 
@@ -60,7 +64,7 @@ def load(
     if not trust_code:
         _check_code(artifact)
     plan, code = _generated(artifact)
-    kernels = choose_kernels(artifact.package, plan, place, backend, target, compiled=trust_code)
+    attention = choose_attention(artifact.package, plan, place, backend, target, compiled=trust_code)
     weights = _read_weights(artifact, target, place)
     hidden_states, logits = code.bind(weights)
     return CompiledModel(
@@ -73,13 +77,13 @@ def load(
         pad_token_id=pad,
         dtype=target,
         device=place,
-        kernels=kernels,
+        attention=attention,
     )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ArtifactError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}; pass one of these")
     return found
 
@@ -214,30 +218,30 @@ def import_generated(path: Path, text: bytes | None = None) -> ModuleType:
     return module
 
 
-# ---- kernels ----
+# ---- what attends ----
 
 
-def choose_kernels(
+def choose_attention(
     package: Files | Path,
     plan: CachePlan,
     device: torch.device,
     backend: Backend | None = None,
     dtype: torch.dtype | None = None,
     compiled: bool = True,
-) -> list[LayerKernels] | None:
-    """The kernels of every layer of the artifact's `package`, its listed files or its folder; None where the reference
-    attends.
+) -> Sequence[Attention]:
+    """What attends over the cache of every layer of the artifact's `package`, its listed files or its folder: the
+    reference path, or the layer's kernels.
 
-    Those that were compiled with the artifact, where they are for such a device and the model's `dtype` (the plan's
-    unless told), else those that Triton compiles when they are first launched. An artifact that has compiled kernels,
-    but none that fit, warns of that. Without `compiled` they are left alone.
+    The kernels are those that were compiled with the artifact, where they are for such a device and the model's `dtype`
+    (the plan's unless told), else those that Triton compiles when they are first launched. An artifact that has
+    compiled kernels, but none that fit, warns of that. Without `compiled` they are left alone.
 
     Raises `InputError` where the backend is not known or cannot run on the device, and `ArtifactError` where the
     kernels cannot be read.
     """
     chosen = backend or ("triton" if device.type == "cuda" else "reference")
     if chosen == "reference":
-        return None
+        return [REFERENCE] * len(plan.layers)
     if chosen != "triton":
         raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
     files = Files(package) if isinstance(package, Path) else package

@@ -105,7 +105,7 @@ class Files:
             raise ArtifactError(f"{path} is missing; {AGAIN}")
         return path
 
-    def _compare(self, name: str, file: typing.BinaryIO) -> None:
+    def _compare(self, name: str, file: io.BufferedReader | io.BytesIO) -> None:
         if self.digests is not None and hashlib.file_digest(file, "sha256").hexdigest() != self.digests[name]:
             raise ArtifactError(
                 f"{self.folder / name} was changed after the compile: its sha256 is not the one in {MANIFEST}; {AGAIN}"
@@ -269,9 +269,9 @@ def _conform_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
 def _conform_plain(value: Any, expected: type, where: str) -> Any:
     if expected is float and type(value) is int:
         value = float(value) if abs(value) <= LARGEST_INTEGER else math.inf
-    fits = type(value) is expected and not (
-        (expected is int and abs(value) > LARGEST_INTEGER) or (expected is float and not math.isfinite(value))
-    )
+    fits = type(value) is expected
+    if isinstance(value, int | float):
+        fits &= math.isfinite(value) if expected is float else abs(value) <= LARGEST_INTEGER
     if not fits:
         raise _unlike(value, _name(expected), where)
     return value

@@ -3,117 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from .cache import Cache
 from .errors import InputError
+from .forward import Forward
 from .generate import Streamer, generate
-from .inputs import chosen_tokens, padding_mask, positions_of, token_ids
-from .kernels import LayerKernels
-from .plan import CachePlan
 
 
 @dataclass(frozen=True, eq=False)
-class CompiledModel:
-    """Call it for logits, or let it generate. Threads may share it; each needs a cache of its own.
-
-    `hidden_states(input_ids, position_ids, cache) -> [B, S, hidden_size]` and `logits(hidden) -> [..., vocab_size]` are
-    the artifact's `model.py` with the `weights` bound: tensors by their names in the checkpoint, and constants.
-    """
-
-    plan: CachePlan
-    weights: dict[str, Tensor]
-    hidden_states: Callable[[Tensor, Tensor, Cache], Tensor]
-    logits: Callable[[Tensor], Tensor]
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    pad_token_id: int | None
-    dtype: torch.dtype
-    device: torch.device
-    kernels: Sequence[LayerKernels] | None = None
-    """The generated kernels of every layer; None where the reference path attends."""
-
-    @property
-    def kernels_from(self) -> str:
-        """What made the kernels: "triton", when they are first launched, or the compiler, for a target such as "sm_90";
-        "reference" where there are none."""
-        return "reference" if self.kernels is None else getattr(self.kernels[0].module, "target", "triton")
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        input_ids: Tensor,
-        cache: Cache | None = None,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        only: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Logits [B, S, vocab_size] of the tokens `input_ids` [B, S] that follow the cached ones, which they then join.
-
-        `attention_mask` [B, S] marks padding (0), at either end of a row; padding is neither attended to nor cached,
-        and its logits mean nothing. `position_ids` [B, S] follow each sequence's length unless given. Without a
-        `cache` a temporary one is used. `only=(rows, columns)` asks for the logits [N, vocab_size] of some tokens.
-
-        Raises `InputError` for unusable input and `CacheFull` where the tokens do not fit; nothing is changed then. A
-        call that anything else breaks off leaves the cache as it was, or one that refuses all but `reset`.
-        """
-        ids, mask = self.check_inputs(input_ids, attention_mask)
-        columns = _own_columns(mask)
-        positions = None if position_ids is None else self.check_positions(position_ids, mask)
-        chosen = None if only is None else chosen_tokens(only, ids.shape)
-        if cache is None:
-            cache = self.new_cache(batch_size=ids.shape[0], max_len=int(mask.sum(-1).max()))
-        self.check_cache(cache, ids.shape[0])
-        with cache.claims.claim():
-            cache.begin(columns)
-            if positions is None:
-                positions = _following_positions(cache.length, columns, ids.shape[1])
-            hidden = self.hidden_states(ids.to(self.device), positions.to(self.device), cache)
-            logits = self.logits(hidden if chosen is None else hidden[chosen])
-            cache.end()
-        return logits
-
-    def check_inputs(self, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
-        """The token ids [B, S] as int64 and the attention mask as booleans on the CPU, after a check of both.
-
-        Ids may be of any integer dtype, and arrays or lists of lists. Raises `InputError`.
-        """
-        ids = token_ids(input_ids, self.vocab_size)
-        return ids, padding_mask(attention_mask, ids.shape)
-
-    def check_positions(self, position_ids: Any, mask: Tensor) -> Tensor:
-        """`position_ids` [B, S] as int64 on the CPU, for a mask that `check_inputs` gave. Raises `InputError`."""
-        return positions_of(position_ids, mask, self.plan.max_len)
-
-    def check_cache(self, cache: Any, sequences: int) -> None:
-        """Raises `InputError` where a cache is not one for this model and so many sequences. A cache that comes from a
-        file, another process or another device gets the model's kernels."""
-        if not isinstance(cache, Cache):
-            raise InputError(f"the cache is a {type(cache).__name__}; make one with the model's new_cache()")
-        if cache.plan is not self.plan and _shapes(cache.plan) != _shapes(self.plan):
-            raise InputError("the cache is another model's: its layers differ; make one with this model's new_cache()")
-        here = self.device.type, cache.device.index if self.device.index is None else self.device.index
-        if here != (cache.device.type, cache.device.index):
-            raise InputError(
-                f"the cache is on {cache.device} and the model on {self.device}; move it with the cache's "
-                f'to("{self.device}") or make a new one'
-            )
-        if cache.batch_size != sequences:
-            raise InputError(
-                f"input_ids have {sequences} rows and the cache {cache.batch_size} sequences; "
-                f"make a cache with new_cache(batch_size={sequences})"
-            )
-        if cache.kernels is None and self.kernels is not None and cache.plan == self.plan:
-            cache.attend_by(self.kernels)
-
-    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
-        """An empty cache for sequences of up to `max_len` tokens (as many as the budget allows unless given)."""
-        return Cache(self.plan, batch_size, max_len, self.dtype, self.device, self.kernels)
+class CompiledModel(Forward):
+    """Call it for logits, or let it generate. Threads may share it; each needs a cache of its own."""
 
     def generate(
         self,
@@ -157,30 +61,3 @@ class CompiledModel:
             "a loaded model cannot be pickled or saved, for its code is the artifact's; pass the artifact's folder on "
             "and load it there"
         )
-
-
-def _shapes(plan: CachePlan) -> list[tuple[int, int, int, int | None]]:
-    """What of every layer's cache is the model's, not the plan's choice."""
-    return [
-        (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim, layer.sliding_window)
-        for layer in plan.layers
-    ]
-
-
-def _own_columns(mask: Tensor) -> list[slice]:
-    """Each row's run of ones in `mask` [B, S]. Raises `InputError` where a row has more than one run."""
-    if bool(mask.all()):
-        return [slice(0, mask.shape[1])] * mask.shape[0]
-    runs = []
-    for row, values in enumerate(mask.tolist()):
-        count = sum(values)
-        start = values.index(True) if count else 0
-        if not all(values[start : start + count]):
-            raise InputError(f"attention_mask row {row} has padding between tokens; put padding at one end of the row")
-        runs.append(slice(start, start + count))
-    return runs
-
-
-def _following_positions(lengths: list[int], columns: list[slice], count: int) -> Tensor:
-    starts = torch.tensor([length - own.start for length, own in zip(lengths, columns, strict=True)])
-    return (starts.unsqueeze(-1) + torch.arange(count)).clamp_(min=0)

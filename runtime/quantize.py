@@ -112,7 +112,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Field i of word w holds element `i * W + w`: one shift and one mask give a contiguous slice of the elements.
     """
     fields = WORD_BITS // bits
-    words = codes.unflatten(-1, (fields, -1)).to(torch.int32)
+    words: Tensor = codes.unflatten(-1, (fields, -1)).to(torch.int32)
     shifts = torch.arange(fields, dtype=torch.int32, device=codes.device).mul_(bits).unsqueeze(-1)
     return (words << shifts).sum(-2, dtype=torch.int32).to(torch.int16)
 
@@ -133,7 +133,8 @@ def fields_of(x: Tensor, bits: int) -> Tensor:
     """
     if bits == WORD_BITS:
         return x.unsqueeze(0)
-    return x.unflatten(-1, (2, 8 // bits, -1)).movedim(-2, 0).transpose(-1, -2).flatten(-2)
+    fields: Tensor = x.unflatten(-1, (2, 8 // bits, -1)).movedim(-2, 0)
+    return fields.transpose(-1, -2).flatten(-2)
 
 
 def unpack_bytes(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

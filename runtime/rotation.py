@@ -11,7 +11,8 @@ def hadamard(dim: int) -> Tensor:
     block = torch.ones(1, 1, dtype=torch.float64)
     while dim % (2 * block.shape[0]) == 0:
         block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
-    return torch.block_diag(*[block / block.shape[0] ** 0.5] * (dim // block.shape[0]))
+    rotation: Tensor = torch.block_diag(*[block / block.shape[0] ** 0.5] * (dim // block.shape[0]))
+    return rotation
 
 
 def rotate_heads(x: Tensor, rotation: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Renders a chat template, as a program of its own: `text.py` runs it in a process with little memory and time.
+"""Renders a chat template, as a program of its own: `chat_process.py` runs it with little memory and time.
 
 A template is a program of whoever made the model. Jinja's sandbox keeps it from everything but memory and time:
-`'a' * 10**10` takes the one, nested loops the other. The request comes as JSON on standard input; the text, or the
-reason why there is none, goes as JSON to standard output. The arguments are folders to find jinja2 in.
+`'a' * 10**10` takes the one, nested loops the other. The request comes as JSON on standard input; the text of each
+chat, or the reason why there is none, goes as JSON to standard output. The arguments are folders to find jinja2 in.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def limit(memory: int, seconds: int) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """`{"text": ...}` of the request's template and variables, or `{"error": a reason}`."""
+    """`{"text": ...}` of the request's template and variables in so many characters, or `{"error": a reason}`."""
     try:
         text = environment().from_string(request["template"]).render(**request["variables"])
     except TemplateError as error:
@@ -125,4 +125,4 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     limit(asked["memory"], asked["seconds"])
-    json.dump(answer(asked), sys.stdout)
+    json.dump([answer({"template": asked["template"], **chat}) for chat in asked["chats"]], sys.stdout)

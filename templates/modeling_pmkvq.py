@@ -193,7 +193,9 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         self.compiled = package.load(device, dtype, backend)
         artifact = package.runtime.open_artifact(folder)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
-        self.kernels_on = partial(package.runtime.choose_kernels, artifact.package, self.compiled.plan, backend=backend)
+        self.attention_on = partial(
+            package.runtime.choose_attention, artifact.package, self.compiled.plan, backend=backend
+        )
         self.constants = set(artifact.manifest.tensors[artifact.manifest.constants])
         for name in self.compiled.weights.keys() - self.constants:
             _attach(self, name, self.compiled.weights[name])
@@ -242,8 +244,8 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         weights.update(self.named_parameters())
         weights.update({name: weights[name].to(probe.device) for name in self.constants})
         changed = (probe.device, probe.dtype) != (self.compiled.device, self.compiled.dtype)
-        kernels = self.kernels_on(probe.device, dtype=probe.dtype) if changed else self.compiled.kernels
-        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, kernels=kernels)
+        attention = self.attention_on(probe.device, dtype=probe.dtype) if changed else self.compiled.attention
+        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, attention=attention)
         return self
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> PmkvqCache:

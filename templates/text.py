@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 import torch
 from tokenizers import Tokenizer as Encoder
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from .chat_process import RENDER_SECONDS, RenderFailed, rendered, usual
 from .runtime import ArtifactError, InputError, open_artifact
 from .runtime.manifest import AGAIN, Artifact, brief, parse_json
 
@@ -25,15 +21,6 @@ Message = Mapping[str, Any]
 """`{"role": "user", "content": "..."}` and whatever else the chat template reads."""
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that a message's reasoning is passed under; templates read the first, some the second."""
-
-RENDER_SECONDS, RENDER_BYTES = 8, 512 << 20
-"""What rendering a chat may take before it is ended."""
-
-RENDER_CHARACTERS = 1 << 20
-"""Characters that a chat may be rendered to, beside sixteen for each of what it is made of."""
-
 CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"))
 CLEANED += tuple((f" {ending}", ending) for ending in ("'m", "'s", "'ve", "'re"))
 
@@ -215,9 +202,7 @@ def _message(message: Message) -> dict[str, Any]:
     plain = _plain(message)
     if not isinstance(plain, dict):
         raise ArtifactError(f"a message is {brief(message)!r}; give a dictionary with role and content")
-    plain = {name: value for name, value in plain.items() if value is not None}
-    reasoning = next((plain[name] for name in REASONING if name in plain), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return usual(plain)
 
 
 def _plain(value: Any) -> Any:
@@ -236,19 +221,10 @@ def _plain(value: Any) -> Any:
 
 def _render(renderer: str, template: str, variables: dict[str, Any]) -> str:
     """Run the program `renderer`, which is chat_template.py. Raises `ArtifactError`."""
-    request = {"template": template, "variables": variables, "memory": RENDER_BYTES, "seconds": RENDER_SECONDS}
-    request["characters"] = RENDER_CHARACTERS + 16 * len(json.dumps(request))
-    folders = dict.fromkeys(str(Path(str(module.__file__)).parent.parent) for module in (jinja2, markupsafe))
-    command = [sys.executable, "-I", "-c", renderer, *folders]
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
-        )
-        answer = json.loads(done.stdout) if done.returncode == 0 else {"error": f"it ended with {done.returncode}"}
-    except subprocess.TimeoutExpired:
-        answer = {"error": f"it takes more than {RENDER_SECONDS} seconds"}
-    except (OSError, ValueError) as error:
-        answer = {"error": f"it cannot be rendered: {error}"}
+        (answer,) = rendered(renderer, template, [variables], RENDER_SECONDS)
+    except RenderFailed as error:
+        answer = {"error": str(error)}
     if "text" not in answer:
         raise ArtifactError(f"the chat template does not take these messages ({brief(answer['error'])})")
     return str(answer["text"])

@@ -22,8 +22,9 @@ from triton.runtime import interpreter
 from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, LayerKernels, Tuning, read_tunings
+from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.plan import CODE_BITS, LayerPlan, block_bytes, sequence_bytes
+from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, Tuning, read_tunings
 
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
@@ -176,7 +177,8 @@ def check_lowering(wide: int, device: torch.device) -> None:
         for where, chosen in ((device, [kernels]), (torch.device("cpu"), None))
     )
     for one in (cache, twin):
-        one.layers[0].rows, one.layers[0].flushed, one.length = [case.sink + case.window], [8], [max_len]
+        one.layers[0].seek([max_len])
+        one.length = [max_len]
     words = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(wide)).to(torch.int16)
     twin.layers[0].arena.random_(generator=torch.Generator().manual_seed(0))
     records = twin.layers[0].records(0, 0, 8)
@@ -184,7 +186,7 @@ def check_lowering(wide: int, device: torch.device) -> None:
         codes.view(torch.int16).copy_(chosen[: codes.numel() // 2].view((*codes.shape[:-1], -1)))
     cache.layers[0].arena.copy_(twin.layers[0].arena)
     cache.begin([slice(0, 0)])
-    kernels.lower(cache, cache.layers[0], 1)
+    kernels.lower(cache.layers[0], cache.state)
     twin.layers[0].lower()
     used = slice(0, twin.layers[0].arena.shape[-1] - twin.layers[0].pool.shape[-1] + 8 * block_bytes(plan, *stages[1]))
     assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
@@ -194,24 +196,22 @@ def take_back(cache: Cache, count: int) -> None:
     """Take the last tokens of every sequence out of its window again."""
     cache.length = [length - count for length in cache.length]
     for layer in cache.layers:
-        layer.rows = [rows - count for rows in layer.rows]
+        layer.crop(count)
 
 
 def copy_to_cpu(cache: Cache) -> Cache:
     """The same cache for the reference path."""
-    store = cache.layers[0]
+    store, cpu = cache.layers[0], torch.device("cpu")
     plan = cache_plan(store.plan, max_len=cache.max_len, batch_size=cache.batch_size)
-    copy = Cache(plan, cache.batch_size, cache.max_len, store.keys.dtype, torch.device("cpu"))
-    twin = copy.layers[0]
-    twin.arena.copy_(store.arena)
-    twin.stage, twin.rows, twin.flushed = store.stage, list(store.rows), list(store.flushed)
+    copy = Cache(plan, cache.batch_size, cache.max_len, store.keys.dtype, cpu)
+    copy.layers[0] = store.copy_on(cpu)
     return copy
 
 
 def compare_stores(cache: Cache, twin: Cache) -> None:
     """Rows, parameters and codes are the same to the last bit."""
     one, other = cache.layers[0], twin.layers[0]
-    assert (one.rows, one.flushed, one.stage) == (other.rows, other.flushed, other.stage)
+    assert one.counts == other.counts
     for b, rows in enumerate(one.rows):
         assert torch.equal(one.keys[b, :, :rows], other.keys[b, :, :rows])
         assert torch.equal(one.values[b, :, :rows], other.values[b, :, :rows])

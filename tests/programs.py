@@ -17,9 +17,10 @@ from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.ops import MARKER, cached_attention
 from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.runtime.rotation import rotate_heads
 from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.unquantized import exact_plan
 
 from .models import tiny_model
 
@@ -53,26 +54,7 @@ def located(model_type: str, **overrides: Any) -> Program:
 
 def full_plan(sites: list[AttentionSite], batch_size: int = 2) -> CachePlan:
     """A plan that keeps all `MAX_LEN` tokens in float32, as `--recipe none` does."""
-
-    def layer(site: AttentionSite) -> LayerPlan:
-        numbers = site.num_key_value_heads * MAX_LEN * (site.key_head_dim + site.value_head_dim)
-        return LayerPlan(
-            num_key_value_heads=site.num_key_value_heads,
-            key_head_dim=site.key_head_dim,
-            value_head_dim=site.value_head_dim,
-            key_bits=32,
-            value_bits=32,
-            key_axis="token",
-            sink=0,
-            window=MAX_LEN,
-            block=16,
-            sliding_window=site.sliding_window,
-            stages=(),
-            arena_bytes=batch_size * numbers * 4,
-        )
-
-    layers = tuple(layer(site) for site in sites)
-    return CachePlan("none", sum(one.arena_bytes for one in layers), MAX_LEN, batch_size, "float32", layers)
+    return exact_plan(sites, MAX_LEN, batch_size, torch.float32, block=16)
 
 
 class Float64Interpreter(Interpreter):

@@ -87,8 +87,8 @@ def test_model_without_rope_compiles_without_fold(place: Path, tmp_path_factory:
         str(folder), place / "out", "70%", max_len=256, window=64, calib_samples=2, calib_len=96, dry_run=True
     )
     result = compile_model(options, lambda stage, done, total: None)
-    assert len(result.report["rows"]) == 3
-    assert all(row["fold"] != "folded" and row["fold"] for row in result.report["rows"])
+    assert len(result.report.rows) == 3
+    assert all(row.fold != "folded" and row.fold for row in result.report.rows)
 
 
 def test_infeasible_budget_names_the_smallest_feasible(complaint: Complaint, model: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pmkvq_compiler.cli import Request, main, parse
+from pmkvq_compiler.cli import Request, _parser, main, parse
 from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.recipes import RECIPES
 from tests.folders import model_folder, tree
 
 FLAGS = [
@@ -184,3 +185,12 @@ def test_budgets_none_of_which_holds_a_plan_end_in_one_sentence(
 ) -> None:
     assert main([str(model), *SMALL, "--dry-run", "--budgets", "2%,5%"]) == 1
     assert "smallest feasible one" in capsys.readouterr().err
+
+
+def test_a_recipe_is_told_with_its_summary_in_the_order_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "halves", replace(RECIPES["uniform"], summary="50% of everything"))
+    monkeypatch.setenv("COLUMNS", "10000")  # no line ends within
+    told = " ".join(_parser().format_help().split())
+    summaries = "; ".join(f"{name}: {recipe.summary}" for name, recipe in RECIPES.items())
+    assert f"{summaries} (best)" in told
+    assert parse(["demo", "--recipe", "halves", "--budget", "25%"]).options.recipe == "halves"

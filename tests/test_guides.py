@@ -22,12 +22,13 @@ from transformers.utils import import_utils
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import EXAMPLES, main, parse
-from pmkvq_compiler.options import RECIPE_NAMES, TARGETS
+from pmkvq_compiler.options import TARGETS
+from pmkvq_compiler.recipes import RECIPES
+from tests.emit.test_emit import LATENT_ATTENTION
 
 from .conftest import CompileTiny
 from .folders import TEXT, model_folder
 from .guides import ROOT, Guide, commands, docstring_commands, guides
-from .test_emit import LATENT_ATTENTION
 from .test_huggingface import CHAT_TEMPLATE
 
 GUIDES = guides()
@@ -188,7 +189,7 @@ def test_files_that_a_guide_names_exist(guide: Guide) -> None:
 
 
 def test_guides_name_every_recipe_and_every_target() -> None:
-    for words, name in ((RECIPE_NAMES, "budget"), (TARGETS, "aot")):
+    for words, name in ((RECIPES, "budget"), (TARGETS, "aot")):
         text = (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
         assert [word for word in words if f"| `{word}` |" not in text] == []
 

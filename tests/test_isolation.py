@@ -6,6 +6,7 @@ Every trap writes a file when it is imported.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,8 @@ import torch
 from pmkvq_compiler import runtime
 from pmkvq_compiler.children import isolated
 from pmkvq_compiler.emit.check import check_artifact
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.errors import CompileError, Defect
+from pmkvq_compiler.failures import explain
 from tests.conftest import CompileTiny
 from tests.folders import tree
 
@@ -68,14 +70,29 @@ def test_an_artifact_that_does_not_load_is_told_in_a_sentence(
     artifact = compile_tiny("llama", recipe="none")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(
-        CompileError, match=r"does not load in a fresh process \(.*is not an artifact.*\); this is"
-    ) as error:
+    with pytest.raises(Defect, match=r"does not load in a fresh process \(.*is not an artifact.*\)$") as error:
         check_artifact(tmp_path, tmp_path, "float32", *reference(artifact))
     assert "\n" not in str(error.value)
-    (log,) = tmp_path.glob("pmkvq-check-*.txt")
-    assert str(log) in str(error.value)
-    assert "Traceback" in log.read_text()
+    said, code = explain(error.value)
+    (log,) = tmp_path.glob("pmkvq-compile-*.log")
+    assert code == 1
+    assert "is not an artifact" in said
+    assert str(log) in said
+    assert log.read_text().count("Traceback") == 2, "of this process and of the one that loaded the artifact"
+    assert "emit/check.py" in log.read_text()
+
+
+@pytest.mark.parametrize("signal", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_check_that_a_signal_ends_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: signal.Signals
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nkill -{int(signal)} $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    with pytest.raises(CompileError, match=f"was ended by {signal.name}") as error:
+        check_artifact(tmp_path, tmp_path, "float32", torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 8))
+    assert not isinstance(error.value, Defect)
 
 
 def test_workers_import_nothing_from_the_current_folder(traps: Path) -> None:

@@ -107,6 +107,8 @@ FLOORS = [
         "divergence",
         "formats",
         "recipes",
+        "unquantized",
+        "problem",
         "failures",
         "interrupts",
         "children",
@@ -137,24 +139,143 @@ def test_no_module_of_the_driver_imports_upward() -> None:
     assert upward == []
 
 
+RUNTIME_FLOORS = [
+    {"errors", "records"},
+    {"claims", "inputs", "plan", "quantize", "rotation"},
+    {"manifest"},
+    {"cubins", "tuning"},
+    {"layer_cache"},
+    {"backend"},
+    {"reference", "kernels"},
+    {"cache"},
+    {"attention", "forward"},
+    {"graph"},
+    {"generate"},
+    {"model"},
+    {"load"},
+]
+"""The runtime from the ground up, likewise."""
+
+
+def test_no_module_of_the_runtime_imports_upward() -> None:
+    floor = {name: number for number, names in enumerate(RUNTIME_FLOORS) for name in names}
+    imports = {path.stem: siblings(path, "runtime") for path in (ROOT / "runtime").glob("*.py")}
+    del imports["__init__"]
+    assert floor.keys() == imports.keys()
+    assert [(name, one) for name, needed in imports.items() for one in needed if floor[one] > floor[name]] == []
+
+
+@pytest.mark.parametrize("folder", ["runtime", "passes"])
+def test_modules_and_functions_fit_what_a_reader_holds(folder: str) -> None:
+    long = []
+    for path in (ROOT / folder).glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        long += [path.name] if len(text.splitlines()) > 400 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 50:
+                long.append(f"{path.name}: {node.name}")
+    assert long == []
+
+
 @pytest.mark.parametrize("folder", ["runtime", "passes", *(name for names in FLOORS[1:6] for name in sorted(names))])
 def test_no_modules_import_each_other_in_a_circle(folder: str) -> None:
-    """Those of one package, when they are loaded; what only a type checker reads is another matter."""
+    """Those of one package, wherever in a module the import stands, for a type checker's eyes only as well."""
     place = ROOT / folder if folder in ("runtime", "passes") else ROOT / "pmkvq_compiler" / folder
-    imports = {path.stem: set(siblings(path, folder)) for path in place.glob("*.py") if path.stem != "__init__"}
+    imports = {path.stem: siblings(path, folder) for path in place.glob("*.py") if path.stem != "__init__"}
+    assert left_in_circles(imports) == set()
+
+
+def left_in_circles(imports: dict[str, set[str]]) -> set[str]:
+    """Modules that are in a circle, or import one that is."""
     while free := {name for name, needed in imports.items() if not needed & imports.keys()}:
         imports = {name: needed for name, needed in imports.items() if name not in free}
-    assert imports == {}
+    return set(imports)
 
 
-def siblings(path: Path, folder: str) -> Iterator[str]:
-    """Modules of its own package that a module imports at its top level."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
-            if node.level == 1 and node.module:
-                yield node.module.split(".")[0]
-            elif node.level == 0 and node.module and node.module.startswith(f"pmkvq_compiler.{folder}."):
-                yield node.module.split(".")[2]
+def siblings(path: Path, folder: str) -> set[str]:
+    """Modules of its own package that a module imports anywhere."""
+    return {module.split(".")[2] for module in imported(path, folder) if module.startswith(f"pmkvq_compiler.{folder}.")}
+
+
+def imported(path: Path, folder: str) -> Iterator[str]:
+    """Dotted names of what a module of `pmkvq_compiler.<folder>` imports, and of what it takes out of it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ["pmkvq_compiler", folder][: 3 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from .first import thing",
+        "from . import first",
+        "import pmkvq_compiler.runtime.first",
+        "from pmkvq_compiler.runtime import first",
+        "from pmkvq_compiler.runtime.first import thing",
+        "if TYPE_CHECKING:\n    from .first import thing",
+        "if TYPE_CHECKING:\n    from ..runtime.first import thing",
+        "def later() -> None:\n    from .first import thing",
+    ],
+)
+def test_a_circle_is_seen_however_it_is_closed(back: str, tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text("from .second import other")
+    (tmp_path / "second.py").write_text(back)
+    (tmp_path / "alone.py").write_text("import torch\nfrom .third import thing")
+    imports = {path.stem: siblings(path, "runtime") for path in tmp_path.glob("*.py")}
+    assert left_in_circles(imports) == {"first", "second"}
+
+
+TYPE_ERRORS = {
+    "def untyped(x): ...": "no-untyped-def",
+    "def half_typed(x: int, y) -> None: ...": "no-untyped-def",
+    "def untyped(x): ...\nuntyped(1)": "no-untyped-call",
+    "def bare() -> list: ...": "type-arg",
+    "def anything(x: Any) -> int:\n    return x": "no-any-return",
+    "import nowhere\nclass Child(nowhere.Parent): ...": "misc",
+    "from pmkvq_compiler.runtime.callee import math": "attr-defined",
+    "x: int = 'text'": "assignment",
+    "x: int = 1  # type: ignore[misc]": "unused-ignore",
+    "print(1 == 'text')": "comparison-overlap",
+}
+"""Lines that strict type checking complains of, and what it calls that."""
+
+
+@pytest.fixture(scope="module")
+def type_checked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `mypy` says of a small project with this one's settings, whose packages have all of `TYPE_ERRORS`."""
+    place = tmp_path_factory.mktemp("types")
+    shutil.copy(ROOT / "pyproject.toml", place)
+    shutil.copytree(ROOT / ".ci", place / ".ci", symlinks=True)
+    for folder in ("pmkvq_compiler", "runtime", "passes"):
+        (place / folder).mkdir()
+        (place / folder / "__init__.py").touch()
+        for number, text in enumerate(TYPE_ERRORS):
+            (place / folder / f"error_{number}.py").write_text(f"from typing import Any\n{text}\n")
+    (place / "pmkvq_compiler" / "caller.py").write_text(
+        "from pmkvq_compiler.runtime.callee import half\nhalf('text')\n"
+    )
+    (place / "runtime" / "callee.py").write_text(
+        "import math\ndef half(x: int) -> float:\n    return math.fabs(x) / 2\n"
+    )
+    mypy = [sys.executable, "-m", "mypy", "--cache-dir", place / "cache", "--no-color-output"]
+    return subprocess.run(mypy, cwd=place, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.parametrize("folder", ["runtime", "passes"])
+@pytest.mark.parametrize(("number", "code"), list(enumerate(TYPE_ERRORS.values())))
+def test_types_are_checked_strictly_where_the_arithmetic_is(
+    type_checked: str, folder: str, number: int, code: str
+) -> None:
+    assert re.search(rf"{folder}/error_{number}\.py:\d+: error: .*\[{code}\]", type_checked), type_checked
+
+
+def test_the_driver_is_checked_against_the_types_of_the_runtime(type_checked: str) -> None:
+    assert re.search(r"pmkvq_compiler/caller\.py:2: error: Argument 1 to \"half\" has incompatible type", type_checked)
+    assert re.search(r"^pmkvq_compiler/error_0\.py:2: error: .*\[no-untyped-def\]", type_checked, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny
@@ -121,11 +122,11 @@ def test_machine_code_is_not_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(loading, "check_kernels", lambda layer: None)
     artifact = runtime.open_artifact(copy)
     for compiled in (True, False):
-        kernels = runtime.choose_kernels(
+        attention = runtime.choose_attention(
             artifact.package, artifact.manifest.plan, torch.device("cuda:0"), compiled=compiled
         )
-        assert kernels is not None
-        assert kernels[0].module.__name__.endswith("attention_0")
+        assert isinstance(attention[0], LayerKernels)
+        assert attention[0].module.__name__.endswith("attention_0")
         assert asked == ["archive"], "asked for once, where code is trusted"
 
 

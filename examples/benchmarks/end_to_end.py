@@ -45,8 +45,9 @@ from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
-from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, choose_kernels
+from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, choose_attention
 from pmkvq_compiler.runtime.generate import decoder
+from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.plan import original_bytes, sequence_bytes
 from pmkvq_compiler.source.capture import capture
@@ -196,10 +197,10 @@ class Artifact(Contender):
         weights |= {constant.name: constant.value.to(self.device) for constant in program.constants.values()}
         hidden_states, logits = import_generated(folder / "model.py").bind(weights)
         device = torch.device(self.device)
-        kernels = choose_kernels(folder, self.plan, device)
+        attention = choose_attention(folder, self.plan, device)
         size, no_ends = self.config.vocab_size, frozenset[int]()
         self.model = CompiledModel(
-            self.plan, weights, hidden_states, logits, size, no_ends, None, DTYPE, device, kernels
+            self.plan, weights, hidden_states, logits, size, no_ends, None, DTYPE, device, attention
         )  # fmt: skip
 
     def _plan(self, stages: tuple[Bits, ...], batch_size: int, held: int | None) -> CachePlan:
@@ -235,7 +236,7 @@ class Artifact(Contender):
             for layer in self.plan.layers
         ]
         plan = dataclasses.replace(self.plan, batch_size=batch, layers=tuple(layers))
-        self.cache = Cache(plan, batch, self.max_len, DTYPE, self.model.device, self.model.kernels)
+        self.cache = Cache(plan, batch, self.max_len, DTYPE, self.model.device, self.model.attention)
         self.fill(self.filled)
         self.running = torch.ones(batch, dtype=torch.bool, device=self.device)
         self.decode = decoder(self.model, self.cache)
@@ -249,8 +250,9 @@ class Artifact(Contender):
             cache.begin([slice(0, count)] * cache.batch_size)
             for index, store in enumerate(cache.layers):
                 k, v = (random_heads(self.heads, count, self.head_dim, cache.batch_size, self.device) for _ in range(2))
-                if cache.kernels is not None:
-                    cache.kernels[index]._append(k, v, cache, store)
+                attention = cache.attention[index]
+                if isinstance(attention, LayerKernels):
+                    attention.append(k, v, store, cache.new_tokens)
                 else:
                     for sequence in range(cache.batch_size):
                         store.append(sequence, k[sequence], v[sequence])

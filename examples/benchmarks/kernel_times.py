@@ -35,10 +35,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime.attention import cached_attention
-from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
-from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order, read_tunings, tuning_for
+from pmkvq_compiler.runtime.kernels import LayerKernels, lowering_order
+from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, block_bytes, sequence_bytes
+from pmkvq_compiler.runtime.tuning import read_tunings, tuning_for
 
 DEVICE = torch.device("cuda")
 FILL_CHUNK = 4096
@@ -167,13 +169,13 @@ def random_heads(shape: Shape, heads: int, tokens: int) -> Tensor:
 
 def fill(cache: Cache, shape: Shape, tokens: int) -> None:
     """Append random tokens until every sequence has `tokens`."""
-    kernels = cache.kernels
-    assert kernels is not None
+    (kernels,) = cache.attention
+    assert isinstance(kernels, LayerKernels)
     for start in range(cache.length[0], tokens, FILL_CHUNK):
         count = min(FILL_CHUNK, tokens - start)
         cache.begin([slice(0, count)] * shape.batch)
         keys, values = (random_heads(shape, shape.heads, count) for _ in range(2))
-        kernels[0]._append(keys, values, cache, cache.layers[0])
+        kernels.append(keys, values, cache.layers[0], cache.new_tokens)
         cache.end()
 
 
@@ -237,8 +239,9 @@ def full_cache(shape: Shape, packing: Packing) -> tuple[Cache, LayerKernels, Lay
 
 
 def decode_work(shape: Shape, cache: Cache, kernels: LayerKernels, store: LayerCache) -> Callable[[], object]:
-    q = random_heads(shape, shape.heads * shape.group, 1)
-    return lambda: kernels._decode(q, shape.head_dim, cache, store, shape.head_dim**-0.5, None)
+    q, state = random_heads(shape, shape.heads * shape.group, 1), cache.state
+    assert state is not None
+    return lambda: kernels.decode(q, shape.head_dim, store, state, shape.head_dim**-0.5, None)
 
 
 def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Row:
@@ -273,14 +276,15 @@ def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float
     """Microseconds of one token's append to every sequence; the cache's bookkeeping is as before."""
     cache.begin([slice(0, 1)] * LARGE.batch)
     k, v = (random_heads(LARGE, LARGE.heads, 1) for _ in range(2))
-    rows, flushed = list(store.rows), list(store.flushed)
+    counts = store.counts
 
     def work() -> None:
-        store.rows, store.flushed = list(rows), list(flushed)
-        kernels._append(k, v, cache, store)
+        store.go_back(counts)
+        kernels.append(k, v, store, cache.new_tokens)
 
     taken = microseconds(work)
-    store.rows, store.flushed, store.overwritten = rows, flushed, False
+    store.go_back(counts)
+    store.overwritten = False
     return taken
 
 
@@ -309,7 +313,13 @@ def lower_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> Ro
     cache.begin([slice(0, 0)] * shape.batch)
     live, sizes = store.live_blocks(0), [block_bytes(layer, *bits) for bits in (wide, narrow)]
     moved = live * shape.batch * shape.heads * sum(sizes)
-    taken = microseconds(lambda: kernels.lower(cache, store, 1), 10)
+    counts = store.counts
+
+    def work() -> None:
+        store.go_back(counts)
+        kernels.lower(store, cache.state)
+
+    taken = microseconds(work, 10)
     speed = moved / taken / 1e3
     launches = f"{len(list(lowering_order(live, *sizes)))} launches"
     return Row("lower", launches, f"{wide} to {narrow}", taken, speed, "copy", moved / copy / 1e3, speed / copy, 1.0)

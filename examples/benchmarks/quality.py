@@ -46,26 +46,25 @@ from papers_format import papers_format
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.budget import parse_budget
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed, run
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.calibrate.texts import read_samples
-from pmkvq_compiler.calibrate.walk import pick_device
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.feasible import check_feasible
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
 from pmkvq_compiler.plan.propose import propose
 from pmkvq_compiler.plan.rerank import Tried, try_plans
 from pmkvq_compiler.plan.solution import Folds, Solution, plan_table
 from pmkvq_compiler.plan.teacher_forcing import progressive
+from pmkvq_compiler.problem import pick_device, resolve
 from pmkvq_compiler.recipes import RECIPES, Recipe
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
+from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 OWN = Path(__file__).parent.parent / "reasoner"
 RECIPES["kivi-128"] = replace(RECIPES["kivi"], block=128)
@@ -253,16 +252,14 @@ class Bench:
         """The plan of a recipe as a compile would take it, and the calibration that it was found from, which serves all
         recipes that measure the same. Raises `CompileError` where none fits the budget."""
         options = self._options(recipe, effective_len)
-        size = parse_budget(budget, cache_bytes_at_16_bits(self.sites, self.max_len, 1))
-        check_feasible(self.sites, options, size, self.max_len, self.source.dtype)
+        problem = resolve(replace(options, budget=budget), self.sites, self.max_len, self.source.dtype)
+        check_feasible(problem)
         measured = replace(RECIPES[recipe], progressive=True, per_layer=True, exact_layers=True)
         if (measured, effective_len) not in self.calibrations:
-            self.calibrations[measured, effective_len] = calibrate(
-                self.source, self.sites, options, self.max_len, lambda *_: None
-            )
+            self.calibrations[measured, effective_len] = calibrate(self.source, problem, lambda *_: None)
         calibration = self.calibrations[measured, effective_len]
-        proposals = propose(self.sites, calibration, options, size, self.max_len, self.source.dtype)
-        samples = read_samples(self.source, options)
+        proposals = propose(problem, calibration)
+        samples = read_samples(self.source, problem)
         (best,) = try_plans(self.planning_model, samples, [proposals], calibration, lambda *_: None)
         return best, calibration
 

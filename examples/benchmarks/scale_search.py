@@ -24,6 +24,10 @@ from pmkvq_compiler.calibrate.key_scales import GRID, ScaleSearch
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.calibrate.walk import stretched_positions
 from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.problem import resolve
+from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
 
 BITS, SINK, BLOCK = 2, 1, 64
@@ -40,9 +44,16 @@ def main() -> None:
 
     source = open_source(arguments.model, "auto")
     options = CompileOptions(
-        arguments.model, Path(), calib_samples=arguments.samples, calib_len=arguments.length, recipe="pm-kvq"
+        arguments.model,
+        Path(),
+        budget="100%",
+        calib_samples=arguments.samples,
+        calib_len=arguments.length,
+        recipe="pm-kvq",
     )
-    samples = read_samples(source, options)
+    program = capture(source.config)
+    run_passes(program, [LocateAttention()])
+    samples = read_samples(source, resolve(options, program.sites, arguments.effective_len, source.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = source.load_model(ATTENTION, device).requires_grad_(False)
 

@@ -35,9 +35,11 @@ from kernel_times import (
     seconds_and_peak,
 )
 
-from pmkvq_compiler.runtime.cache import Cache, LayerCache
-from pmkvq_compiler.runtime.kernels import DEFAULT_TUNING, DecodeTuning, LayerKernels, Tuning, read_tunings
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.kernels import LayerKernels
+from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
+from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, DecodeTuning, Tuning, read_tunings
 
 CHUNK = 8192
 PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
@@ -103,7 +105,7 @@ def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int,
         default, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
     )
     cache, kernels, _ = packed_cache(SINGLE, layer_plan(SINGLE, (4, 4), "channel", 64))
-    cache.kernels = [LayerKernels(kernels.module, tuning)]
+    cache.attend_by([LayerKernels(kernels.module, tuning)])
     q, k, v = (random_heads(SINGLE, heads, SINGLE.tokens) for heads in (SINGLE.heads * SINGLE.group, 4, 4))
     taken, _ = seconds_and_peak(prompt_work(cache, q, k, v, CHUNK), 1 if quiet else 3)
     if not quiet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from pmkvq_compiler.runtime.rotation import hadamard
 from pmkvq_compiler.source.source import Source
 
 logger = logging.getLogger(__name__)
+
+NO_VALUE_PROJECTION = "v_proj or the output projection was not found in the graph"
+"""Why V of a layer cannot be multiplied by anything."""
 
 
 def key_matrices_of(
@@ -49,40 +53,50 @@ def value_matrices_of(sites: Sequence[AttentionSite], recipe: Recipe, moments: M
 
 def key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
     """By layer, what each head of K is multiplied by [Hkv, dk] and its queries are divided by, where that is needed."""
-    powers = {}
+    powers: dict[int, Tensor] = {}
     for site in sites:
-        if not bool(unusual(ranges.key[site.layer]).any()):
-            continue
         if site.reason is not None or site.key is None or site.query is None:
-            tell_unusual("K", site.layer, ranges.key[site.layer], site.reason)
+            _tell_unusual("K", site.layer, ranges.key[site.layer], site.reason)
             continue
-        weights = (_rows(source, site.key), _rows(source, site.query))
-        chosen = 2 ** exponents(ranges.key[site.layer], *weights, source.dtype)
-        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.key_head_dim)
+        weights = partial(_rows, source, site.key), partial(_rows, source, site.query)
+        powers |= _powers(site.layer, site.key_head_dim, ranges.key[site.layer], *weights, source.dtype)
     return powers
 
 
 def value_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -> dict[int, Tensor]:
     """By layer, what each head of V is multiplied by [Hkv, dv] and its outputs are divided by, where that is needed."""
-    powers = {}
+    powers: dict[int, Tensor] = {}
     for site in sites:
-        if not bool(unusual(ranges.value[site.layer]).any()):
-            continue
         if site.value is None or site.output is None:
-            reason = "v_proj or the output projection was not found in the graph"
-            tell_unusual("V", site.layer, ranges.value[site.layer], reason)
+            _tell_unusual("V", site.layer, ranges.value[site.layer], NO_VALUE_PROJECTION)
             continue
-        weights = (_rows(source, site.value), source.read(site.output))
-        chosen = 2 ** exponents(ranges.value[site.layer], *weights, source.dtype)
-        powers[site.layer] = chosen.unsqueeze(1).expand(-1, site.value_head_dim)
+        weights = partial(_rows, source, site.value), partial(source.read, site.output)
+        powers |= _powers(site.layer, site.value_head_dim, ranges.value[site.layer], *weights, source.dtype)
     return powers
+
+
+def _powers(
+    layer: int,
+    head_dim: int,
+    ranges: Tensor,
+    multiplied: Callable[[], Tensor],
+    divided: Callable[[], Tensor],
+    dtype: torch.dtype,
+) -> dict[int, Tensor]:
+    """The layer's powers [H, head_dim]; empty where its ranges are usual, and then no weight is read."""
+    if not bool(unusual(ranges).any()):
+        return {}
+    return {layer: (2 ** exponents(ranges, multiplied(), divided(), dtype)).unsqueeze(1).expand(-1, head_dim)}
 
 
 def _rows(source: Source, projection: Projection) -> Tensor:
     return source.read(projection.weight)[projection.start : projection.start + projection.rows]
 
 
-def tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:
+def _tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:
+    """Warn of a layer whose ranges are unusual and whose weights cannot be scaled."""
+    if not bool(unusual(ranges).any()):
+        return
     logger.warning(
         "%s of layer %d spans %.0e in a typical token, which codes express coarsely below %.0e and above %.0e, and it "
         "cannot be scaled in the weights (%s): expect a loss there, or scale the model's weights",

@@ -8,7 +8,7 @@ to, and last what each format costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -26,36 +26,33 @@ from pmkvq_compiler.calibrate.calibration import (
 )
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.key_scales import ScaleSearch
+from pmkvq_compiler.calibrate.layer_outputs import layer_outputs
 from pmkvq_compiler.calibrate.matrices import key_matrices_of, key_powers, normalized, value_matrices_of, value_powers
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
 from pmkvq_compiler.calibrate.ranges import Ranges
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.calibrate.transforms import Moments
-from pmkvq_compiler.calibrate.walk import pick_device, reference_logits, sampled_loss, text_loss, walk_texts
+from pmkvq_compiler.calibrate.walk import reference_logits, sampled_loss, text_loss, walk_texts
 from pmkvq_compiler.errors import CompileError
-from pmkvq_compiler.formats import Losses
-from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.formats import Losses, key_formats, value_formats
 from pmkvq_compiler.passes.fold_value_transform import can_transform
-from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.progress import Progress
-from pmkvq_compiler.recipes import key_formats, resolved, value_formats
 from pmkvq_compiler.source.source import Source
 
 
-def calibrate(
-    source: Source, sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, progress: Progress
-) -> Calibration:
+def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibration:
     """Run the source model on the calibration texts.
 
-    With `--recipe none` nothing is quantized and only the check logits are made. Raises `CompileError` where the texts
-    are too short or the model's loss is not finite.
+    Where the recipe quantizes nothing, only the check logits are made. Raises `CompileError` where the texts are too
+    short or the model's loss is not finite.
     """
-    samples, recipe = read_samples(source, options), resolved(options)
-    stretch = Fraction(effective_length(source, options, max_len), options.calib_len)
-    model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
-    check_ids = samples[0][None, : min(CHECK_TOKENS, max_len)]
+    samples = read_samples(source, problem)
+    stretch = Fraction(effective_length(source, problem), problem.calib_len)
+    model = source.load_model(ATTENTION, problem.device).requires_grad_(False)
+    check_ids = samples[0][None, : min(CHECK_TOKENS, problem.max_len)]
     calibration = Calibration(
-        fingerprint=calibration_fingerprint(source, sites, options, max_len),
+        fingerprint=calibration_fingerprint(source, problem),
         key_maxima={},
         alphas={},
         scales={},
@@ -67,59 +64,75 @@ def calibrate(
         value_gradient={},
         check_ids=check_ids,
         check_logits=reference_logits(model, check_ids)[-CHECK_LOGITS:],
+        check_layers=layer_outputs(model, problem.sites, check_ids),
     )
-    if options.recipe == "none":
+    if not problem.recipe.quantizes:
         return calibration
-
     walk = partial(walk_texts, model, samples, progress)
-    if "scale" in recipe.key_transforms:
-        maxima: dict[int, Tensor] = {}
-        walk("Measuring keys", partial(_record_maxima, maxima), stretch)
-        search = ScaleSearch(
-            {site.layer: maxima[site.layer] for site in sites if site.reason is None},
-            min(options.bits),
-            recipe.sink,
-            recipe.block,
-        )
-        walk("Searching scales", search, stretch)
-        alphas, scales = search.best()
-        key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
-        calibration = replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
-    moments = Moments()
+    if "scale" in problem.recipe.key_transforms:
+        calibration = _with_scales(calibration, problem, walk, stretch)
+    calibration = _with_matrices(calibration, source, problem, walk, partial(walk_texts, model, samples[:1], progress))
+    return _with_losses(calibration, problem, walk, stretch, len(samples))
+
+
+def _with_scales(
+    calibration: Calibration, problem: Problem, walk: Callable[..., None], stretch: Fraction
+) -> Calibration:
+    """With the maxima of K and the scales that are found from them, at stretched positions."""
+    recipe, maxima = problem.recipe, dict[int, Tensor]()
+    walk("Measuring keys", partial(_record_maxima, maxima), stretch)
+    foldable = {site.layer: maxima[site.layer] for site in problem.sites if site.reason is None}
+    search = ScaleSearch(foldable, min(problem.bits), recipe.sink, recipe.block)
+    walk("Searching scales", search, stretch)
+    alphas, scales = search.best()
+    key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
+    return replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
+
+
+def _with_matrices(
+    calibration: Calibration,
+    source: Source,
+    problem: Problem,
+    walk: Callable[..., None],
+    walk_one: Callable[..., None],
+) -> Calibration:
+    """With what K and V may be multiplied by; `walk_one` walks over the first text alone."""
+    recipe, sites, moments, ranges = problem.recipe, problem.sites, Moments(), Ranges()
     if "match" in (*recipe.key_transforms, *recipe.value_transforms):
         walk("Measuring moments", moments, objective=sampled_loss)
-    ranges = Ranges()
-    walk_texts(model, samples[:1], progress, "Measuring ranges", ranges)
-    calibration = replace(
+    walk_one("Measuring ranges", ranges)
+    keys = key_matrices_of(sites, recipe, calibration.scales, moments)
+    values = value_matrices_of(sites, recipe, moments)
+    return replace(
         calibration,
-        key_matrices=normalized(
-            key_matrices_of(sites, recipe, calibration.scales, moments), key_powers(source, sites, ranges)
-        ),
-        value_matrices=normalized(value_matrices_of(sites, recipe, moments), value_powers(source, sites, ranges)),
+        key_matrices=normalized(keys, key_powers(source, sites, ranges)),
+        value_matrices=normalized(values, value_powers(source, sites, ranges)),
     )
 
-    formats = (
-        {site.layer: key_formats(recipe, options.bits, can_scale=site.reason is None) for site in sites},
-        {site.layer: value_formats(recipe, options.bits, can_transform=can_transform(site)) for site in sites},
-        calibration.key_matrices,
-        calibration.value_matrices,
-    )
-    measured = OutputLoss(*formats, recipe.sink, recipe.block)
-    walk("Measuring losses", measured, objective=sampled_loss)
+
+def _with_losses(
+    calibration: Calibration, problem: Problem, walk: Callable[..., None], stretch: Fraction, texts: int
+) -> Calibration:
+    """With what each format costs, in the measures that the recipe plans by and that its report shows."""
+    recipe, bits = problem.recipe, problem.bits
+    keys = {site.layer: key_formats(recipe, bits, can_scale=site.reason is None) for site in problem.sites}
+    values = {site.layer: value_formats(recipe, bits, can_transform=can_transform(site)) for site in problem.sites}
+    losses = OutputLoss(keys, values, calibration.key_matrices, calibration.value_matrices, recipe.sink, recipe.block)
+    walk("Measuring losses", losses, objective=sampled_loss)
     calibration = replace(
         calibration,
-        key_loss=_averaged("keys", measured.key, len(samples)),
-        value_loss=_averaged("values", measured.value, len(samples)),
+        key_loss=_averaged("keys", losses.key, texts),
+        value_loss=_averaged("values", losses.value, texts),
     )
-    if recipe.measure == "gradient":
-        product = GradientProduct(*formats[:2])
-        walk("Measuring gradients", product, stretch, text_loss)
-        calibration = replace(
-            calibration,
-            key_gradient=_averaged("keys", product.key, len(samples)),
-            value_gradient=_averaged("values", product.value, len(samples)),
-        )
-    return calibration
+    if recipe.measure != "gradient":
+        return calibration
+    product = GradientProduct(keys, values)
+    walk("Measuring gradients", product, stretch, text_loss)
+    return replace(
+        calibration,
+        key_gradient=_averaged("keys", product.key, texts),
+        value_gradient=_averaged("values", product.value, texts),
+    )
 
 
 def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.calibration import Calibration, Matrices, calibration_fingerprint
+from pmkvq_compiler.calibrate.layer_outputs import layer_tensors, layers_of
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.formats import Format, Losses, Transform
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.source import Source
 
@@ -36,12 +35,12 @@ LOSSES = ("key_loss", "value_loss", "key_gradient", "value_gradient")
 
 
 def load_or_calibrate(
-    source: Source, sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, progress: Progress
+    source: Source, problem: Problem, output: Path, progress: Progress, dry_run: bool = False
 ) -> Calibration:
-    """The calibration that these options ask for: from its file beside `options.output` where one matches, else made
-    and, unless it is a dry run, written there. A damaged file is replaced, with a warning."""
-    fingerprint = calibration_fingerprint(source, sites, options, max_len)
-    path = calibration_path(options.output, source.name, fingerprint)
+    """The calibration that the problem asks for: from its file beside an artifact at `output` where one matches, else
+    made and, unless it is a dry run, written there. A damaged file is replaced, with a warning."""
+    fingerprint = calibration_fingerprint(source, problem)
+    path = calibration_path(output, source.name, fingerprint)
     if path.is_file():
         try:
             calibration = load_calibration(path)
@@ -50,8 +49,8 @@ def load_or_calibrate(
             logger.warning("%s is of another calibration; calibrating again", path)
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); calibrating again", path, error)
-    calibration = calibrate(source, sites, options, max_len, progress)
-    if not options.dry_run:
+    calibration = calibrate(source, problem, progress)
+    if not dry_run:
         save_calibration(calibration, path)
     return calibration
 
@@ -68,6 +67,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     Its metadata also has the sha256 of all of its bytes, so that damage is found before anything in it is read.
     """
     tensors = {"check_ids": calibration.check_ids, "check_logits": calibration.check_logits}
+    tensors |= layer_tensors(calibration.check_layers)
     tensors |= {f"key_maxima.{layer}": value for layer, value in calibration.key_maxima.items()}
     tensors |= {f"scales.{layer}": value for layer, value in calibration.scales.items()}
     for kind in MATRICES:
@@ -110,6 +110,7 @@ def load_calibration(path: Path) -> Calibration:
         **{name: _losses(facts[name]) for name in LOSSES},
         check_ids=tensors["check_ids"],
         check_logits=tensors["check_logits"],
+        check_layers=layers_of(tensors),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,26 +11,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pmkvq_compiler.calibrate.chats import Chat, render_chats
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.recipes import resolved
+from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.source.source import Source
 
 BUILTIN_TEXT = files("pmkvq_compiler") / "data" / "calibration.txt"
 
 
-def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
+def read_samples(source: Source, problem: Problem) -> list[Tensor]:
     """Calibration samples, int64 [at most calib_len] each, spread evenly over the text.
 
     A document is cut into pieces of `calib_len` tokens; of what is left, at least half as long a piece is a sample too,
     shorter ones are joined. Raises `CompileError` where there are too few tokens, or text but no tokenizer.
     """
-    length, wanted, recipe = options.calib_len, options.calib_samples, resolved(options)
+    length, wanted, recipe = problem.calib_len, problem.calib_samples, problem.recipe
     if length < recipe.sink + recipe.block:
         raise UsageError(
             f"calibration texts of {length} tokens hold no block of {recipe.block} to quantize; raise --calib-len"
         )
-    prefix, documents = _read_tokens(source, options.calib)
+    prefix, documents = _read_tokens(source, problem.calib)
     largest, limit = max(map(max, filter(None, [prefix, *documents])), default=0), _vocabulary(source)
     if largest >= limit:
         raise CompileError(
@@ -45,7 +46,7 @@ def read_samples(source: Source, options: CompileOptions) -> list[Tensor]:
     chunks += [rest[start : start + body] for start in range(0, len(rest) - body + 1, body)]
     if len(chunks) < wanted:
         raise CompileError(
-            f"calibration text {options.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
+            f"calibration text {problem.calib!r} has {sum(map(len, documents)):,} tokens, and {wanted} samples of "
             f"{length} need {wanted * body:,}; give more text or lower --calib-samples or --calib-len"
         )
     return [torch.tensor(prefix + chunks[index * len(chunks) // wanted]) for index in range(wanted)]
@@ -70,16 +71,31 @@ def _read_tokens(source: Source, calib: str) -> tuple[list[int], list[list[int]]
     if calib == "builtin" or Path(calib).suffix not in (".jsonl", ".ndjson", ".json"):
         tokenizer = _needed_tokenizer(source, calib)
         return _prefix(tokenizer), [tokenizer.encode(text, add_special_tokens=False)]
+    records = [
+        _record(source, f"calibration text {calib!r}, line {number}", line)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines would also split at U+2028 inside of a string
+        if line.strip()
+    ]
+    chats = [record for record in records if isinstance(record, Chat)]
+    texts = render_chats(_needed_tokenizer(source, calib), chats) if chats else iter(())
     documents = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside of a string
-        if line.strip():
-            documents.append(_read_record(source, calib, number, line))
+    for record in records:
+        if isinstance(record, _Text | Chat):
+            body = record.text if isinstance(record, _Text) else next(texts)
+            documents.append(_encode(_needed_tokenizer(source, calib), body, record.where))
+        else:
+            documents.append(record)
     return (_prefix(source.tokenizer) if source.tokenizer else []), documents
 
 
-def _read_record(source: Source, calib: str, number: int, line: str) -> list[int]:
-    """Tokens of one JSON line: `{"text": ...}`, `{"messages": [...]}` (chat template) or `{"input_ids": [...]}`."""
-    where = f"calibration text {calib!r}, line {number}"
+@dataclass(frozen=True)
+class _Text:
+    where: str
+    text: str
+
+
+def _record(source: Source, where: str, line: str) -> _Text | Chat | list[int]:
+    """What one JSON line holds: `{"text": ...}`, `{"messages": [...]}` (chat template) or `{"input_ids": [...]}`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -91,14 +107,9 @@ def _read_record(source: Source, calib: str, number: int, line: str) -> list[int
                 raise CompileError(f"{where}, has input_ids that are not whole numbers below {limit:,}")
             return ids
         case {"text": str(text)}:
-            return _encode(_needed_tokenizer(source, calib), text, where)
+            return _Text(where, text)
         case {"messages": [*messages]}:
-            tokenizer = _needed_tokenizer(source, calib)
-            try:
-                text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except Exception as error:  # templates raise errors of their own
-                raise CompileError(f"{where}, does not fit the model's chat template: {error}") from error
-            return _encode(tokenizer, text, where)
+            return Chat(where, messages)
     raise CompileError(f'{where}, has no "text", "messages" or "input_ids"')
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed, run
-from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.source import check_finite
 
@@ -36,25 +36,11 @@ def stretched_positions(length: int, effective_len: int) -> Tensor:
     return (torch.arange(length) * effective_len // length).unsqueeze(0)
 
 
-def pick_device(name: str) -> str:
-    """The device to run the model on; `auto` is the GPU where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        usable = torch.device(name).type in ("cpu", "cuda")
-        torch.empty(0, device=name if usable else "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here; choose auto, cpu or cuda") from error
-    if not usable:
-        raise UsageError(f"device {name!r} cannot run a calibration; choose auto, cpu or cuda")
-    return name
-
-
 def walk_texts(
     model: PreTrainedModel,
     samples: Sequence[Tensor],
     progress: Progress,
-    stage: str,
+    step: str,
     observe: Callable[[AttentionCall], Tensor | None],
     stretch: Fraction = Fraction(1),
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -72,14 +58,14 @@ def walk_texts(
     try:
         with observed(checked), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
-                progress(stage, index, len(samples))
+                progress(step, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))
                 input_ids = sample.unsqueeze(0).to(model.device)
                 logits = run(model, input_ids, positions.to(model.device))[0].float()
                 _check_numbers(model, "the logits", logits)
                 if objective is not None:
                     objective(logits, input_ids[0]).backward()
-        progress(stage, len(samples), len(samples))
+        progress(step, len(samples), len(samples))
     finally:
         inputs.remove()
 

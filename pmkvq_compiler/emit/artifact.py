@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmkvq_compiler.runtime.load import FORMAT_VERSION, MANIFEST, file_digest
+from pmkvq_compiler.runtime.manifest import FORMAT_VERSION, MANIFEST, file_digest
 
 MODEL_CARD = "README.md"
 """The one file without a digest: people edit it where they publish the artifact."""

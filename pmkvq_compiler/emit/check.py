@@ -1,8 +1,9 @@
 """The last step of a compile: load what was written in a fresh process and hold it against the source model.
 
-Two figures. *Full precision*: the check text in one call, in which attention sees its K and V before they are
-quantized, so folds and generated code are all that can differ. *Planned precision*: the same text fed piece by piece
-into a cache whose layers are all at their final bits.
+What is judged is every layer by itself, in float32 (see `layer_errors`). Two more figures tell what comes out of the
+whole model. *Full precision*: the check text in one call, in which attention sees its K and V before they are
+quantized, so folds, generated code and rounding are all that can differ. *Planned precision*: the same text fed piece
+by piece into a cache whose layers are all at their final bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -19,27 +21,43 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pmkvq_compiler.runtime as runtime
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs, layer_tensors, layers_of
 from pmkvq_compiler.children import isolated
 from pmkvq_compiler.divergence import divergences, relative_norm
 from pmkvq_compiler.emit.artifact import save_tensors
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.emit.layer_errors import LayerError, layer_errors
+from pmkvq_compiler.errors import CompileError, Defect
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights."""
+"""Largest relative norm of the logits' difference at full precision, by the dtype of the weights, of a model whose
+layers cannot be taken one by one."""
+
+LAYER_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 3e-3}
+"""Largest error of a layer, by the dtype of the weights."""
 
 PIECE = 64
 
 
-def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
+def check_artifact(
+    folder: Path,
+    scratch: Path,
+    dtype: str,
+    device: str,
+    input_ids: Tensor,
+    logits: Tensor,
+    layers: LayerOutputs,
+) -> dict[str, float]:
     """Figures of the artifact in `folder`, of weights in `dtype`, against the source model's `logits` [N, V] of the
-    last N of `input_ids` [1, S]. What the two processes tell each other is written into `scratch`.
+    last N of `input_ids` [1, S] and what its `layers` made of the first ones. The artifact is run on `device`; what the
+    two processes tell each other is written into `scratch`.
 
-    Raises `CompileError` where the artifact does not load or its full-precision logits are not the source's.
+    Raises `CompileError` where the artifact does not load or one of its layers is not the source's.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as place:  # a name that no process of a killed compile writes to
         reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
-        save_tensors({"input_ids": input_ids, "logits": logits.contiguous()}, reference)
-        command = [sys.executable, "-m", "pmkvq_compiler.emit.check", *map(str, (folder, reference, found))]
+        tensors = {"input_ids": input_ids, "logits": logits, **layer_tensors(layers)}
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, reference)
+        command = [sys.executable, "-m", "pmkvq_compiler.emit.check", *map(str, (folder, device, reference, found))]
         with isolated():
             done = subprocess.run(
                 command,
@@ -50,33 +68,36 @@ def check_artifact(folder: Path, scratch: Path, dtype: str, input_ids: Tensor, l
                 check=False,
             )
         if done.returncode != 0:
-            raise CompileError(_why_it_ended(done.returncode, done.stderr.decode(errors="replace")))
-        figures: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
-    tolerance = TOLERANCE[dtype]
-    if not figures["full_precision_error"] <= tolerance:
-        raise CompileError(
-            f"the artifact's logits differ from the source model's by {figures['full_precision_error']:.1e} in "
-            f"relative norm, more than {tolerance:.0e}; nothing was kept: please report this model"
-        )
+            raise _ended(done.returncode, done.stderr.decode(errors="replace"))
+        measured = json.loads(found.read_text(encoding="utf-8"))
+    figures: dict[str, float] = measured["figures"]
+    errors, tolerance = [LayerError(*one) for one in measured["layers"]], LAYER_TOLERANCE[dtype]
+    if not errors:
+        errors = [LayerError("the logits", figures["full_precision_error"])]
+        tolerance = TOLERANCE[dtype]
+    for one in errors:
+        if not one.error <= tolerance:
+            raise CompileError(
+                f"{one.place} differ from the source model's by {one.error:.1e} in relative norm, more than "
+                f"{tolerance:.0e}; nothing was kept: please report this model"
+            )
     if not figures["planned_precision_kl"] < float("inf"):
         raise CompileError("the artifact's logits are not finite at the planned bits; choose a larger --budget")
-    return figures
+    return {"largest_layer_error": max(one.error for one in errors), **figures}
 
 
-def _why_it_ended(code: int, said: str) -> str:
-    """What to tell of a process that could not load the artifact; all that it said is in a file that this names."""
+def _ended(code: int, said: str) -> CompileError:
+    """The error of a process that could not load the artifact. What the process said of a defect is its cause, which is
+    kept with the traceback."""
     if code < 0:
-        return (
+        return CompileError(
             f"the process that checks the artifact was ended by {signal.Signals(-code).name}, perhaps for "
             f"want of memory; free some and compile again"
         )
-    with tempfile.NamedTemporaryFile("w", prefix="pmkvq-check-", suffix=".txt", delete=False, encoding="utf-8") as log:
-        log.write(said)
     reason = (said.strip().splitlines() or ["it said nothing"])[-1]
-    return (
-        f"the artifact does not load in a fresh process ({reason}); this is a defect of the compiler: please report it "
-        f"with {log.name}"
-    )
+    defect = Defect(f"the artifact does not load in a fresh process ({reason})")
+    defect.__cause__ = RuntimeError(said)
+    return defect
 
 
 def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> dict[str, float]:
@@ -84,14 +105,14 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
     length, count = input_ids.shape[1], logits.shape[0]
     last = torch.zeros(count, dtype=torch.long), torch.arange(length - count, length)
     none = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    whole = model(input_ids, only=last)
+    whole = model(input_ids, only=last).cpu()
     cache = model.new_cache(max_len=length)
     for layer in cache.layers:
         while layer.stage + 1 < len(layer.plan.stages):
             layer.lower()
     for start in range(0, length - count, PIECE):
         model(input_ids[:, start : min(start + PIECE, length - count)], cache, only=none)
-    planned = model(input_ids[:, -count:], cache)[0]
+    planned = model(input_ids[:, -count:], cache)[0].cpu()
     return {
         "full_precision_error": relative_norm(whole, logits),
         "planned_precision_error": relative_norm(planned, logits),
@@ -100,7 +121,12 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
 
 
 if __name__ == "__main__":
-    artifact, tensors, output = sys.argv[1:]
+    artifact, device, tensors, output = sys.argv[1:]
     reference = load_file(tensors)
-    measured = measure(runtime.load(artifact), reference["input_ids"], reference["logits"])
+    model = runtime.load(artifact, device, backend="reference")
+    input_ids = reference["input_ids"]
+    measured = {
+        "figures": measure(model, input_ids, reference["logits"]),
+        "layers": [astuple(one) for one in layer_errors(model, input_ids, layers_of(reference))],
+    }
     Path(output).write_text(json.dumps(measured), encoding="utf-8")

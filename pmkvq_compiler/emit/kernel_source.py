@@ -79,5 +79,5 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
 
 
 def tuning_table() -> str:
-    """The launch parameters that were measured, as JSON; see `runtime.kernels.read_tunings`."""
+    """The launch parameters that were measured, as JSON; see `runtime.tuning.read_tunings`."""
     return read(f"kernels/{TUNING}")

@@ -15,12 +15,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pmkvq_compiler.emit.kernel_source import TUNING
+from pmkvq_compiler.runtime.backend import NewTokens
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.cubins import ALIGNMENT, argument_type, variant
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
-from pmkvq_compiler.runtime.kernels import LayerKernels, read_tunings
-from pmkvq_compiler.runtime.load import DTYPES, import_generated
+from pmkvq_compiler.runtime.kernels import LayerKernels
+from pmkvq_compiler.runtime.layer_cache import LayerCache
+from pmkvq_compiler.runtime.load import import_generated
+from pmkvq_compiler.runtime.manifest import DTYPES
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
+from pmkvq_compiler.runtime.tuning import read_tunings
 
 NOWHERE = torch.device("meta")
 
@@ -91,20 +95,34 @@ class Call:
     k: Tensor
     v: Tensor
     scale: float
+    softcap: float | None
     sinks: Tensor | None
 
 
 @dataclass
 class Observer:
-    """Stands for the kernels of a layer while the model runs."""
+    """`Attention` that keeps what a layer is asked for while the model runs, and stores nothing."""
 
     calls: list[Call]
+    name = "observer"
+    replayable = False
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, layer: int, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        self.calls.append(Call(q, k, v, scale, sinks))
+        self.calls.append(Call(q, k, v, scale, softcap, sinks))
         return q.new_empty(*q.shape[:3], v.shape[-1])
+
+    def lower(self, store: LayerCache, state: Tensor | None) -> None:
+        store.lower()
 
 
 def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder]:
@@ -140,8 +158,8 @@ def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) 
     with torch.inference_mode():
         for batch in (1, 2):
             for count in sorted({min(count, plan.max_len) for count in (1, 3, PREFILL_CHUNK)}):
-                cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE)
-                cache.kernels = [Observer(of_layer) for of_layer in calls]  # type: ignore[misc]
+                observers = [Observer(of_layer) for of_layer in calls]
+                cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE, observers)
                 cache.begin([slice(0, count)] * batch)
                 ids = torch.zeros(batch, count, dtype=torch.int64, device=NOWHERE)
                 hidden_states(ids, ids, cache)
@@ -178,7 +196,7 @@ def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) ->
             cache = _attend(kernels, plan, plan.max_len, stage, call)
             store = cache.layers[0]
             if stage + 1 < len(stages) and store.live_blocks(0):
-                kernels.lower(cache, store, stage + 1)
+                kernels.lower(store, cache.state)
         if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts
             for max_len in _lengths(plan.max_len):
                 _attend(kernels, plan, max_len, stages[-1], call)
@@ -199,10 +217,10 @@ def _attend(kernels: LayerKernels, plan: CachePlan, max_len: int, stage: int, ca
     cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
     store = cache.layers[0]
     rows = min(store.plan.sink + store.plan.window, max_len - count)
-    store.stage, store.rows = stage, [rows] * batch
+    store.seek([rows] * batch, stage)
     cache.length = [rows] * batch
     cache.begin([slice(0, count)] * batch)
-    kernels.attend(call.q, call.k, call.v, cache, 0, call.scale, call.sinks)
+    kernels.attend(call.q, call.k, call.v, store, cache.new_tokens, call.scale, call.softcap, call.sinks)
     return cache
 
 

@@ -15,7 +15,7 @@ import unicodedata
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from pmkvq_compiler.runtime.load import MANIFEST
+from pmkvq_compiler.runtime.manifest import MANIFEST
 
 LONGEST = 64
 """Characters of a package's name; the file of its wheel has more."""

@@ -1,8 +1,8 @@
 """Attention over one layer's cache as an ONNX function of standard operators: quantize, pack, shift, unpack, attend.
 
 The function is pure: it takes the layer's state and returns the state with the new tokens in it. The pool of quantized
-blocks grows along `blocks`, the unquantized rows (`[sink | window]`) along `rows`; both may be empty. Numbers are those
-of `runtime/quantize.py`, in float32; codes are packed into bytes, of which field f holds element `f * bytes + byte`.
+blocks grows along `blocks`, the unquantized rows (`[sink | window]`) along `rows`; both may be empty. What the codes
+stand for is in `onnx_numbers`.
 
 Rows take the bytes that the plan counts: float32 for a model stored so, and float16 for one of 16 bits, bfloat16 as
 well, which rounds less than bfloat16 would and is a dtype that every binding of onnxruntime has.
@@ -10,29 +10,23 @@ well, which rounds less than bfloat16 would and is a dtype that every binding of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-import torch
 from onnxscript import OpBuilder, build_function
 
+from pmkvq_compiler.emit.onnx_numbers import BYTE_BITS, as_float, as_half, pack, quantize, step_and_zero, unpack
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed, fitted
-from pmkvq_compiler.runtime.quantize import LARGEST, LARGEST_MID, LARGEST_RANGE, MIDS_PER_RANGE, levels, range_of
 from pmkvq_compiler.runtime.records import PARAMETER_BITS
 
 DOMAIN = "pmkvq"
 OPSET = 20
-BYTE_BITS = 8
 END = 2**63 - 1
 LARGEST_FP16 = 65504.0
 MINUS_INFINITY = float("-inf")
-
-SMALLEST_EXPONENT = -14
-"""Of a range, see `quantize`: smaller ones are multiples of its eighth."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +187,9 @@ def _with_new(
     if attention.row_dtype == ir.DataType.FLOAT:
         both = op.Concat(rows, new, axis=2)
         return both, both
-    kept = _half(op, op.Clip(new, -LARGEST_FP16, LARGEST_FP16))
-    seen = op.Where(single, _float(op, kept), new)
-    return op.Concat(_float(op, rows), seen, axis=2), op.Concat(rows, kept, axis=2)
+    kept = as_half(op, op.Clip(new, -LARGEST_FP16, LARGEST_FP16))
+    seen = op.Where(single, as_float(op, kept), new)
+    return op.Concat(as_float(op, rows), seen, axis=2), op.Concat(rows, kept, axis=2)
 
 
 def _blocks_leaving(op: OpBuilder, plan: LayerPlan, keys: ir.Value) -> ir.Value:
@@ -230,111 +224,18 @@ def _quantized_blocks(
 
     def blocks(rows: ir.Value, head_dim: int) -> ir.Value:
         shape = op.Concat([0, 0], count, [plan.block, head_dim], axis=0)
-        return _float(op, op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape))
+        return as_float(op, op.Reshape(op.Slice(rows, [plan.sink], end, [2]), shape))
 
     key_blocks = op.Transpose(blocks(keys, plan.key_head_dim), perm=[0, 1, 2, 4, 3])
-    key_codes, key_parameters = _quantize(op, key_blocks, plan.key_bits, axis=3 if plan.key_axis == "token" else 4)
+    key_codes, key_parameters = quantize(op, key_blocks, plan.key_bits, axis=3 if plan.key_axis == "token" else 4)
     value_blocks = blocks(values, plan.value_head_dim)
-    value_codes, value_parameters = _quantize(op, value_blocks, plan.value_bits, axis=4)
+    value_codes, value_parameters = quantize(op, value_blocks, plan.value_bits, axis=4)
     return {
-        "key_codes": _pack(op, key_codes, plan.key_bits, axis=3),
+        "key_codes": pack(op, key_codes, plan.key_bits, axis=3),
         "key_parameters": key_parameters,
-        "value_codes": _pack(op, value_codes, plan.value_bits, axis=4),
+        "value_codes": pack(op, value_codes, plan.value_bits, axis=4),
         "value_parameters": value_parameters,
     }
-
-
-def _quantize(op: OpBuilder, x: ir.Value, bits: int, axis: int) -> tuple[ir.Value, ir.Value]:
-    """Codes (uint8, shape of `x`) of blocks [B, H, n, ., .] in groups along `axis`, and their parameters
-    [B, H, n, 2, groups] (uint8): the bytes of middles and of ranges, see `quantize`."""
-    mid_byte, range_byte = _group_parameters(op, op.ReduceMin(x, [axis]), op.ReduceMax(x, [axis]))
-    mid, value_range = _mid_and_range(op, mid_byte, range_byte)
-    cells_per_unit = op.Where(op.Greater(value_range, 0.0), op.Div(float(1 << bits), value_range), 0.0)
-    cells = op.Add(op.Mul(op.Sub(x, mid), cells_per_unit), (1 << bits) / 2)
-    parameters = op.Cast(op.Concat(mid_byte, range_byte, axis=axis), to=ir.DataType.UINT8)
-    if axis == 4:
-        parameters = op.Transpose(parameters, perm=[0, 1, 2, 4, 3])
-    return op.Cast(op.Clip(cells, 0.0, float(levels(bits))), to=ir.DataType.UINT8), parameters
-
-
-def _group_parameters(op: OpBuilder, low: ir.Value, high: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Bytes of middles and of ranges, as float32, of groups between bounds (float32)."""
-    mid = op.Clip(op.Add(op.Mul(low, 0.5), op.Mul(high, 0.5)), -LARGEST, LARGEST)
-    spread = op.Max(op.Sub(high, low), op.Mul(op.Abs(mid), MIDS_PER_RANGE / LARGEST_MID))
-    first = _range_byte(op, op.Min(spread, LARGEST))
-    stored, value_range = _mid_and_range(op, _mid_byte(op, mid, first), first)
-    clips = op.Greater(op.Mul(op.Max(op.Sub(high, stored), op.Sub(stored, low)), 2.0), value_range)
-    range_byte = op.Min(op.Add(first, _float(op, clips)), float(LARGEST_RANGE))
-    return _mid_byte(op, mid, range_byte), range_byte
-
-
-def _range_byte(op: OpBuilder, x: ir.Value) -> ir.Value:
-    """The byte of the smallest range that is not less than `x`: the eighths that `x` takes of a power of two, behind
-    all bytes of smaller powers. One power too many or too few, where the logarithm is rounded, gives the same byte."""
-    exponent = op.Max(op.Floor(op.Mul(op.Log(x), 1 / math.log(2))), float(SMALLEST_EXPONENT))
-    eighths = op.Ceil(op.Mul(x, op.Pow(2.0, op.Sub(3.0, exponent))))
-    return op.Add(op.Mul(op.Sub(exponent, float(SMALLEST_EXPONENT)), 8.0), eighths)
-
-
-def _range(op: OpBuilder, byte: ir.Value, unit: float = 1.0) -> ir.Value:
-    """The range of a byte times a unit: a table is read faster than powers are computed."""
-    ranges = (range_of(torch.arange(LARGEST_RANGE + 1)) * unit).tolist()
-    return op.Gather(op.Constant(value=ir.tensor(ranges, ir.DataType.FLOAT)), op.Cast(byte, to=ir.DataType.INT32))
-
-
-def _mid_byte(op: OpBuilder, mid: ir.Value, range_byte: ir.Value) -> ir.Value:
-    """The byte of a middle as nearly as a range can have it."""
-    value_range = _range(op, range_byte)
-    sixteenths = op.Mul(mid, op.Div(float(MIDS_PER_RANGE), value_range))
-    sixteenths = op.Where(op.Greater(value_range, 0.0), op.Round(sixteenths), 0.0)
-    return op.Add(op.Clip(sixteenths, -float(LARGEST_MID), float(LARGEST_MID)), 128.0)
-
-
-def _mid_and_range(op: OpBuilder, mid_byte: ir.Value, range_byte: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """What bytes, of any dtype, stand for."""
-    value_range = _range(op, range_byte)
-    return op.Mul(op.Sub(_float(op, mid_byte), 128.0), op.Mul(value_range, 1 / MIDS_PER_RANGE)), value_range
-
-
-def _step_and_zero(op: OpBuilder, parameters: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """`step` and `zero` (float32) with `x = zero + c * step`, of parameters [B, H, n, 2, groups]."""
-    mid_byte, range_byte = op.Split(parameters, axis=3, num_outputs=2, _outputs=2)
-    step = _range(op, range_byte, 2.0**-bits)
-    sixteenth = (1 << bits) / MIDS_PER_RANGE  # of a range, in steps
-    first_code = op.Sub(op.Mul(_float(op, mid_byte), sixteenth), 128 * sixteenth + levels(bits) / 2)
-    return step, op.Mul(step, first_code)
-
-
-def _half(op: OpBuilder, x: ir.Value) -> ir.Value:
-    return op.Cast(x, to=ir.DataType.FLOAT16)
-
-
-def _float(op: OpBuilder, x: ir.Value) -> ir.Value:
-    return op.Cast(x, to=ir.DataType.FLOAT)
-
-
-def _pack(op: OpBuilder, codes: ir.Value, bits: int, axis: int) -> ir.Value:
-    """Codes (uint8) as bytes along `axis`."""
-    if bits == BYTE_BITS:
-        return codes
-    fields = op.Split(codes, axis=axis, num_outputs=BYTE_BITS // bits, _outputs=BYTE_BITS // bits)
-    packed = fields[0]
-    for number, field in enumerate(fields[1:], start=1):
-        packed = op.BitwiseOr(packed, op.BitShift(field, _byte(op, number * bits), direction="LEFT"))
-    return packed
-
-
-def _unpack(op: OpBuilder, packed: ir.Value, bits: int, axis: int) -> ir.Value:
-    """The inverse of `_pack`, as float32."""
-    fields = []
-    for low in range(0, BYTE_BITS, bits):
-        field = op.BitShift(packed, _byte(op, low), direction="RIGHT") if low else packed
-        fields.append(op.BitwiseAnd(field, _byte(op, levels(bits))) if low + bits < BYTE_BITS else field)
-    return _float(op, op.Concat(*fields, axis=axis) if len(fields) > 1 else fields[0])
-
-
-def _byte(op: OpBuilder, number: int) -> ir.Value:
-    return op.Constant(value=ir.tensor(number, ir.DataType.UINT8))
 
 
 def _attend(
@@ -394,8 +295,8 @@ def _key_scores(
     op: OpBuilder, plan: LayerPlan, queries: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """q . k of scaled `queries` [B, H, R, key_head_dim] with the pool's keys: [B, H, R, pooled]."""
-    step, zero = _step_and_zero(op, pool["key_parameters"], plan.key_bits)
-    codes = _unpack(op, pool["key_codes"], plan.key_bits, axis=3)
+    step, zero = step_and_zero(op, pool["key_parameters"], plan.key_bits)
+    codes = unpack(op, pool["key_codes"], plan.key_bits, axis=3)
     if plan.key_axis == "channel":
         offsets = op.MatMul(op.Squeeze(zero, [3]), op.Transpose(queries, perm=[0, 1, 3, 2]))
         scores = op.Add(op.MatMul(op.Mul(op.Unsqueeze(queries, [2]), step), codes), op.Unsqueeze(offsets, [4]))
@@ -411,8 +312,8 @@ def _value_sums(
     op: OpBuilder, plan: LayerPlan, weights: ir.Value, pool: Mapping[str, ir.Value], pooled: ir.Value
 ) -> ir.Value:
     """Sum of the pool's values under `weights` [B, H, R, pooled]: [B, H, R, value_head_dim]."""
-    step, zero = _step_and_zero(op, pool["value_parameters"], plan.value_bits)
-    codes = _unpack(op, pool["value_codes"], plan.value_bits, axis=4)
+    step, zero = step_and_zero(op, pool["value_parameters"], plan.value_bits)
+    codes = unpack(op, pool["value_codes"], plan.value_bits, axis=4)
 
     def by_token(x: ir.Value, last: int) -> ir.Value:
         return op.Reshape(x, op.Concat([0, 0], pooled, [last], axis=0))

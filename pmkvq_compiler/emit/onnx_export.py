@@ -29,7 +29,7 @@ from torch.fx.node import map_aggregate
 
 from pmkvq_compiler.emit.expressions import MODEL_DTYPE
 from pmkvq_compiler.emit.onnx_attention import DOMAIN, OPSET, Attention, StateTensor, attention_function, state_tensors
-from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.errors import CompileError, first_line
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.ops import cached_attention
 from pmkvq_compiler.passes.program import Program
@@ -166,9 +166,8 @@ def _translated(traced: _Traced) -> ir.Model:
             exported = torch.export.export(traced, examples, strict=False, dynamic_shapes=(sizes, sizes))
             program = torch.onnx.export(exported, opset_version=OPSET, optimize=False, verbose=False)
     except Exception as error:  # whatever the exporter raises for an op that it does not know
-        cause = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(
-            f"the model cannot be written as ONNX ({cause[0][:300]}); compile it without --onnx"
+            f"the model cannot be written as ONNX ({first_line(error)}); compile it without --onnx"
         ) from error
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # traces of this process, with the paths of its files

@@ -20,7 +20,7 @@ from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.names import in_markdown, one_line, project_name
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.runtime.load import MANIFEST
+from pmkvq_compiler.runtime.manifest import MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
 from pmkvq_compiler.source.source import Source
 from pmkvq_compiler.templates import read, render
@@ -55,6 +55,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "__main__.py": render("package_main.py.j2", **values),
         target / "chat.py": read("chat.py"),
         target / "text.py": read("text.py"),
+        target / "chat_process.py": read("chat_process.py"),
         target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(

@@ -1,9 +1,10 @@
 """Where an artifact goes: tried before the work, locked during it, taken in one step after it.
 
-Beside the target `NAME` lies, for as long as a compile runs, a folder `.NAME.partial`: its `lock` is held by the
-compile, the artifact grows in `artifact`, and `scratch` is for what is needed on the way. A target that is to be
-replaced changes places with `artifact`. So the target is the old artifact or the new one, whole, whenever a compile is
-killed; and a partial folder whose lock nobody holds was left by a dead process and is swept by the next compile.
+Beside the destination `NAME` lies, for as long as a compile runs, a folder `.NAME.partial`: its `lock` is held by the
+compile, the artifact grows in `artifact`, and `scratch` is for what is needed on the way. A destination that is to be
+replaced changes places with `artifact`. So the destination is the old artifact or the new one, whole, whenever a
+compile is killed; and a partial folder whose lock nobody holds was left by a dead process and is swept by the next
+compile.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmkvq_compiler.emit.renames import Unsupported, exchange, move_to_free_place
-from pmkvq_compiler.emit.target import (
+from pmkvq_compiler.emit.destination import (
     OTHER,
     cannot_write,
+    check_destination,
     check_replaceable,
-    check_target,
-    located,
+    destination_of,
     shown,
 )
+from pmkvq_compiler.emit.renames import Unsupported, exchange, move_to_free_place
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.failures import OUT_OF_FILES, OUT_OF_ROOM
 from pmkvq_compiler.interrupts import Signals
@@ -46,10 +47,10 @@ def claimed(output: Path, force: bool, keep: dict[str, Path], signals: Signals) 
     Raises `UsageError` before anything is done where it cannot go there, and `CompileError` where another compile is
     about to, or where the disk is full. At the end, what was not taken is removed.
     """
-    target = located(output)
-    check_target(output, target, force, keep)
+    destination = destination_of(output)
+    check_destination(output, destination, force, keep)
     with signals.deferred():
-        place = _claim(output, target)
+        place = _claim(output, destination)
     try:
         with _told_in_sentences(output, place), _released(place, signals):
             with signals.deferred():
@@ -86,15 +87,15 @@ def _told_in_sentences(output: Path, place: Place) -> Iterator[None]:
 
 @dataclass
 class Place:
-    """A target that this compile has for itself."""
+    """A destination that this compile has for itself."""
 
     output: Path
     """As the user named it."""
-    target: Path
+    destination: Path
     lock: int
     """File descriptor."""
     made: list[Path]
-    """Folders above the target that were not there."""
+    """Folders above the destination that were not there."""
     before: os.stat_result | None = None
     """The folder that is to be replaced, None where there is none."""
     kept: bool = False
@@ -103,7 +104,7 @@ class Place:
 
     @property
     def partial(self) -> Path:
-        return _partial(self.target)
+        return _partial(self.destination)
 
     def owns(self, file: object) -> bool:
         """Whether a file that an error names is of this compile."""
@@ -120,14 +121,14 @@ class Place:
         return self.partial / SCRATCH
 
     def prepare(self, force: bool, keep: dict[str, Path]) -> None:
-        """Finish or remove what dead processes have left, look at the target, and make empty folders to write into."""
+        """Finish or remove what dead processes have left, look at the destination, and make empty folders."""
         replaced = self.partial / REPLACED
-        if replaced.exists() and not os.path.lexists(self.target):
-            os.rename(replaced, self.target)
+        if replaced.exists() and not os.path.lexists(self.destination):
+            os.rename(replaced, self.destination)
         _sweep(self.partial)
-        _sweep_calibrations(self.target.parent)
-        check_target(self.output, self.target, force, keep)
-        self.before = os.lstat(self.target) if os.path.lexists(self.target) else None
+        _sweep_calibrations(self.destination.parent)
+        check_destination(self.output, self.destination, force, keep)
+        self.before = os.lstat(self.destination) if os.path.lexists(self.destination) else None
         self.folder.mkdir()
         self.scratch.mkdir()
 
@@ -146,7 +147,7 @@ class Place:
         _sync_tree(self.folder)
         try:
             if self.before is None:
-                move_to_free_place(self.folder, self.target)
+                move_to_free_place(self.folder, self.destination)
             else:
                 self._check_unchanged(force)
                 self._replace()
@@ -158,36 +159,36 @@ class Place:
             ) from error
         self.made.clear()
         with suppress(OSError):  # some file systems cannot
-            _sync(self.target.parent)
+            _sync(self.destination.parent)
 
     def _check_unchanged(self, force: bool) -> None:
-        """Raises `OSError` or `UsageError` where the target is not what it was when the compile began."""
-        if self.before is None or not os.path.samestat(os.lstat(self.target), self.before):
-            raise FileExistsError(errno.EEXIST, "another folder is there now", str(self.target))
-        check_replaceable(self.output, self.target, force)
+        """Raises `OSError` or `UsageError` where the destination is not what it was when the compile began."""
+        if self.before is None or not os.path.samestat(os.lstat(self.destination), self.before):
+            raise FileExistsError(errno.EEXIST, "another folder is there now", str(self.destination))
+        check_replaceable(self.output, self.destination, force)
 
     def _replace(self) -> None:
         try:
-            exchange(self.folder, self.target)
+            exchange(self.folder, self.destination)
         except Unsupported:
-            if not any(self.target.iterdir()):  # a rename replaces an empty folder, and no other
-                os.rename(self.folder, self.target)
+            if not any(self.destination.iterdir()):  # a rename replaces an empty folder, and no other
+                os.rename(self.folder, self.destination)
                 return
             replaced = self.partial / REPLACED  # where the next compile finds it if this one is killed between
-            os.rename(self.target, replaced)
+            os.rename(self.destination, replaced)
             try:
-                move_to_free_place(self.folder, self.target)
+                move_to_free_place(self.folder, self.destination)
             except OSError:
                 self.kept = True
-                os.rename(replaced, self.target)
+                os.rename(replaced, self.destination)
                 self.kept = False
                 raise
 
     def _put_aside(self) -> Path:
-        """Move the artifact to a free name beside the target; returns where it is."""
+        """Move the artifact to a free name beside the destination; returns where it is."""
         self.made.clear()
         for number in itertools.count(2):
-            aside = self.target.with_name(f"{self.target.name}-{number}")
+            aside = self.destination.with_name(f"{self.destination.name}-{number}")
             try:
                 move_to_free_place(self.folder, aside)
             except FileExistsError:
@@ -199,7 +200,8 @@ class Place:
         return self.folder
 
     def release(self) -> None:
-        """Remove the partial folder, and the folders that were made for a target that is not there. Once is enough."""
+        """Remove the partial folder, and the folders that were made for a destination that is not there; once is
+        enough."""
         if self.released:
             return
         if not self.kept:
@@ -212,24 +214,24 @@ class Place:
         self.released = True
 
 
-def _partial(target: Path) -> Path:
-    return target.parent / f".{target.name}.partial"
+def _partial(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.partial"
 
 
-def _claim(output: Path, target: Path) -> Place:
+def _claim(output: Path, destination: Path) -> Place:
     """Make the partial folder, or take that of a dead process, and lock it. Raises `UsageError` where it cannot be
     made, `CompileError` where another process has it."""
-    made = [folder for folder in target.parents if not folder.exists()][::-1]
+    made = [folder for folder in destination.parents if not folder.exists()][::-1]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        while (lock := _locked(output, _partial(target))) is None:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        while (lock := _locked(output, _partial(destination))) is None:
             pass
     except BaseException as error:
-        _remove_empty([*made, _partial(target)])
+        _remove_empty([*made, _partial(destination)])
         if isinstance(error, OSError):
             raise cannot_write(output, error, UsageError) from error
         raise
-    return Place(output, target, lock, made)
+    return Place(output, destination, lock, made)
 
 
 def _locked(output: Path, partial: Path) -> int | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.errors import CompileError, first_line
 from pmkvq_compiler.passes.base import PassError, run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
-from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.unquantized import exact_plan
 
 TOKENS = 64
 """Tokens of the plan that is tried; all of them are kept as they are."""
+BLOCK = 16
 
 
 def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
@@ -35,7 +37,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
             edits=[],
             history=[*program.history],
         )
-        run_passes(tried, pipeline({}, {}, {}, _plan(program.sites)))
+        run_passes(tried, pipeline({}, {}, {}, exact_plan(program.sites, TOKENS, 1, torch.float32, BLOCK)))
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
         raise CompileError(
@@ -50,25 +52,3 @@ def _cause(error: Exception) -> str:
         error = error.__cause__
     operation, *_ = first_line(error).partition(" is not allowed once")
     return operation
-
-
-def _plan(sites: Sequence[AttentionSite]) -> CachePlan:
-    """Every layer unquantized, in float32."""
-    layers = tuple(
-        LayerPlan(
-            num_key_value_heads=site.num_key_value_heads,
-            key_head_dim=site.key_head_dim,
-            value_head_dim=site.value_head_dim,
-            key_bits=32,
-            value_bits=32,
-            key_axis="token",
-            sink=0,
-            window=TOKENS,
-            block=16,
-            sliding_window=site.sliding_window,
-            stages=(),
-            arena_bytes=4 * TOKENS * site.num_key_value_heads * (site.key_head_dim + site.value_head_dim),
-        )
-        for site in sites
-    )
-    return CachePlan("none", sum(layer.arena_bytes for layer in layers), TOKENS, 1, "float32", layers)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-
+from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.formats import Format
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.layer_plans import candidate_plans
-from pmkvq_compiler.recipes import RECIPES
-from pmkvq_compiler.runtime.plan import (
-    LayerPlan,
-    blocks_needed,
-)
-
-if TYPE_CHECKING:
-    from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.problem import Problem
+from pmkvq_compiler.runtime.plan import LayerPlan, blocks_needed
 
 
 @dataclass(frozen=True)
@@ -34,20 +24,14 @@ class Candidate:
     value: Format | None = None
 
 
-def candidates(
-    sites: Sequence[AttentionSite],
-    calibration: Calibration,
-    options: CompileOptions,
-    max_len: int,
-    dtype: torch.dtype,
-) -> list[list[Candidate]]:
+def candidates(problem: Problem, calibration: Calibration) -> list[list[Candidate]]:
     """What the recipe allows for each layer: of formats that take the same bytes, those that cost least."""
-    by_gradient = RECIPES[options.recipe].measure == "gradient"
+    by_gradient = problem.recipe.measure == "gradient"
     layers = []
-    for site, plans in zip(sites, candidate_plans(sites, options, max_len, dtype), strict=True):
+    for site, plans in zip(problem.sites, candidate_plans(problem), strict=True):
         key_costs = (calibration.key_gradient if by_gradient else calibration.key_loss).get(site.layer, {})
         value_costs = (calibration.value_gradient if by_gradient else calibration.value_loss).get(site.layer, {})
-        layers.append([_candidate(plan, key_costs, value_costs, max_len) for plan in plans])
+        layers.append([_candidate(plan, key_costs, value_costs, problem.max_len) for plan in plans])
     return layers
 
 

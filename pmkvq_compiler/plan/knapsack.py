@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import pulp
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.plan.candidates import Candidate
-
-if TYPE_CHECKING:
-    pass
-
 
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import torch
 
 from pmkvq_compiler.errors import CompileError
-from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.recipes import Recipe, resolved
-from pmkvq_compiler.runtime.plan import (
-    CODE_BITS,
-    KeyAxis,
-    LayerPlan,
-    fitted,
-    original_bytes,
-    sequence_bytes,
-)
+from pmkvq_compiler.problem import Problem
+from pmkvq_compiler.recipes import Recipe
+from pmkvq_compiler.runtime.plan import CODE_BITS, KeyAxis, LayerPlan, fitted, sequence_bytes
 from pmkvq_compiler.runtime.quantize import WORD_BITS
-
-if TYPE_CHECKING:
-    pass
+from pmkvq_compiler.unquantized import exact_layer
 
 
-def cache_bytes_at_16_bits(sites: Sequence[AttentionSite], max_len: int, batch_size: int) -> int:
-    """Bytes of the whole cache at 16 bits a number: what budgets in percent and bits are shares of."""
-    return sum(batch_size * original_bytes(exact_plan(site, max_len, block=0, itemsize=2), max_len) for site in sites)
+def candidate_plans(problem: Problem) -> list[list[LayerPlan]]:
+    """The plans of `candidates`, layer by layer, but for what depends on a calibration."""
+    recipe, max_len, itemsize = problem.recipe, problem.max_len, problem.dtype.itemsize
+    choices = _choices(problem)
+    layers = []
+    for site in problem.sites:
+        plans = [_quantized(site, recipe, max_len, *choice) for choice in choices]
+        if recipe.exact_layers:
+            plans.insert(0, exact_layer(site, max_len, recipe.block, itemsize))
+        layers.append(
+            [replace(plan, arena_bytes=problem.batch_size * sequence_bytes(plan, max_len, itemsize)) for plan in plans]
+        )
+    return layers
 
 
-def _choices(sites: Sequence[AttentionSite], options: CompileOptions) -> list[tuple[int, int, KeyAxis, int]]:
+def _choices(problem: Problem) -> list[tuple[int, int, KeyAxis, int]]:
     """(K bits, V bits, K axis, window) that the recipe allows; K is packed along channels, which must fill whole
     words."""
-    if options.recipe == "none":
+    recipe = problem.recipe
+    if not recipe.quantizes:
         return []
-    recipe = resolved(options)
-    channels = math.gcd(*(site.key_head_dim for site in sites))
-    widths = [bits for bits in sorted(options.bits, reverse=True) if channels * bits % WORD_BITS == 0]
+    channels = math.gcd(*(site.key_head_dim for site in problem.sites))
+    widths = [bits for bits in sorted(problem.bits, reverse=True) if channels * bits % WORD_BITS == 0]
     if not widths:
         raise CompileError(
-            f"{channels} channels of a key do not fill {WORD_BITS}-bit words at {options.bits} bits; allow wider --bits"
+            f"{channels} channels of a key do not fill {WORD_BITS}-bit words at {problem.bits} bits; allow wider --bits"
         )
     return [
         (key, value, axis, window)
@@ -51,48 +48,6 @@ def _choices(sites: Sequence[AttentionSite], options: CompileOptions) -> list[tu
         for axis in recipe.key_axes
         for window in recipe.windows
     ]
-
-
-def candidate_plans(
-    sites: Sequence[AttentionSite], options: CompileOptions, max_len: int, dtype: torch.dtype
-) -> list[list[LayerPlan]]:
-    """The plans of `candidates`, but for what depends on a calibration."""
-    recipe, choices = resolved(options), _choices(sites, options)
-    layers = []
-    for site in sites:
-        plans = [_quantized(site, recipe, max_len, *choice) for choice in choices]
-        if recipe.exact_layers:
-            plans.insert(0, exact_plan(site, max_len, recipe.block, dtype.itemsize))
-        layers.append(
-            [
-                replace(plan, arena_bytes=options.batch_size * sequence_bytes(plan, max_len, dtype.itemsize))
-                for plan in plans
-            ]
-        )
-    return layers
-
-
-def exact_plan(site: AttentionSite, max_len: int, block: int, itemsize: int) -> LayerPlan:
-    """A cache that is never quantized: its window holds every token that a query can see.
-
-    A full window drops a whole block, so a sliding-window layer needs one block more than it sees.
-    """
-    window = max_len if site.sliding_window is None else min(max_len, site.sliding_window + block)
-    bits = 8 * itemsize
-    return LayerPlan(
-        num_key_value_heads=site.num_key_value_heads,
-        key_head_dim=site.key_head_dim,
-        value_head_dim=site.value_head_dim,
-        key_bits=bits,
-        value_bits=bits,
-        key_axis="token",
-        sink=0,
-        window=window,
-        block=block,
-        sliding_window=site.sliding_window,
-        stages=(),
-        arena_bytes=0,
-    )
 
 
 def _quantized(

@@ -6,30 +6,19 @@ integer program is solved with several weightings of the losses, and each soluti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import torch
 from numpy import interp
 
-from pmkvq_compiler.formats import by_code
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.formats import Losses, by_code
 from pmkvq_compiler.plan.candidates import candidates
 from pmkvq_compiler.plan.feasible import check_feasible, smallest_bytes
 from pmkvq_compiler.plan.knapsack import choose, total_bytes, undominated
 from pmkvq_compiler.plan.layer_plans import candidate_plans
 from pmkvq_compiler.plan.solution import Solution
-from pmkvq_compiler.recipes import RECIPES, resolved
-from pmkvq_compiler.runtime.plan import (
-    CachePlan,
-)
-
-if TYPE_CHECKING:
-    from pmkvq_compiler.calibrate.calibration import Calibration
-    from pmkvq_compiler.formats import Losses
-
+from pmkvq_compiler.problem import Problem
+from pmkvq_compiler.runtime.plan import CachePlan
 
 WEIGHTS = ((1.0, 1.0), (1.0, 2.0), (1.0, 10.0), (4.0, 8.0))
 """What the sensitivities of keys by channel and by token are multiplied by, a proposal each: from plans that trust what
@@ -37,25 +26,18 @@ was measured, over plans that hardly group keys by token, to plans for which key
 keys in several layers may do together what none does alone, those of values hardly, and by token most of all."""
 
 
-def propose(
-    sites: Sequence[AttentionSite],
-    calibration: Calibration,
-    options: CompileOptions,
-    budget: int | None,
-    max_len: int,
-    dtype: torch.dtype,
-) -> list[Solution]:
-    """Different plans for one budget, that of least sensitivity first. Arguments and errors are those of `solve`."""
-    recipe = resolved(options)
+def propose(problem: Problem, calibration: Calibration) -> list[Solution]:
+    """Different plans for one budget, that of least sensitivity first. Errors are those of `solve`."""
+    recipe = problem.recipe
     if recipe.measure == "gradient" or not recipe.per_layer:
-        return [solve(sites, calibration, options, budget, max_len, dtype)]
+        return [solve(problem, calibration)]
     proposals = []
-    for share in dict.fromkeys((1.0, min(1.0, options.calib_len / max_len))):
+    for share in dict.fromkeys((1.0, min(1.0, problem.calib_len / problem.max_len))):
         keys = _with_windows(calibration.key_loss, share, recipe.block)
         values = _with_windows(calibration.value_loss, share, recipe.block)
         for weights in WEIGHTS:
             reweighed = replace(calibration, key_loss=_weighted(keys, *weights), value_loss=values)
-            proposals.append(solve(sites, reweighed, options, budget, max_len, dtype))
+            proposals.append(solve(problem, reweighed))
     return list(dict.fromkeys(proposals))
 
 
@@ -87,33 +69,26 @@ def _with_windows(losses: Losses, share: float, block: int) -> Losses:
     return found
 
 
-def solve(
-    sites: Sequence[AttentionSite],
-    calibration: Calibration,
-    options: CompileOptions,
-    budget: int | None,
-    max_len: int,
-    dtype: torch.dtype,
-) -> Solution:
-    """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within `budget` bytes.
+def solve(problem: Problem, calibration: Calibration) -> Solution:
+    """The plan of least sensitivity for `batch_size` sequences of `max_len` tokens within the budget.
 
-    `dtype` is the model's own, in which sink and window are kept. `budget` may be None with recipe "none" alone.
-    Raises `UsageError` for options that no plan can have, `CompileError` for a budget that no plan fits.
+    Raises `CompileError` for a budget that no plan fits.
     """
-    check_feasible(sites, options, budget, max_len, dtype)
+    check_feasible(problem)
+    per_layer, budget = problem.recipe.per_layer, problem.budget
     if budget is None:
-        budget = smallest_bytes(candidate_plans(sites, options, max_len, dtype), options)
-    layers = candidates(sites, calibration, options, max_len, dtype)
-    if RECIPES[options.recipe].per_layer:
+        budget = smallest_bytes(candidate_plans(problem), per_layer)
+    layers = candidates(problem, calibration)
+    if per_layer:
         chosen = tuple(choose([undominated(layer) for layer in layers], budget))
     else:
         chosen = max((row for row in zip(*layers, strict=True) if total_bytes(row) <= budget), key=total_bytes)
     plan = CachePlan(
-        recipe=options.recipe,
+        recipe=problem.recipe_name,
         budget=budget,
-        max_len=max_len,
-        batch_size=options.batch_size,
-        dtype=str(dtype).removeprefix("torch."),
+        max_len=problem.max_len,
+        batch_size=problem.batch_size,
+        dtype=str(problem.dtype).removeprefix("torch."),
         layers=tuple(candidate.plan for candidate in chosen),
     )
     return Solution(plan, tuple((candidate.key, candidate.value) for candidate in chosen))

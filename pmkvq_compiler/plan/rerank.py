@@ -23,13 +23,11 @@ from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, ob
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
 from pmkvq_compiler.calibrate.texts import read_samples
-from pmkvq_compiler.calibrate.walk import pick_device
 from pmkvq_compiler.divergence import divergences
-from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.propose import propose
 from pmkvq_compiler.plan.solution import Folds, Solution
 from pmkvq_compiler.plan.teacher_forcing import progressive
+from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.runtime.plan import CachePlan, blocks_needed, fitted, sequence_bytes
 from pmkvq_compiler.source.source import Source
@@ -45,23 +43,22 @@ class Tried:
 
 
 def best_plans(
-    source: Source,
-    sites: Sequence[AttentionSite],
-    calibration: Calibration,
-    options: CompileOptions,
-    budgets: Sequence[int | None],
-    max_len: int,
-    progress: Progress,
+    source: Source, problems: Sequence[Problem], calibration: Calibration, progress: Progress
 ) -> list[Tried]:
-    """For each budget (bytes) the proposal that does best on the calibration texts.
+    """For each problem, which differ in the budget alone, the proposal that does best on the calibration texts.
 
     Raises what `solve` raises. Where nothing is quantized the model does not run.
     """
-    proposals = [propose(sites, calibration, options, budget, max_len, source.dtype) for budget in budgets]
-    if not any(blocks_needed(layer, max_len) for one in itertools.chain(*proposals) for layer in one.plan.layers):
+    proposals = [propose(problem, calibration) for problem in problems]
+    if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
-    model = source.load_model(ATTENTION, pick_device(options.device)).requires_grad_(False)
-    return try_plans(model, read_samples(source, options), proposals, calibration, progress)
+    model = source.load_model(ATTENTION, problems[0].device).requires_grad_(False)
+    return try_plans(model, read_samples(source, problems[0]), proposals, calibration, progress)
+
+
+def _quantizes(plan: CachePlan) -> bool:
+    """Whether its sequences can get long enough for a block to be quantized."""
+    return any(blocks_needed(layer, plan.max_len) for layer in plan.layers)
 
 
 @torch.no_grad()
@@ -72,7 +69,7 @@ def try_plans(
     calibration: Calibration,
     progress: Progress,
 ) -> list[Tried]:
-    """The best of each list of proposals over `samples`, int64 [S] each; `model` attends by `recording.ATTENTION`.
+    """The best of each list of proposals over `samples`, int64 [S] each; `model` attends by `attention_hook.ATTENTION`.
 
     The better half of a list goes on to the next text: most plans are told apart by one.
     """

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pmkvq_compiler.calibrate.calibration import Calibration, Matrices
 from pmkvq_compiler.formats import Format, Transform
 from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.runtime.plan import (
-    CachePlan,
-    KeyAxis,
-    LayerPlan,
-    blocks_needed,
-)
-
-if TYPE_CHECKING:
-    from pmkvq_compiler.calibrate.calibration import Calibration, Matrices
+from pmkvq_compiler.runtime.plan import CachePlan, KeyAxis, LayerPlan, blocks_needed
 
 
 @dataclass(frozen=True)

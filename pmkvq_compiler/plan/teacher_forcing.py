@@ -23,7 +23,7 @@ from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, flu
 def progressive(
     plan: CachePlan, folds: Folds, prompt_lengths: Sequence[int], magnified: float = 1.0
 ) -> Callable[[AttentionCall], Tensor]:
-    """The attention of a cache that keeps to `plan`, for `recording.observed`.
+    """The attention of a cache that keeps to `plan`, for `attention_hook.observed`.
 
     Row b of a call's batch is a text that begins at its first column with a prompt of `prompt_lengths[b]` tokens.
     Errors of codes are `magnified` times what they are.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
+
+from pmkvq_compiler.plan.solution import PlanRow
 
 WIDTH = 960
 LEFT, RIGHT = 96, 12
@@ -21,9 +23,6 @@ NAMES = {"none": "as it is", "scale": "scaled", "rotate": "rotated", "match": "m
 PLAIN = ("none", "token")
 """What every layer has that nothing was chosen for: drawn hollow."""
 
-Row = dict[str, Any]
-"""A layer of the plan, as `report.json` has it in `rows`."""
-
 Sample = dict[str, Any]
 """The cache at one moment: `tokens` a sequence, bytes `used` and `original` (16-bit), `bits` [[K, V], ...] and
 `layer_bytes` [...] of every layer."""
@@ -37,10 +36,10 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} {UNITS[power]}" if power else f"{count:.0f} B"
 
 
-def plan_chart(rows: list[Row]) -> str:
+def plan_chart(rows: Sequence[PlanRow]) -> str:
     """Layers from left to right: bits of K and V as a heat map, what was folded, bytes and sensitivities as bars."""
     parts = [
-        _legend({row[key] for row in rows for key in ("key_bits", "value_bits")}),
+        _legend({bits for row in rows for bits in (row.key_bits, row.value_bits)}),
         *_bit_cells(rows, "K bits", "key_bits", top=30),
         *_bit_cells(rows, "V bits", "value_bits", top=60),
         *_runs(rows, "K groups", "key_axis", top=98),
@@ -69,7 +68,7 @@ def filling_chart(trace: list[Sample], budget: int) -> str:
     return _svg(parts, height, label="Bytes of the cache and bits of every layer while tokens come in")
 
 
-def layers_chart(rows: list[Row], trace: list[Sample]) -> str:
+def layers_chart(rows: Sequence[PlanRow], trace: list[Sample]) -> str:
     """A panel for each kind of layer: its bytes against its share, and its bits, while tokens come in."""
     kinds = list(_alike(rows, trace))
     parts = [_legend({bits for sample in trace for pair in sample["bits"] for bits in pair})]
@@ -125,26 +124,26 @@ def _legend(widths: Iterable[int]) -> str:
     return "\n".join(parts)
 
 
-def _bit_cells(rows: list[Row], label: str, key: str, top: float) -> list[str]:
+def _bit_cells(rows: Sequence[PlanRow], label: str, key: str, top: float) -> list[str]:
     width = PLOT / len(rows)
     parts = [_row_label(top + 19, label)]
     for place, row in enumerate(rows):
-        x, bits = LEFT + place * width, row[key]
-        parts.append(_rect(x + 0.5, top, width - 1, 28, _shade(bits), f"layer {row['layer']}: {label[0]} {bits} bits"))
+        x, bits = LEFT + place * width, getattr(row, key)
+        parts.append(_rect(x + 0.5, top, width - 1, 28, _shade(bits), f"layer {row.layer}: {label[0]} {bits} bits"))
         if width >= 14:
             parts.append(_text(x + width / 2, top + 19, str(bits), f"on-{_shade(bits)}"))
     return parts
 
 
-def _runs(rows: list[Row], label: str, key: str, top: float) -> list[str]:
+def _runs(rows: Sequence[PlanRow], label: str, key: str, top: float) -> list[str]:
     """Neighbouring layers with the same value as one strip, which is named where the name fits."""
     width, place = PLOT / len(rows), 0
     parts = [_row_label(top + 12, label)]
-    for value, run in groupby(rows, key=itemgetter(key)):
+    for value, run in groupby(rows, key=attrgetter(key)):
         first, *_ = members = list(run)
         name = NAMES.get(value, str(value))
         span, x = width * len(members), LEFT + place * width
-        title = f"layers {first['layer']}-{members[-1]['layer']}: {label} {name}"
+        title = f"layers {first.layer}-{members[-1].layer}: {label} {name}"
         parts.append(_rect(x + 0.5, top, span - 1, 16, "strip hollow" if value in PLAIN else "strip", title))
         if span >= 7 * len(name):
             parts.append(_text(x + span / 2, top + 12, name, "small"))
@@ -153,13 +152,13 @@ def _runs(rows: list[Row], label: str, key: str, top: float) -> list[str]:
 
 
 def _bars(
-    rows: list[Row], label: str, key: str, readable: Callable[[float], str], top: float, height: float = 60
+    rows: Sequence[PlanRow], label: str, key: str, readable: Callable[[float], str], top: float, height: float = 60
 ) -> list[str]:
-    width, largest = PLOT / len(rows), max(row[key] for row in rows) or 1
+    width, largest = PLOT / len(rows), max(getattr(row, key) for row in rows) or 1
     parts = [_row_label(top + height / 2, label), _row_label(top + height / 2 + 15, f"≤ {readable(largest)}")]
     for place, row in enumerate(rows):
-        tall = max(1.0, height * row[key] / largest)
-        title = f"layer {row['layer']}: {readable(row[key])}"
+        tall = max(1.0, height * getattr(row, key) / largest)
+        title = f"layer {row.layer}: {readable(getattr(row, key))}"
         parts.append(_rect(LEFT + place * width + 1, top + height - tall, width - 2, tall, "bar", title))
     return parts
 
@@ -233,18 +232,18 @@ def _stretches(trace: list[Sample], layer: int, half: int) -> list[tuple[int, in
     return [(bits, start, end) for (bits, start), end in zip(runs, ends, strict=True)]
 
 
-def _alike(rows: list[Row], trace: list[Sample]) -> Iterable[list[int]]:
+def _alike(rows: Sequence[PlanRow], trace: list[Sample]) -> Iterable[list[int]]:
     """Places of layers that hold the same bytes at the same bits at every moment, those with most bits first."""
     kinds: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
         curve = tuple((sample["layer_bytes"][place], *sample["bits"][place]) for sample in trace)
-        kinds.setdefault((row["key_bits"], row["value_bits"], row["key_axis"], curve), []).append(place)
+        kinds.setdefault((row.key_bits, row.value_bits, row.key_axis, curve), []).append(place)
     return (kinds[kind] for kind in sorted(kinds, key=lambda kind: (-kind[0] - kind[1], -kind[0])))
 
 
-def _panel(rows: list[Row], trace: list[Sample], layers: list[int], left: float, top: float) -> list[str]:
+def _panel(rows: Sequence[PlanRow], trace: list[Sample], layers: list[int], left: float, top: float) -> list[str]:
     row, longest = rows[layers[0]], trace[-1]["tokens"]
-    ceiling = 1.08 * max(row["arena_bytes"], *(sample["layer_bytes"][layers[0]] for sample in trace))
+    ceiling = 1.08 * max(row.arena_bytes, *(sample["layer_bytes"][layers[0]] for sample in trace))
     above, below = top + 24, top + PANEL_HEIGHT - 48
 
     def x(tokens: float) -> float:
@@ -254,14 +253,14 @@ def _panel(rows: list[Row], trace: list[Sample], layers: list[int], left: float,
         return below - (below - above) * count / ceiling
 
     curve = [f"{x(sample['tokens']):.1f},{y(sample['layer_bytes'][layers[0]]):.1f}" for sample in trace]
-    numbers = ", ".join(str(rows[place]["layer"]) for place in layers)
-    share = y(row["arena_bytes"])
-    name = f"K {row['key_bits']}, V {row['value_bits']} bits: " + (
+    numbers = ", ".join(str(rows[place].layer) for place in layers)
+    share = y(row.arena_bytes)
+    name = f"K {row.key_bits}, V {row.value_bits} bits: " + (
         f"layer {numbers}" if len(layers) == 1 else f"{len(layers)} layers"
     )
     parts = [
         f"<g><title>{escape(f'layers {numbers}')}</title>{_text(left, top + 12, name, anchor='start')}</g>",
-        _text(left + PANEL_WIDTH, top + 12, readable_bytes(row["arena_bytes"]), "budget-name", anchor="end"),
+        _text(left + PANEL_WIDTH, top + 12, readable_bytes(row.arena_bytes), "budget-name", anchor="end"),
         f'<line x1="{left}" x2="{left + PANEL_WIDTH}" y1="{below}" y2="{below}" class="grid"/>',
         f'<polygon points="{x(0):.1f},{below} {" ".join(curve)} {x(longest):.1f},{below}" class="area"/>',
     ]

@@ -3,81 +3,135 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.matrices import NO_VALUE_PROJECTION
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
-from pmkvq_compiler.passes.program import AttentionSite, Program
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
+from pmkvq_compiler.passes.fold_value_transform import can_transform
+from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.rerank import Tried
-from pmkvq_compiler.plan.solution import Folds, plan_table
-from pmkvq_compiler.report.charts import (
-    Sample,
-)
-from pmkvq_compiler.runtime.cache import LayerCache
-from pmkvq_compiler.runtime.plan import CachePlan, flushed_blocks, original_bytes
+from pmkvq_compiler.plan.solution import Folds, PlanRow, plan_table
+from pmkvq_compiler.problem import Problem
+from pmkvq_compiler.report.charts import Sample
+from pmkvq_compiler.runtime.layer_cache import LayerCache
+from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 from pmkvq_compiler.source.source import Source
 
 
+@dataclass(frozen=True)
+class ReportRow(PlanRow):
+    """A layer of the plan, and of K and V "folded" or why what they are multiplied by is not in the weights."""
+
+    fold: str
+    value_fold: str
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What sequences of the plan's `max_len` tokens take in vLLM on one device, and how many fit a GiB."""
+
+    block_bytes: int
+    blocks_per_sequence: int
+    tokens_per_gib: int
+    sequences_per_gib: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report.json` holds, in this order. Sizes are in bytes, `predicted_loss` is in nats a token; `check` and
+    `seconds` are of an artifact that was written, None after a dry run."""
+
+    model: str
+    """As the user named it."""
+    name: str
+    recipe: str
+    budget: int
+    max_len: int
+    batch_size: int
+    dtype: str
+    aot: list[str]
+    versions: dict[str, str]
+    command: str
+    """That makes the artifact again."""
+    rows: list[ReportRow]
+    arena_bytes: int
+    original_bytes: int
+    true_bits: float
+    predicted_loss: float
+    bytes_over_tokens: list[Sample]
+    serving: Serving | None = None
+    """What fits into vLLM's cache; None where it keeps keys and values in its own way."""
+    check: dict[str, float] | None = None
+    """Figures of the check, by their names."""
+    seconds: dict[str, float] | None = None
+    """What each step took."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON has it, without what is None."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        said["rows"] = [asdict(row) for row in self.rows]
+        said["serving"] = None if self.serving is None else asdict(self.serving)
+        return {name: value for name, value in said.items() if value is not None}
+
+
 def report_contents(
-    source: Source, program: Program, calibration: Calibration, options: CompileOptions, tried: Tried
-) -> dict[str, Any]:
-    """What `report.json` holds, but for check and times."""
+    source: Source, problem: Problem, calibration: Calibration, options: CompileOptions, tried: Tried
+) -> Report:
+    """The report, but for check and times."""
     solution, plan = tried.solution, tried.solution.plan
     folded = Folds.of(solution, calibration).values
     rows = [
-        {
+        ReportRow(
             **asdict(row),
-            "fold": _folded(site, row.key_transform),
-            "value_fold": _value_folded(site, site.layer in folded),
-        }
-        for row, site in zip(plan_table(solution, program.sites, calibration), program.sites, strict=True)
+            fold=_folded(site, row.key_transform),
+            value_fold=_value_folded(site, site.layer in folded),
+        )
+        for row, site in zip(plan_table(solution, problem.sites, calibration), problem.sites, strict=True)
     ]
-    original = cache_bytes_at_16_bits(program.sites, plan.max_len, plan.batch_size)
-    return {
-        "model": options.model,
-        "name": source.base_model or source.name,
-        "recipe": plan.recipe,
-        "budget": plan.budget,
-        "max_len": plan.max_len,
-        "batch_size": plan.batch_size,
-        "dtype": plan.dtype,
-        "aot": list(options.aot),
-        "versions": {name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
-        "command": reproduction_command(options),
-        "rows": rows,
-        "arena_bytes": plan.arena_bytes,
-        "original_bytes": original,
-        "true_bits": 16 * plan.arena_bytes / original,
-        "predicted_loss": tried.loss,
-        "serving": serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
-        "bytes_over_tokens": bytes_over_tokens(plan),
-    }
+    return Report(
+        model=options.model,
+        name=source.base_model or source.name,
+        recipe=plan.recipe,
+        budget=plan.budget,
+        max_len=plan.max_len,
+        batch_size=plan.batch_size,
+        dtype=plan.dtype,
+        aot=list(options.aot),
+        versions={name: version(name) for name in ("pmkvq-compiler", "torch", "transformers")},
+        command=reproduction_command(options),
+        rows=rows,
+        arena_bytes=plan.arena_bytes,
+        original_bytes=problem.original_bytes,
+        true_bits=16 * plan.arena_bytes / problem.original_bytes,
+        predicted_loss=tried.loss,
+        bytes_over_tokens=bytes_over_tokens(plan),
+        serving=None if hasattr(source.config, "kv_lora_rank") else serving(plan),  # latents are kept there as they are
+    )
 
 
 FED_AT_ONCE = 8192
 """Tokens that vLLM feeds in a step unless told otherwise; only pages of sliding windows depend on it."""
 
 
-def serving(plan: CachePlan) -> dict[str, Any] | None:
-    """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
-    where nothing is quantized (and its caller knows the other case, latent attention)."""
+def serving(plan: CachePlan) -> Serving | None:
+    """What fits into vLLM's cache; None where the plan quantizes nothing, and vLLM keeps all in its own way."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
     if all(layer.exact for layer in layers):
         return None
     pool = pool_of(layers, plan.max_len)
-    return {
-        "block_bytes": pool.block_bytes,
-        "blocks_per_sequence": pool.blocks_per_sequence(plan.max_len, FED_AT_ONCE),
-        "tokens_per_gib": pool.tokens(1 << 30, plan.max_len, FED_AT_ONCE),
-        "sequences_per_gib": pool.sequences(1 << 30, plan.max_len, FED_AT_ONCE),
-    }
+    return Serving(
+        block_bytes=pool.block_bytes,
+        blocks_per_sequence=pool.blocks_per_sequence(plan.max_len, FED_AT_ONCE),
+        tokens_per_gib=pool.tokens(1 << 30, plan.max_len, FED_AT_ONCE),
+        sequences_per_gib=pool.sequences(1 << 30, plan.max_len, FED_AT_ONCE),
+    )
 
 
 def _folded(site: AttentionSite, transform: Transform) -> str:
@@ -93,8 +147,8 @@ def _value_folded(site: AttentionSite, folded: bool) -> str:
     """ "folded" where what V is multiplied by is in the weights, else why V is as it is."""
     if folded:
         return "folded"
-    if site.value is None or site.output is None:
-        return "v_proj or the output projection was not found in the graph"
+    if not can_transform(site):
+        return NO_VALUE_PROJECTION
     return "the plan does better without"
 
 
@@ -113,7 +167,7 @@ def bytes_over_tokens(plan: CachePlan, samples: int = 256) -> list[Sample]:
 
 def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
     for cache in caches:
-        _fill(cache, tokens)
+        cache.seek([tokens])
     layer_bytes = [plan.batch_size * cache.bytes_used for cache in caches]
     return {
         "tokens": tokens,
@@ -122,14 +176,6 @@ def _sample(plan: CachePlan, caches: list[LayerCache], tokens: int) -> Sample:
         "original": plan.batch_size * sum(original_bytes(layer, tokens) for layer in plan.layers),
         "bits": [list(cache.bits) for cache in caches],
     }
-
-
-def _fill(cache: LayerCache, tokens: int) -> None:
-    """Set the counters to those of a cache whose sequence has `tokens` tokens, no fewer than before."""
-    flushed = flushed_blocks(cache.plan, tokens)
-    cache.flushed, cache.rows = [flushed], [tokens - flushed * cache.plan.block]
-    while flushed and cache.live_blocks(0) > cache.capacity():
-        cache.stage += 1
 
 
 def reproduction_command(options: CompileOptions) -> str:

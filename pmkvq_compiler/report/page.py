@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from pmkvq_compiler.report.charts import (
     plan_chart,
     readable_bytes,
 )
+from pmkvq_compiler.report.contents import Report, ReportRow
 
 CHECKS = {
+    "largest_layer_error": (
+        "largest error of a layer",
+        "relative norm of what a layer computes otherwise than the source model's, each alone and in float32: "
+        "what folds and generated code change",
+    ),
     "full_precision_error": (
         "error before quantization",
         "relative norm of the logits' difference in one call, whose K and V attention sees as they are: "
-        "what folds and generated code change",
+        "what folds, generated code and rounding change",
     ),
     "planned_precision_error": (
         "error at the final bits",
@@ -48,7 +55,7 @@ FOLDS = {
 """What is folded into the weights, by the key of a row that says whether and why not."""
 
 
-def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `report.json` and `report.html` into `folder`; returns the files."""
     templates = Environment(
         loader=PackageLoader("pmkvq_compiler.templates", ""),
@@ -59,52 +66,51 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     page = templates.get_template("report.html.j2").render(
         report=report,
         facts=facts(report),
-        checks=checks(report["check"]),
-        folds=folds(report["rows"]),
-        plan_chart=Markup(plan_chart(report["rows"])),
-        comparison_chart=Markup(comparison_chart(report["original_bytes"], report["arena_bytes"])),
-        layers_chart=Markup(layers_chart(report["rows"], report["bytes_over_tokens"])),
-        filling_chart=Markup(filling_chart(report["bytes_over_tokens"], report["budget"])),
+        checks=checks(report.check or {}),
+        folds=folds(report.rows),
+        plan_chart=Markup(plan_chart(report.rows)),
+        comparison_chart=Markup(comparison_chart(report.original_bytes, report.arena_bytes)),
+        layers_chart=Markup(layers_chart(report.rows, report.bytes_over_tokens)),
+        filling_chart=Markup(filling_chart(report.bytes_over_tokens, report.budget)),
         names=NAMES,
         readable_bytes=readable_bytes,
         figure=figure,
     )
-    pages = {folder / "report.json": json.dumps(report) + "\n", folder / "report.html": page}
+    pages = {folder / "report.json": json.dumps(report.to_json()) + "\n", folder / "report.html": page}
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
     return list(pages)
 
 
-def facts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+def facts(report: Report) -> list[tuple[str, str, str]]:
     """The figures to see first, as (name, value, remark)."""
-    reserved, budget, original = report["arena_bytes"], report["budget"], report["original_bytes"]
-    tokens = f"{report['batch_size']} x {report['max_len']:,} tokens"
+    reserved, budget, original = report.arena_bytes, report.budget, report.original_bytes
+    tokens = f"{report.batch_size} x {report.max_len:,} tokens"
     found = [
         ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
         ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
-        ("true bits a number", f"{report['true_bits']:.2f}", "parameters, sink and window included"),
+        ("true bits a number", f"{report.true_bits:.2f}", "parameters, sink and window included"),
         (
             "predicted loss",
-            figure(report["predicted_loss"]),
+            figure(report.predicted_loss),
             "nats a token at the final bits, from doubled errors: it ranks budgets",
         ),
     ]
-    serving = report["serving"]
-    if serving is not None:
-        sequences = f"{serving['sequences_per_gib']:,.1f} sequences of {report['max_len']:,}, at the final bits"
-        found.append(("tokens in a GiB of vLLM", f"{serving['tokens_per_gib']:,}", sequences))
+    if report.serving is not None:
+        sequences = f"{report.serving.sequences_per_gib:,.1f} sequences of {report.max_len:,}, at the final bits"
+        found.append(("tokens in a GiB of vLLM", f"{report.serving.tokens_per_gib:,}", sequences))
     return found
 
 
-def folds(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, dict[str, str]]]:
+def folds(rows: Sequence[ReportRow]) -> list[tuple[str, str, str, dict[str, str]]]:
     """The folds as (name, what it does, layers that have it, {why not: layers})."""
     return [
-        (*text, layer_ranges([row["layer"] for row in rows if row[key] == "folded"]), grouped_reasons(rows, key))
+        (*text, layer_ranges([row.layer for row in rows if getattr(row, key) == "folded"]), grouped_reasons(rows, key))
         for key, text in FOLDS.items()
     ]
 
 
-def checks(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+def checks(figures: dict[str, float]) -> list[tuple[str, str, str]]:
     """The figures of the check as (value, name, what it says); figures without a text of their own come last."""
     known = [(figure(figures[key]), *text) for key, text in CHECKS.items() if key in figures]
     others = [(figure(value), key.replace("_", " "), "") for key, value in figures.items() if key not in CHECKS]
@@ -116,12 +122,13 @@ def figure(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def grouped_reasons(rows: list[dict[str, Any]], key: str = "fold") -> dict[str, str]:
+def grouped_reasons(rows: Sequence[ReportRow], key: str = "fold") -> dict[str, str]:
     """Why K (`fold`) or V (`value_fold`) of layers was not folded: the reason and its layers (`0-3, 7`)."""
     layers: dict[str, list[int]] = {}
     for row in rows:
-        if row[key] != "folded":
-            layers.setdefault(row[key], []).append(row["layer"])
+        reason = getattr(row, key)
+        if reason != "folded":
+            layers.setdefault(reason, []).append(row.layer)
     return {reason: layer_ranges(numbers) for reason, numbers in layers.items()}
 
 

@@ -1,27 +1,28 @@
 """From the header of a GGUF file to a configuration of transformers.
 
 Every key of the model's architecture is read here, or listed as one that does not change what is computed; a file with
-any other key is refused by the key's name, and so is one with a tensor that the model does not take. What transformers
-itself reads of a header is less than what a header says, so its reading is not used.
+any other key is refused by the key's name. What transformers itself reads of a header is less than what a header says,
+so its reading is not used.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.gguf_header import GgufHeader
+from pmkvq_compiler.source.gguf_tensors import ROPE_FREQUENCIES
 
 HARMLESS = frozenset({"tensor_data_layout", "pooling_type", "rope.scaling.finetuned"})
 """Keys of an architecture that do not change what is computed."""
@@ -48,15 +49,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Keys that are understood with these values alone, where nothing else reads them; 0 says that there is none."""
 
-ROPE_FREQUENCIES = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every model with RoPE of type llama3 was trained with; GGUF files hold only what it does to the frequencies."""
 
 LOCAL_THETA = 10000.0
 """Gemma 3's base in layers with a window."""
-
-EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up)_exps\.weight")
-"""Tensors that are joined to one while loading, so that no tensor of the model has their names."""
 
 
 @dataclass(frozen=True)
@@ -369,43 +366,6 @@ FAMILIES = {
     "nemotron": Family("nemotron", "norm_eps", partial_rotary=True),
     "gpt2": Family("gpt2", "layer_norm_epsilon", _gpt2, rotary=False),
 }
-
-
-def check_tensors(path: Path, header: GgufHeader, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `CompileError` where the file lacks one of the model's tensors, whose `shapes` by the model's own names
-    these are, or has one that the model does not take."""
-    architecture = header.fields["general.architecture"]
-    (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(arch, _layer_count(header))
-    expected: dict[str, Sequence[int]] = {}
-    for name, shape in shapes.items():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if stored is not None:
-            expected[stored if stored.endswith((".weight", ".bias")) else f"{stored}.weight"] = shape
-    for name, shape in expected.items():
-        stored_shape = header.tensors[name].shape if name in header.tensors else None
-        if name == "output.weight" and stored_shape is None:
-            continue
-        forms = {tuple(shape), tuple(shape)[shape[0] == 1 :]}  # one row may be stored as a vector
-        if architecture == "gpt2":
-            forms.add(tuple(shape)[::-1])
-        if stored_shape not in forms:
-            held = "is missing" if stored_shape is None else f"has shape {list(stored_shape)}"
-            raise CompileError(
-                f"{path} cannot be compiled: tensor {name} {held} where the header asks for {list(shape)}; "
-                f"fetch the file again"
-            )
-    more = [name for name in header.tensors if name not in expected and not EXPERTS.fullmatch(name)]
-    more = [name for name in more if name != ROPE_FREQUENCIES]
-    if more:
-        raise CompileError(
-            f"{path} cannot be compiled as it is: its architecture {architecture} takes no tensor {more[0]}, which "
-            f"would be left out; compile the model's safetensors checkpoint instead"
-        )
-
-
-def _layer_count(header: GgufHeader) -> int:
-    return int(header.fields[f"{header.fields['general.architecture']}.block_count"])
 
 
 def _short(value: Any) -> str:

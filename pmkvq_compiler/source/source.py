@@ -35,8 +35,9 @@ from pmkvq_compiler.errors import CompileError, UsageError, first_line
 from pmkvq_compiler.source.checkpoint import PLAIN, Checkpoint
 from pmkvq_compiler.source.fingerprint import fingerprint
 from pmkvq_compiler.source.generation_defaults import generation_defaults, save_generation_defaults
-from pmkvq_compiler.source.gguf_config import check_tensors, gguf_config
+from pmkvq_compiler.source.gguf_config import gguf_config
 from pmkvq_compiler.source.gguf_header import read_header
+from pmkvq_compiler.source.gguf_tensors import check_tensors
 from pmkvq_compiler.source.model_card import read_card
 from pmkvq_compiler.source.model_config import check_causal_lm, check_sizes, read_config, read_json, settle
 from pmkvq_compiler.source.stored_names import model_class, skeleton, stored_names

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, InputError
-from ..kernels import Tuning, check_kernels
-from ..load import choose_kernels
+from ..kernels import LayerKernels, check_kernels
+from ..load import choose_attention
 from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, file_digest, open_artifact
 from ..plan import CachePlan
+from ..tuning import Tuning
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
 if TYPE_CHECKING:
@@ -376,9 +377,8 @@ def _code(artifact: Artifact) -> list[tuple[ModuleType, Tuning]] | None:
 
     if not kernels_attend():
         return None
-    found = choose_kernels(artifact.package, artifact.manifest.plan, device(), "triton", compiled=False)
-    assert found is not None
-    return [(one.module, one.tuning) for one in found]
+    found = choose_attention(artifact.package, artifact.manifest.plan, device(), "triton", compiled=False)
+    return [(one.module, one.tuning) for one in found if isinstance(one, LayerKernels)]
 
 
 def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:

@@ -21,9 +21,9 @@ from vllm.v1.attention.backend import (
 )
 
 from ..errors import InputError
-from ..kernels import Tuning
 from ..records import STATE
 from ..rotation import rotate_heads
+from ..tuning import Tuning
 from .kernels import PagedKernels, Tables, tell
 from .layout import PagedLayer
 from .pages import LayerPages, Step

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import FEWEST_BLOCKS, MERGED_AT_ONCE, REGISTERS, ROWS_DECODED, Tuning, multiprocessors
+from ..kernels import FEWEST_BLOCKS, MERGED_AT_ONCE, REGISTERS, ROWS_DECODED, multiprocessors
 from ..records import STATE, state_row
+from ..tuning import Tuning
 from .layout import ENDLESS, PagedLayer
 
 ENDLESS_WINDOW = min(ENDLESS, 1 << 30)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention import SCORES, UNPACKED_NUMBERS, key_scores, softmax, value_sums
-from ..cache import Records, record_views, write_records
+from ..layer_cache import Records, record_views, write_records
 from ..plan import block_bytes
+from ..reference import SCORES, UNPACKED_NUMBERS, key_scores, softmax, value_sums
 from .layout import PagedLayer
 
 NOBODY = 0

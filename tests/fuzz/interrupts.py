@@ -15,7 +15,7 @@ import pickle
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,11 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime import cache as cache_module
 from pmkvq_compiler.runtime.attention import cached_attention
+from pmkvq_compiler.runtime.backend import Attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.graph import GraphDecoder
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.reference import REFERENCE
 
 from ..runtime.plans import cache_plan, layer_plan
 
@@ -103,7 +105,7 @@ class Traced(AbstractContextManager["Traced"]):
         return self.trace
 
 
-def tiny_model(plan: CachePlan, max_len: int, kernels: list[LayerKernels] | None = None) -> CompiledModel:
+def tiny_model(plan: CachePlan, max_len: int, attention: Sequence[Attention] | None = None) -> CompiledModel:
     """A language model of attentions with random projections, as many as the plan has layers."""
     generator = torch.Generator().manual_seed(0)
     heads, dim = plan.layers[0].num_key_value_heads, plan.layers[0].key_head_dim
@@ -127,8 +129,17 @@ def tiny_model(plan: CachePlan, max_len: int, kernels: list[LayerKernels] | None
         return hidden @ weights["embedding"].T
 
     return CompiledModel(
-        plan, weights, hidden_states, logits, VOCABULARY, frozenset(), 0, torch.float32, CPU, kernels
-    )  # fmt: skip
+        plan=plan,
+        weights=weights,
+        hidden_states=hidden_states,
+        logits=logits,
+        vocab_size=VOCABULARY,
+        eos_token_ids=frozenset(),
+        pad_token_id=0,
+        dtype=torch.float32,
+        device=CPU,
+        attention=[REFERENCE] * len(plan.layers) if attention is None else attention,
+    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +251,7 @@ class Trials:
                 return one("copies", lambda cache: (cache.select(order), copy.deepcopy(cache), pickle.dumps(cache)))
             case "generate":
                 return generation(model, cache, ids, mask, 3)
-            case "steps" if model.kernels is not None:
+            case "steps" if cache.replayable:
                 return steps(model, [torch.full((batch,), rng.randrange(VOCABULARY)) for _ in range(2)])
         return one("call", lambda cache: model(ids, cache, attention_mask=mask))
 
@@ -297,10 +308,7 @@ def refuses(use: Callable[[], object]) -> bool:
 def alike(model: CompiledModel, cache: Cache, other: Cache) -> bool:
     """The same counts, and the same logits of the next tokens, to the last bit."""
     one, other = copy.deepcopy(cache), copy.deepcopy(other)
-    counts = [
-        (each.length, [(layer.rows, layer.flushed, layer.stage) for layer in each.layers], each.bytes_used)
-        for each in (one, other)
-    ]
+    counts = [(each.length, [layer.counts for layer in each.layers], each.bytes_used) for each in (one, other)]
     if counts[0] != counts[1]:
         return False
     ids = torch.arange(PROBE).expand(one.batch_size, -1)

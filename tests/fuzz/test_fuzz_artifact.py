@@ -27,7 +27,8 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.cubins import Archive
 from pmkvq_compiler.runtime.manifest import file_digest, open_artifact
 
-from .mutants import FACTOR, damage, damage_json, run
+from .mutants import FACTOR, run
+from .mutate import mutate_bytes, mutate_json_text
 
 PACKAGE = "tiny_qwen"
 IDS = torch.arange(3, 43).view(2, 20)
@@ -72,7 +73,7 @@ class Copy:
 def bytes_of_any_file(copy: Copy, generator: random.Random) -> None:
     """The digests tell."""
     name = generator.choice(["pmkvq.json", "README.md", *copy.manifest["files"]])
-    copy.write(name, damage(copy.read(name), generator))
+    copy.write(name, mutate_bytes(copy.read(name), generator))
 
 
 def files_that_are_something_else(copy: Copy, generator: random.Random) -> None:
@@ -93,13 +94,13 @@ def files_that_are_something_else(copy: Copy, generator: random.Random) -> None:
 
 
 def manifest(copy: Copy, generator: random.Random) -> None:
-    copy.write("pmkvq.json", damage_json(copy.manifest, generator).encode("utf-8", "surrogatepass"))
+    copy.write("pmkvq.json", mutate_json_text(copy.manifest, generator).encode("utf-8", "surrogatepass"))
 
 
 def manifest_and_plan(copy: Copy, generator: random.Random) -> None:
     """A part of the manifest that others are compared with."""
     part = generator.choice(("plan", "tensors", "files", "weights", "vocab_size", "package", "key_rotations"))
-    text = damage_json(copy.manifest[part], generator)
+    text = mutate_json_text(copy.manifest[part], generator)
     whole = json.dumps({**copy.manifest, part: "HERE"}).replace('"HERE"', text)
     copy.write("pmkvq.json", whole.encode("utf-8", "surrogatepass"))
 
@@ -107,14 +108,14 @@ def manifest_and_plan(copy: Copy, generator: random.Random) -> None:
 def settings(copy: Copy, generator: random.Random) -> None:
     names = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", f"{PACKAGE}/kernels/tuning.json")
     name = generator.choice(names)
-    text = damage_json(json.loads(copy.read(name)), generator)
+    text = mutate_json_text(json.loads(copy.read(name)), generator)
     copy.write(name, text.encode("utf-8", "surrogatepass"), listed=True)
 
 
 def bytes_of_settings(copy: Copy, generator: random.Random) -> None:
     names = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
     name = generator.choice((*names, f"{PACKAGE}/kernels/tuning.json"))
-    copy.write(name, damage(copy.read(name), generator), listed=True)
+    copy.write(name, mutate_bytes(copy.read(name), generator), listed=True)
 
 
 def headers(copy: Copy, generator: random.Random) -> None:
@@ -124,7 +125,7 @@ def headers(copy: Copy, generator: random.Random) -> None:
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     tensor = generator.choice([key for key in header if key != "__metadata__"])
-    text = damage_json({tensor: header.pop(tensor)}, generator)
+    text = mutate_json_text({tensor: header.pop(tensor)}, generator)
     if text.startswith("{") and generator.random() < 0.9:
         text = json.dumps({**header, "HERE": 0}).replace('"HERE": 0', text.strip("{}") or '"a": 0')
     changed = text.encode("utf-8", "surrogatepass")
@@ -190,11 +191,11 @@ def other_modules(copy: Copy, generator: random.Random) -> None:
 
 def archives(copy: Copy, generator: random.Random) -> None:
     if generator.random() < 0.5:
-        copy.write(ARCHIVE, damage(copy.read(ARCHIVE), generator), listed=True)
+        copy.write(ARCHIVE, mutate_bytes(copy.read(ARCHIVE), generator), listed=True)
         return
     with zipfile.ZipFile(copy.original / ARCHIVE) as archive:
         index = json.loads(archive.read("index.json"))
-    write_archive(copy.folder / ARCHIVE, damage_json(index, generator))
+    write_archive(copy.folder / ARCHIVE, mutate_json_text(index, generator))
     copy.write(ARCHIVE, (copy.folder / ARCHIVE).read_bytes(), listed=True)
 
 
@@ -267,7 +268,7 @@ def uses(folder: Path) -> Tensor:
 def kernels_of(folder: Path) -> None:
     """The modules of kernels."""
     artifact = open_artifact(folder)
-    runtime.choose_kernels(artifact.package, artifact.manifest.plan, torch.device("cpu"), "triton")
+    runtime.choose_attention(artifact.package, artifact.manifest.plan, torch.device("cpu"), "triton")
 
 
 def archive_of(folder: Path) -> None:
@@ -346,7 +347,7 @@ def test_transformers_refuses_damaged_defaults_in_a_sentence(original: Path, tmp
     def attempt(number: int) -> str:
         copy = Copy(original, tmp_path / f"of-{number}")
         generator = random.Random(number)
-        text = damage_json(json.loads(copy.read("generation_config.json")), generator)
+        text = mutate_json_text(json.loads(copy.read("generation_config.json")), generator)
         copy.write("generation_config.json", text.encode("utf-8", "surrogatepass"), listed=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(copy.folder, trust_remote_code=True)

@@ -16,9 +16,9 @@ from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.storage import METADATA_KEY, calibration_path, load_calibration, load_or_calibrate
 from pmkvq_compiler.plan.propose import solve
 from pmkvq_compiler.source.source import open_source
+from tests.calibrate.test_calibrate import equal, options, problem, silent
 from tests.folders import TEXT, model_folder
 from tests.fuzz import rounds
-from tests.test_calibrate import MAX_LEN, equal, options, silent, sites
 
 Damage = Callable[[bytes, random.Random], bytes]
 
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(folder: Path) -> tuple[Path, Calibration]:
     """A calibration's file and what it holds."""
     chosen = options(folder, calib=str(folder / "text.txt"))
-    calibration = load_or_calibrate(open_source(str(folder / "model")), sites(), chosen, MAX_LEN, silent)
+    calibration = load_or_calibrate(open_source(str(folder / "model")), problem(chosen), chosen.output, silent)
     return calibration_path(chosen.output, "model", calibration.fingerprint), calibration
 
 
@@ -139,19 +139,22 @@ def test_a_damaged_file_is_replaced_and_the_plan_stays(
     made: tuple[Path, Calibration], folder: Path, damage: Callable[[Path], None]
 ) -> None:
     path, calibration = made
-    source, chosen = open_source(str(folder / "model")), options(folder, calib=str(folder / "text.txt"), budget="40%")
+    source, chosen = (
+        open_source(str(folder / "model")),
+        options(folder, calib=str(folder / "text.txt"), budget="100000bytes"),
+    )
     damage(path)
-    again = load_or_calibrate(source, sites(), chosen, MAX_LEN, silent)
+    again = load_or_calibrate(source, problem(chosen), chosen.output, silent)
     assert equal(load_calibration(path), again), "the file is whole again"
-    plans = [solve(sites(), one, chosen, 100_000, MAX_LEN, source.dtype) for one in (calibration, again)]
+    plans = [solve(problem(chosen), one) for one in (calibration, again)]
     assert plans[0] == plans[1]
 
 
 def test_a_calibration_under_the_name_of_another_is_not_taken(made: tuple[Path, Calibration], folder: Path) -> None:
     path, calibration = made
     source, chosen = open_source(str(folder / "model")), options(folder, calib=str(folder / "text.txt"))
-    other = load_or_calibrate(source, sites(), replace(chosen, calib_samples=3), MAX_LEN, silent)
+    other = load_or_calibrate(source, problem(replace(chosen, calib_samples=3)), chosen.output, silent)
     other_path = calibration_path(chosen.output, "model", other.fingerprint)
     other_path.write_bytes(path.read_bytes())
-    again = load_or_calibrate(source, sites(), replace(chosen, calib_samples=3), MAX_LEN, silent)
+    again = load_or_calibrate(source, problem(replace(chosen, calib_samples=3)), chosen.output, silent)
     assert again.fingerprint == other.fingerprint != calibration.fingerprint

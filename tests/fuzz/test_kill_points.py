@@ -1,8 +1,8 @@
-"""Compiles killed at their file operations and at random times: the target is the old artifact or the new one, whole,
-and nothing is left after the next compile.
+"""Compiles killed at their file operations and at random times: the destination is the old artifact or the new one,
+whole, and nothing is left after the next compile.
 
-What takes a target is killed at every file operation that it has. Whole compiles are killed at a few of theirs, or at
-200 where the environment variable PMKVQ_FUZZ is set.
+What takes a destination is killed at every file operation that it has. Whole compiles are killed at a few of theirs, or
+at 200 where the environment variable PMKVQ_FUZZ is set.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pmkvq_compiler.emit import check, renames
 from pmkvq_compiler.emit import place as place_module
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import token_lines
+from tests.emit.test_place import artifact, claim
 from tests.folders import model_folder, tree
-from tests.test_place import artifact, claim
 
 OPERATIONS = {"open", "fcntl.flock", "subprocess.Popen", "shutil.rmtree", "shutil.copytree", "pmkvq.rename"} | {
     f"os.{name}" for name in ("mkdir", "rename", "remove", "rmdir", "chmod", "scandir", "listdir", "truncate")
@@ -108,7 +108,7 @@ def forked(command: list[str]) -> CompletedProcess[bytes]:
 
 @pytest.mark.parametrize("native", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("before", ["nothing", "empty", "artifact"])
-def test_killed_at_any_operation_the_target_is_old_or_new(
+def test_killed_at_any_operation_the_destination_is_old_or_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, native: bool
 ) -> None:
     if not native:
@@ -211,7 +211,7 @@ class Kill:
 
 
 def kills() -> Iterator[Kill]:
-    """A few that matter, or 200: the last operations, which take the target, are all among them."""
+    """A few that matter, or 200: the last operations, which take the destination, are all among them."""
     if not WHOLE_RUN:
         yield Kill("new", signal.SIGINT, 0.5)
         yield Kill("existing", signal.SIGKILL, 0.95)
@@ -227,7 +227,9 @@ def kills() -> Iterator[Kill]:
 
 
 @pytest.mark.parametrize("kill", list(kills()), ids=str)
-def test_a_compile_that_is_killed_breaks_no_target_and_leaves_nothing(model: Model, tmp_path: Path, kill: Kill) -> None:
+def test_a_compile_that_is_killed_breaks_no_destination_and_leaves_nothing(
+    model: Model, tmp_path: Path, kill: Kill
+) -> None:
     folder = tmp_path / "place"
     folder.mkdir()
     for calibration in model.folder.glob("*.calibration.safetensors"):

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from pmkvq_compiler.runtime.attention import cached_attention
-from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.quantize import decode, unpack
 
 from .plans import cache_plan, layer_plan

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.reference import REFERENCE
 
 from ..conftest import CompileTiny
 
@@ -26,8 +27,8 @@ def artifact(compile_tiny: CompileTiny) -> Path:
 
 
 def test_a_backend_is_taken_as_told_or_refused(artifact: Path) -> None:
-    assert runtime.load(artifact).kernels is None
-    assert runtime.load(artifact, backend="reference").kernels is None
+    for model in (runtime.load(artifact), runtime.load(artifact, backend="reference")):
+        assert model.attention == [REFERENCE] * len(model.plan.layers)
     with pytest.raises(runtime.InputError, match=r'"triton" needs a CUDA device and the model is on cpu'):
         runtime.load(artifact, backend="triton")
     with pytest.raises(runtime.InputError, match=r"backend 'cuda' is not known"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pmkvq_compiler.runtime.attention import cached_attention
-from pmkvq_compiler.runtime.cache import Cache, LayerCache
+from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.errors import CacheFull, InputError
+from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import FINAL_BITS, CachePlan, LayerPlan, blocks_needed, longest
 
 from .plans import cache_plan, layer_plan, stages_to
@@ -104,11 +105,11 @@ def test_full_cache_refuses_before_it_changes() -> None:
     cache = Cache(mixed_plan(300, 2), 2, None, torch.float32, CPU)
     feed(cache, 299)
     before = [store.arena.clone() for store in cache.layers]
-    state = [(list(store.rows), list(store.flushed), store.stage) for store in cache.layers]
+    counts = [store.counts for store in cache.layers]
     with pytest.raises(CacheFull, match=r"299 of 300 tokens and 2 more"):
         feed(cache, 2)
     assert all(torch.equal(store.arena, arena) for store, arena in zip(cache.layers, before, strict=True))
-    assert [(list(store.rows), list(store.flushed), store.stage) for store in cache.layers] == state
+    assert [store.counts for store in cache.layers] == counts
     assert cache.length == [299, 299]
     feed(cache, 1)
 

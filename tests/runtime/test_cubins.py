@@ -21,7 +21,7 @@ from pmkvq_compiler.emit import cubins, launches
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import LayerKernels
-from pmkvq_compiler.runtime.load import choose_kernels, import_generated
+from pmkvq_compiler.runtime.load import choose_attention, import_generated
 
 from ..conftest import CompileTiny
 from .plans import cache_plan, layer_plan
@@ -64,8 +64,8 @@ def run_through_all_stages(artifact: Path, modules: dict[str, Any]) -> set[tuple
     """
     package = package_of(artifact)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
-    kernels = [LayerKernels(modules[name], CONSERVATIVE) for name in names]
-    model = dataclasses.replace(runtime.load(artifact), kernels=kernels)
+    attention = [LayerKernels(modules[name], CONSERVATIVE) for name in names]
+    model = dataclasses.replace(runtime.load(artifact), attention=attention)
     widths = set()
     for batch, max_len in ((1, None), (2, None), (1, 1), (1, 70), (2, 130), (1, 300)):
         cache = model.new_cache(batch, max_len)
@@ -172,18 +172,18 @@ def test_kernels_are_taken_from_the_archive_that_fits_or_a_warning_says_not(
     with warnings.catch_warnings(), monkeypatch.context() as patch:
         warnings.simplefilter("error")
         patch.setitem(sys.modules, "triton", None)  # it is not needed
-        kernels = choose_kernels(package, plan, device)
-    assert kernels is not None
-    assert isinstance(kernels[0].module, CompiledKernels)
-    assert dataclasses.replace(runtime.load(compiled), kernels=kernels).kernels_from == "sm_90"
+        attention = choose_attention(package, plan, device)
+    assert isinstance(attention[0], LayerKernels)
+    assert isinstance(attention[0].module, CompiledKernels)
+    assert dataclasses.replace(runtime.load(compiled), attention=attention).kernels_from == "sm_90"
     with pytest.warns(UserWarning, match="kernels are for float32, not for bfloat16: Triton compiles"):
-        kernels = choose_kernels(package, plan, device, dtype=torch.bfloat16)
-    assert dataclasses.replace(runtime.load(compiled), kernels=kernels).kernels_from == "triton"
+        attention = choose_attention(package, plan, device, dtype=torch.bfloat16)
+    assert dataclasses.replace(runtime.load(compiled), attention=attention).kernels_from == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
     with pytest.warns(UserWarning, match="kernels are for sm_90, not for sm_103: Triton compiles"):
-        kernels = choose_kernels(package, plan, device)
-    assert kernels is not None
-    assert kernels[0].module.__name__.endswith("attention_0")
+        attention = choose_attention(package, plan, device)
+    assert isinstance(attention[0], LayerKernels)
+    assert attention[0].module.__name__.endswith("attention_0")
     assert runtime.load(compiled).kernels_from == "reference"
 
 

@@ -259,7 +259,7 @@ def test_a_copy_of_a_cache_on_the_device_goes_on_as_the_cache_would(artifact: Pa
     texts = [model.generate(out[:, -1:], 60, cache=each, eos_token_id=()) for each in (twin, cache)]
     assert torch.equal(*texts)
     assert twin.bits == cache.bits
-    assert twin.kernels is model.kernels
+    assert twin.attention is model.attention
     assert twin.graph is not cache.graph
 
 
@@ -276,7 +276,7 @@ def test_a_cache_on_another_device_is_refused_until_it_is_moved(artifact: Path) 
             use()
     moved = cache.to("cpu")
     expected = on_device(ids[:, :1], cache).cpu()
-    torch.testing.assert_close(on_host(ids[:, :1], moved), expected, rtol=1e-3, atol=1e-3)
+    assert (on_host(ids[:, :1], moved) - expected).norm() <= 5e-3 * expected.norm()
 
 
 @pytest.mark.gpu

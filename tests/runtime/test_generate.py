@@ -1,6 +1,7 @@
 """Generation by an artifact against `transformers`: the same tokens without quantization, sane behaviour with it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from pmkvq_compiler import runtime
-
-from .conftest import CompileTiny
+from tests.conftest import CompileTiny
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2", "qwen3", "gpt_neox"]
 SLIDING = {"mistral": {"sliding_window": 24}, "gemma2": {"sliding_window": 24}}
@@ -389,3 +389,23 @@ def test_a_cache_of_another_model_or_size_is_refused(small: runtime.CompiledMode
             with pytest.raises(runtime.InputError, match=words):
                 use()
         assert max(cache.length) == 0
+
+
+@pytest.mark.parametrize("shaping", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5, "temperature": 9.0}])
+@pytest.mark.parametrize("odd", [[float("nan")], [float("inf")], [float("-inf")] * 128])
+def test_tokens_are_not_drawn_by_logits_that_are_no_numbers(
+    small: runtime.CompiledModel, odd: list[float], shaping: dict[str, Any]
+) -> None:
+    """In one of two sequences, from the second token on."""
+    true_logits, calls = small.logits, []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        out: torch.Tensor = true_logits(hidden)
+        if len(calls) > 1:
+            out[1, ..., : len(odd)] = torch.tensor(odd)
+        return out
+
+    with pytest.raises(runtime.ArtifactError, match=r"logits are not finite in float32, so no token can be drawn"):
+        replace(small, logits=logits).generate(IDS, 5, do_sample=True, seed=1, eos_token_id=(), **shaping)
+    assert len(calls) == 2

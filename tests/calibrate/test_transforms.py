@@ -9,8 +9,7 @@ from torch import Tensor
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.calibrate.transforms import FLOOR, Moments, matched
 from pmkvq_compiler.formats import as_cached
-
-from .models import tiny_model
+from tests.models import tiny_model
 
 HEADS, DIM = 2, 16
 

@@ -11,8 +11,7 @@ from matplotlib.image import imread
 
 from examples.make_pictures import BROWSERS, DARK, LIGHT, photograph
 from pmkvq_compiler.report.page import write_report
-
-from .test_report import sample_plan, sample_report
+from tests.report.test_report import sample_plan, sample_report
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pmkvq_compiler import runtime
-
-from .conftest import CompileTiny
+from tests.conftest import CompileTiny
 
 
 @pytest.fixture

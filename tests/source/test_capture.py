@@ -13,9 +13,8 @@ from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.errors import CompileError, Defect
 from pmkvq_compiler.passes.locate_attention import markers
 from pmkvq_compiler.source.capture import capture
-
-from .models import SHAPE, tiny_model
-from .programs import captured, located
+from tests.models import SHAPE, tiny_model
+from tests.programs import captured, located
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_the_trial_of_the_passes_changes_nothing() -> None:
     assert str(program.graph) == str(untried.graph)
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 SEVENTY_BILLION = """
 import re

@@ -18,10 +18,10 @@ from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.plan.rerank import best_plans
 from pmkvq_compiler.plan.solution import Folds
 from pmkvq_compiler.plan.teacher_forcing import progressive
+from pmkvq_compiler.problem import resolve
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
-
-from .folders import TEXT, model_folder
+from tests.folders import TEXT, model_folder
 
 MAX_LEN, PROMPTS = 448, (130, 75)
 
@@ -58,8 +58,9 @@ def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe:
     source = open_source(str(folder), "float32")
     program = capture(source.config)
     run_passes(program, [LocateAttention()])
-    calibration = calibrate(source, program.sites, options, MAX_LEN, silent)
-    (best,) = best_plans(source, program.sites, calibration, options, [result.plan.budget], MAX_LEN, silent)
+    problem = resolve(options, program.sites, MAX_LEN, source.dtype)
+    calibration = calibrate(source, problem, silent)
+    (best,) = best_plans(source, [problem], calibration, silent)
     solution = best.solution
     assert solution.plan == result.plan
 

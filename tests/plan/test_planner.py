@@ -13,16 +13,20 @@ import pytest
 import torch
 
 from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.formats import Format
-from pmkvq_compiler.options import RECIPE_NAMES, CompileOptions
+from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.candidates import Candidate, candidates
 from pmkvq_compiler.plan.knapsack import choose, undominated
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits, lowering_stages
+from pmkvq_compiler.plan.layer_plans import lowering_stages
 from pmkvq_compiler.plan.propose import propose, solve
 from pmkvq_compiler.plan.solution import plan_table
+from pmkvq_compiler.problem import Problem, resolve
+from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.runtime.plan import CODE_BITS, CachePlan, LayerPlan, longest, sequence_bytes
+from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 MAX_LEN = 2048
 
@@ -89,6 +93,7 @@ def calibration(layers: int, seed: int = 0) -> Calibration:
         value_gradient=values,
         check_ids=torch.zeros(1, 1, dtype=torch.int64),
         check_logits=torch.zeros(1, 1),
+        check_layers=LayerOutputs(torch.zeros(1, 1)),
     )
 
 
@@ -96,8 +101,19 @@ def options(**chosen: Any) -> CompileOptions:
     return CompileOptions(model="model", output=Path("out"), **chosen)
 
 
+def problem(
+    sites: list[AttentionSite],
+    budget: int | None,
+    max_len: int = MAX_LEN,
+    dtype: torch.dtype = torch.float16,
+    **chosen: Any,
+) -> Problem:
+    """What these options ask for within `budget` bytes."""
+    return resolve(options(budget=None if budget is None else f"{budget}bytes", **chosen), sites, max_len, dtype)
+
+
 def planned(sites: list[AttentionSite], budget: int | None, **chosen: Any) -> CachePlan:
-    return solve(sites, calibration(len(sites)), options(**chosen), budget, MAX_LEN, torch.float16).plan
+    return solve(problem(sites, budget, **chosen), calibration(len(sites))).plan
 
 
 def random_candidates(draw: random.Random, count: int) -> list[Candidate]:
@@ -140,16 +156,16 @@ def test_a_plan_uses_the_budget_up_to_97_percent(share: float) -> None:
 def test_a_small_plan_is_the_exhaustive_one_and_uses_97_percent_of_its_bytes(seed: int) -> None:
     sites, measured = [site(layer) for layer in range(3)], calibration(3, seed)
     budget = random.Random(seed).randint(*(int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * x) for x in (0.25, 0.6)))
-    layers = candidates(sites, measured, options(), MAX_LEN, torch.float16)
+    layers = candidates(problem(sites, budget), measured)
     best = min((row for row in itertools.product(*layers) if total(row)[0] <= budget), key=lambda row: total(row)[1])
 
-    solution = solve(sites, measured, options(), budget, MAX_LEN, torch.float16)
+    solution = solve(problem(sites, budget), measured)
     rows = plan_table(solution, sites, measured)
     assert sum(row.sensitivity for row in rows) == pytest.approx(total(best)[1], rel=1e-6)
     assert 0.97 * total(best)[0] <= solution.plan.arena_bytes <= budget
 
 
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_infeasible_budget_names_the_smallest_feasible_one_to_the_byte(recipe: Any, batch_size: int) -> None:
     sites = [site(0), site(1, sliding_window=300)]
@@ -161,11 +177,11 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one_to_the_byte(recipe
         planned(sites, smallest - 1, recipe=recipe, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_arenas_hold_the_sequences_they_were_planned_for(recipe: Any) -> None:
     sites = [site(0), site(1, sliding_window=300), site(2, key_head_dim=96, value_head_dim=80)]
     budget = cache_bytes_at_16_bits(sites, MAX_LEN, 3)
-    plan = planned(sites, budget if recipe != "none" else None, recipe=recipe, batch_size=3)
+    plan = planned(sites, budget if RECIPES[recipe].quantizes else None, recipe=recipe, batch_size=3)
     assert longest(plan, 3, itemsize=2) == MAX_LEN
     assert [layer.arena_bytes for layer in plan.layers] == [
         3 * sequence_bytes(layer, MAX_LEN, 2) for layer in plan.layers
@@ -216,7 +232,7 @@ def test_a_sliding_window_layer_has_no_sink_and_pays_for_its_window_alone() -> N
 
 def test_a_window_longer_than_the_sequences_shrinks_to_them() -> None:
     sites = [site(0)]
-    solution = solve(sites, calibration(1), options(recipe="uniform", window=512), 10**9, 100, torch.float16)
+    solution = solve(problem(sites, 10**9, 100, recipe="uniform", window=512), calibration(1))
     assert solution.plan.layers[0].sink + solution.plan.layers[0].window == 100
     assert plan_table(solution, sites, calibration(1))[0].sensitivity == 0
 
@@ -224,9 +240,7 @@ def test_a_window_longer_than_the_sequences_shrinks_to_them() -> None:
 def test_the_layer_that_matters_most_gets_the_most_bytes() -> None:
     sites, measured = [site(layer) for layer in range(6)], calibration(6)
     measured.key_loss[4].update({key: 100 * value for key, value in measured.key_loss[4].items()})
-    solution = solve(
-        sites, measured, options(), int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3), MAX_LEN, torch.float16
-    )
+    solution = solve(problem(sites, int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3)), measured)
     rows = plan_table(solution, sites, measured)
     assert max(rows, key=lambda row: row.key_bits).layer == 4
     assert [row.arena_bytes for row in rows] == [layer.arena_bytes for layer in solution.plan.layers]
@@ -241,8 +255,7 @@ def test_long_caches_are_also_planned_for_as_if_windows_held_less_of_them() -> N
     budget = int(cache_bytes_at_16_bits(sites, MAX_LEN, 1) * 0.3)
 
     def window_tokens(calib_len: int) -> list[int]:
-        chosen = options(calib_len=calib_len)
-        proposals = propose(sites, measured, chosen, budget, MAX_LEN, torch.float16)
+        proposals = propose(problem(sites, budget, calib_len=calib_len), measured)
         assert all(one.plan.arena_bytes <= budget for one in proposals)
         return [sum(layer.window for layer in one.plan.layers) for one in proposals]
 
@@ -284,7 +297,7 @@ def test_a_plan_for_a_70b_llama_takes_seconds() -> None:
     sites = [site(layer, num_attention_heads=64, num_key_value_heads=8, key_head_dim=128) for layer in range(80)]
     budget = int(cache_bytes_at_16_bits(sites, 32768, 1) * 0.2)
     start = time.monotonic()
-    plan = solve(sites, calibration(80), options(), budget, 32768, torch.bfloat16).plan
+    plan = solve(problem(sites, budget, 32768, torch.bfloat16), calibration(80)).plan
     assert time.monotonic() - start < 10
     assert 0.97 * budget <= plan.arena_bytes <= budget
 

@@ -12,8 +12,7 @@ from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, OutputLoss
 from pmkvq_compiler.formats import Format, stored
 from pmkvq_compiler.runtime.quantize import fake_quantize
-
-from .models import tiny_model
+from tests.models import tiny_model
 
 SINK, BLOCK, LENGTH = 4, 32, 200
 

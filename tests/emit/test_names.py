@@ -17,9 +17,9 @@ from pmkvq_compiler.emit.artifact import write_manifest
 from pmkvq_compiler.emit.names import in_markdown, one_line, package_name, project_name
 from pmkvq_compiler.emit.package import emit_package, write_project
 from pmkvq_compiler.source.source import open_source
+from tests.emit.test_emit import lowered
 from tests.folders import model_folder, tree
 from tests.models import tiny_folder
-from tests.test_emit import lowered
 
 ORDINARY = {
     "SmolLM2-135M-Instruct": "smollm2_135m_instruct",

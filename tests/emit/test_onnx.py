@@ -21,16 +21,15 @@ from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
-
-from .conftest import CompileTiny, silent
-from .folders import model_folder, tree
-from .models import tiny_folder
-from .programs import relative_error
+from tests.conftest import CompileTiny, silent
+from tests.folders import model_folder, tree
+from tests.models import tiny_folder
+from tests.programs import relative_error
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--max-len", "400", "--window", "64", "--sink", "4", "--calib-samples", "2", "--calib-len", "96"]
 PROMPT, STEPS = 150, 64
 

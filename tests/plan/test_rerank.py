@@ -18,19 +18,17 @@ from pmkvq_compiler.formats import stored
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
-from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan import rerank as trial
-from pmkvq_compiler.plan.layer_plans import cache_bytes_at_16_bits
 from pmkvq_compiler.plan.propose import propose, solve
 from pmkvq_compiler.plan.solution import Folds, Solution
+from pmkvq_compiler.problem import Problem, resolve
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
-
-from .conftest import silent
-from .folders import TEXT, model_folder
+from tests.conftest import silent
+from tests.folders import TEXT, model_folder
 
 MAX_LEN, LENGTH = 448, 256
-Setting = tuple[Source, list[AttentionSite], CompileOptions, int, Calibration]
+Setting = tuple[Source, Problem, Calibration]
 
 
 @pytest.fixture
@@ -41,6 +39,7 @@ def setting(tmp_path: Path) -> Setting:
     options = CompileOptions(
         model=str(folder),
         output=tmp_path / "artifact",
+        budget="80%",
         calib=str(tmp_path / "text.txt"),
         calib_samples=2,
         calib_len=LENGTH,
@@ -51,25 +50,24 @@ def setting(tmp_path: Path) -> Setting:
     source = open_source(str(folder), "float32")
     program = capture(source.config)
     run_passes(program, [LocateAttention()])
-    budget = int(0.8 * cache_bytes_at_16_bits(program.sites, MAX_LEN, 1))
-    calibration = calibrate(source, program.sites, options, MAX_LEN, silent)
-    return source, program.sites, options, budget, calibration
+    problem = resolve(options, program.sites, MAX_LEN, source.dtype)
+    return source, problem, calibrate(source, problem, silent)
 
 
 def solved(setting: Setting) -> Solution:
-    source, sites, options, budget, calibration = setting
-    return solve(sites, calibration, options, budget, MAX_LEN, source.dtype)
+    _, problem, calibration = setting
+    return solve(problem, calibration)
 
 
 def tried_alone(setting: Setting, solution: Solution) -> float:
-    source, _, options, _, calibration = setting
+    source, problem, calibration = setting
     model = source.load_model(ATTENTION).requires_grad_(False)
-    return trial.try_plans(model, read_samples(source, options), [[solution]], calibration, silent)[0].loss
+    return trial.try_plans(model, read_samples(source, problem), [[solution]], calibration, silent)[0].loss
 
 
 def test_the_loss_of_a_plan_is_the_divergence_that_all_its_layers_cause_together(setting: Setting) -> None:
     """Against a plain loop: every query attends for itself to what is old to it, errors magnified."""
-    source, _, options, _, calibration = setting
+    source, problem, calibration = setting
     solution = solved(setting)
     folds = Folds.of(solution, calibration)
     assert any(layer.quantized for layer in solution.plan.layers)
@@ -92,7 +90,7 @@ def test_the_loss_of_a_plan_is_the_divergence_that_all_its_layers_cause_together
 
     model = source.load_model(ATTENTION).requires_grad_(False)
     divergences = []
-    for sample in read_samples(source, options):
+    for sample in read_samples(source, problem):
         logits = []
         for observe in (AttentionCall.output, query_by_query):
             with torch.no_grad(), observed(observe):
@@ -104,19 +102,19 @@ def test_the_loss_of_a_plan_is_the_divergence_that_all_its_layers_cause_together
 
 def test_a_plan_that_sums_wrongly_think_best_is_found_out(setting: Setting) -> None:
     """Keys by token at 2 bits are said to cost nothing: the sum believes it, the trial does not."""
-    source, sites, options, budget, calibration = setting
+    source, problem, calibration = setting
     misled = {
         layer: {kept: 0.0 if (kept.axis, kept.bits) == ("token", 2) else 1e6 for kept in losses}
         for layer, losses in calibration.key_loss.items()
     }
-    honest = propose(sites, calibration, options, budget, MAX_LEN, source.dtype)
+    honest = propose(problem, calibration)
     with pytest.MonkeyPatch.context() as patch:
         proposals = [
             *honest,
-            solve(sites, replace(calibration, key_loss=misled), options, budget, MAX_LEN, source.dtype),
+            solve(problem, replace(calibration, key_loss=misled)),
         ]
         patch.setattr(trial, "propose", lambda *_: proposals)
-        (best,) = trial.best_plans(source, sites, calibration, options, [budget], MAX_LEN, silent)
+        (best,) = trial.best_plans(source, [problem], calibration, silent)
     assert best.solution in honest
     assert best.loss == pytest.approx(tried_alone(setting, best.solution), rel=1e-3)
     assert tried_alone(setting, proposals[-1]) > best.loss
@@ -124,21 +122,24 @@ def test_a_plan_that_sums_wrongly_think_best_is_found_out(setting: Setting) -> N
 
 def test_every_budget_has_a_race_of_its_own(setting: Setting) -> None:
     """Plans for a roomy budget do not push out those for a tight one."""
-    source, sites, options, budget, calibration = setting
-    budgets = [int(budget * share) for share in (1, 1.15)]
-    both = trial.best_plans(source, sites, calibration, options, budgets, MAX_LEN, silent)
-    for one, size in zip(both, budgets, strict=True):
-        (alone,) = trial.best_plans(source, sites, calibration, options, [size], MAX_LEN, silent)
+    source, problem, calibration = setting
+    assert problem.budget is not None
+    problems = [problem, replace(problem, budget=int(1.15 * problem.budget))]
+    both = trial.best_plans(source, problems, calibration, silent)
+    for one, its_own in zip(both, problems, strict=True):
+        (alone,) = trial.best_plans(source, [its_own], calibration, silent)
         assert one == alone
-        assert one.solution.plan.arena_bytes <= size
+        assert its_own.budget is not None
+        assert one.solution.plan.arena_bytes <= its_own.budget
 
 
 def test_what_is_never_quantized_costs_nothing_and_needs_no_model(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, sites, options, _, calibration = setting
+    source, problem, calibration = setting
     monkeypatch.setattr(Source, "load_model", lambda *_, **__: pytest.fail("the model was run"))
-    (exact,) = trial.best_plans(source, sites, calibration, options, [10**9], MAX_LEN, silent)
+    (exact,) = trial.best_plans(source, [replace(problem, budget=10**9)], calibration, silent)
     assert exact.loss == 0.0
-    (short,) = trial.best_plans(source, sites, calibration, options, [10**9], 50, silent)
+    short_problem = replace(problem, budget=10**9, max_len=50)
+    (short,) = trial.best_plans(source, [short_problem], calibration, silent)
     assert short.loss == 0.0

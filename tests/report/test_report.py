@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from pmkvq_compiler.cli import parse
+from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.report.charts import filling_chart, plan_chart, readable_bytes
-from pmkvq_compiler.report.contents import bytes_over_tokens, reproduction_command, serving
+from pmkvq_compiler.report.contents import Report, ReportRow, bytes_over_tokens, reproduction_command, serving
 from pmkvq_compiler.report.page import grouped_reasons, layer_ranges, write_report
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
@@ -35,44 +36,48 @@ def sample_plan(batch_size: int = 1) -> CachePlan:
     return cache_plan(*layers, batch_size=batch_size)
 
 
-def sample_report(plan: CachePlan) -> dict[str, Any]:
-    folds, transforms = ["folded", REASON, REASON], ["scale", "none", "none"]
-    rows = [
-        {
-            "layer": index,
-            "key_bits": layer.key_bits,
-            "value_bits": layer.value_bits,
-            "key_axis": layer.key_axis,
-            "arena_bytes": layer.arena_bytes,
-            "key_transform": transforms[index],
-            "value_transform": "rotate",
-            "window": layer.window,
-            "sensitivity": 0.1 * (index + 1),
-            "fold": folds[index],
-            "value_fold": "folded",
-        }
-        for index, layer in enumerate(plan.layers)
+def sample_rows(plan: CachePlan) -> list[ReportRow]:
+    folds: list[tuple[str, Transform]] = [("folded", "scale"), (REASON, "none"), (REASON, "none")]
+    return [
+        ReportRow(
+            layer=index,
+            key_bits=layer.key_bits,
+            value_bits=layer.value_bits,
+            key_axis=layer.key_axis,
+            key_transform=transform,
+            value_transform="rotate",
+            window=layer.window,
+            arena_bytes=layer.arena_bytes,
+            sensitivity=0.1 * (index + 1),
+            fold=fold,
+            value_fold="folded",
+        )
+        for index, (layer, (fold, transform)) in enumerate(zip(plan.layers, folds, strict=True))
     ]
-    return {
-        "model": "some.gguf",
-        "name": "some/<model>",
-        "recipe": plan.recipe,
-        "budget": plan.budget,
-        "max_len": plan.max_len,
-        "batch_size": plan.batch_size,
-        "dtype": plan.dtype,
-        "versions": {"torch": "2.13.0"},
-        "command": "pmkvq-compile some/model --budget 1MiB",
-        "rows": rows,
-        "arena_bytes": plan.arena_bytes,
-        "original_bytes": sum(original_bytes(layer, plan.max_len) for layer in plan.layers),
-        "true_bits": 4.5,
-        "predicted_loss": 0.6,
-        "serving": serving(plan),
-        "bytes_over_tokens": bytes_over_tokens(plan),
-        "check": {"full_precision_error": 1.23456e-7, "planned_precision_kl": 0.0123},
-        "seconds": {"capture": 1.25},
-    }
+
+
+def sample_report(plan: CachePlan) -> Report:
+    return Report(
+        model="some.gguf",
+        name="some/<model>",
+        recipe=plan.recipe,
+        budget=plan.budget,
+        max_len=plan.max_len,
+        batch_size=plan.batch_size,
+        dtype=plan.dtype,
+        aot=[],
+        versions={"torch": "2.13.0"},
+        command="pmkvq-compile some/model --budget 1MiB",
+        rows=sample_rows(plan),
+        arena_bytes=plan.arena_bytes,
+        original_bytes=sum(original_bytes(layer, plan.max_len) for layer in plan.layers),
+        true_bits=4.5,
+        predicted_loss=0.6,
+        bytes_over_tokens=bytes_over_tokens(plan),
+        serving=serving(plan),
+        check={"full_precision_error": 1.23456e-7, "planned_precision_kl": 0.0123},
+        seconds={"capture": 1.25},
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -102,7 +107,15 @@ def test_curve_of_a_long_plan_is_sampled_from_nothing_to_max_len() -> None:
 def test_report_json_holds_the_report(tmp_path: Path) -> None:
     report = sample_report(sample_plan())
     write_report(report, tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
+
+
+def test_report_json_has_the_fields_of_the_report_in_their_order_and_none_that_is_empty() -> None:
+    report = sample_report(sample_plan())
+    names = [field.name for field in fields(Report)]
+    assert list(report.to_json()) == names
+    assert list(report.to_json()["rows"][0]) == [field.name for field in fields(ReportRow)]
+    assert list(replace(report, check=None, seconds=None).to_json()) == names[:-2]
 
 
 def test_html_needs_nothing_from_the_network(tmp_path: Path) -> None:
@@ -124,8 +137,8 @@ def test_html_shows_layers_reasons_figures_and_command(tmp_path: Path) -> None:
     assert f"multiplied by it in the query's. folded layers 0 not folded layers 1-2: {REASON}" in shown
     assert "its inverse in the output projection. folded layers 0-2" in shown
     assert "1.23e-07" in shown
-    assert report["command"] in shown
-    assert f"{report['rows'][0]['arena_bytes']:,}" in shown
+    assert report.command in shown
+    assert f"{report.rows[0].arena_bytes:,}" in shown
 
 
 class _Text(HTMLParser):
@@ -139,8 +152,8 @@ class _Text(HTMLParser):
 
 def test_charts_are_well_formed_and_name_every_layer() -> None:
     report = sample_report(sample_plan())
-    plan = ElementTree.fromstring(plan_chart(report["rows"]))
-    filling = ElementTree.fromstring(filling_chart(report["bytes_over_tokens"], report["budget"]))
+    plan = ElementTree.fromstring(plan_chart(report.rows))
+    filling = ElementTree.fromstring(filling_chart(report.bytes_over_tokens, report.budget))
     titles = [title.text or "" for title in plan.iter("{http://www.w3.org/2000/svg}title")]
     assert "layer 1: K 8 bits" in titles
     assert "layer 2: V 2 bits" in titles
@@ -149,7 +162,8 @@ def test_charts_are_well_formed_and_name_every_layer() -> None:
 
 
 def test_reasons_are_said_once() -> None:
-    rows = [{"layer": layer, "fold": fold} for layer, fold in enumerate(["a", "folded", "a", "a", "b"])]
+    one, *_ = sample_rows(sample_plan())
+    rows = [replace(one, layer=layer, fold=fold) for layer, fold in enumerate(["a", "folded", "a", "a", "b"])]
     assert grouped_reasons(rows) == {"a": "0, 2-3", "b": "4"}
     assert layer_ranges([]) == ""
 

@@ -22,39 +22,40 @@ def shown(path: Path | str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def located(output: Path) -> Path:
+def destination_of(output: Path) -> Path:
     """The place that `output` means: its folder resolved, its last part as it is. Raises `UsageError`."""
     if "\0" in str(output):
         raise UsageError(f"output {shown(output)} is no path; {OTHER}")
     named = output.name not in ("", "..")
-    target = Path(os.path.realpath(output.parent)) / output.name if named else Path(os.path.realpath(output))
+    destination = Path(os.path.realpath(output.parent)) / output.name if named else Path(os.path.realpath(output))
     try:
-        os.fspath(target).encode()
+        os.fspath(destination).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"output {shown(target)} is not valid UTF-8, which weight files need; {OTHER}") from error
-    return target
+        raise UsageError(f"output {shown(destination)} is not valid UTF-8, which weight files need; {OTHER}") from error
+    return destination
 
 
-def check_target(output: Path, target: Path, force: bool, keep: dict[str, Path]) -> None:
-    """Raises `UsageError` where something is at the target that no artifact may take the place of: anything but an
+def check_destination(output: Path, destination: Path, force: bool, keep: dict[str, Path]) -> None:
+    """Raises `UsageError` where something is at the destination that no artifact may take the place of: anything but an
     empty folder and, with `force`, an artifact; or what holds something to `keep`, which are paths by what they are."""
     try:
-        there = os.lstat(target)
+        there = os.lstat(destination)
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        file = next(parent for parent in reversed(target.parents) if not parent.is_dir())
+        file = next(parent for parent in reversed(destination.parents) if not parent.is_dir())
         raise UsageError(f"output {shown(output)} cannot be a folder: {shown(file)} is a file; {OTHER}") from error
     except OSError as error:
         raise cannot_write(output, error, UsageError) from error
     if stat.S_ISLNK(there.st_mode):
         raise UsageError(
-            f"output {shown(output)} is a symbolic link to {shown(os.readlink(target))}; name the folder itself with -o"
+            f"output {shown(output)} is a symbolic link to {shown(os.readlink(destination))}; name the folder itself "
+            f"with -o"
         )
     if not stat.S_ISDIR(there.st_mode):
         raise UsageError(f"output {shown(output)} is a file; choose a folder with -o")
     _check_holds_nothing(output, there, keep)
-    check_replaceable(output, target, force)
+    check_replaceable(output, destination, force)
 
 
 def _check_holds_nothing(output: Path, there: os.stat_result, keep: dict[str, Path]) -> None:
@@ -88,19 +89,19 @@ def _mount_points() -> list[Path]:
     return [Path(octal.sub(lambda code: chr(int(code.group(1), 8)), line.split(" ")[4])) for line in lines]
 
 
-def check_replaceable(output: Path, target: Path, force: bool) -> None:
-    """Raises `UsageError` where the folder at the target must stay, or holds files that must."""
-    if os.path.ismount(target):
+def check_replaceable(output: Path, destination: Path, force: bool) -> None:
+    """Raises `UsageError` where the folder at the destination must stay, or holds files that must."""
+    if os.path.ismount(destination):
         raise UsageError(f"output {shown(output)} is a mount point; choose a folder in it with -o")
-    if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
+    if not os.access(destination, os.R_OK | os.W_OK | os.X_OK):
         raise UsageError(f"output {shown(output)} may not be replaced by this user; {OTHER}")
-    if not any(target.iterdir()):
+    if not any(destination.iterdir()):
         return
     if not force:
         raise UsageError(f"output {shown(output)} is not empty; {OTHER} ({FORCE})")
-    if not is_artifact(target):
+    if not is_artifact(destination):
         raise UsageError(f"output {shown(output)} is not empty and is no artifact: {FORCE}; {OTHER}")
-    foreign = next(foreign_files(target), None)
+    foreign = next(foreign_files(destination), None)
     if foreign is not None:
         raise UsageError(
             f"output {shown(output)} is an artifact that also holds {shown(foreign)}, which its compile did not write; "
@@ -113,7 +114,7 @@ def cannot_write(output: Path, error: OSError, kind: type[CompileError] = Compil
     if error.errno in OUT_OF_FILES:
         return CompileError(f"no more files can be opened ({error.strerror}); raise the limit with `ulimit -n`")
     kind = CompileError if error.errno in OUT_OF_ROOM else kind
-    elsewhere = error.filename is not None and not str(error.filename).startswith(str(located(output).parent))
+    elsewhere = error.filename is not None and not str(error.filename).startswith(str(destination_of(output).parent))
     what = f"file {shown(str(error.filename))}" if elsewhere else f"output {shown(output)}"
     advice = f"free some room or {OTHER}" if error.errno in OUT_OF_ROOM else OTHER
     return kind(f"{what} cannot be written ({error.strerror}); {advice}")

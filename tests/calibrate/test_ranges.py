@@ -15,9 +15,8 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.calibrate.ranges import exponents, unusual
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
-
-from .conftest import silent, token_lines
-from .models import tiny_folder
+from tests.conftest import silent, token_lines
+from tests.models import tiny_folder
 
 OPTIONS: dict[str, Any] = {
     "max_len": 200,

@@ -25,10 +25,9 @@ from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program, RowScale
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.source.source import open_source
-
-from .conftest import silent
-from .models import SHAPE, tiny_folder, tiny_model
-from .programs import MAX_LEN, full_plan, located, relative_error
+from tests.conftest import silent
+from tests.models import SHAPE, tiny_folder, tiny_model
+from tests.programs import MAX_LEN, full_plan, located, relative_error
 
 LATENT_ATTENTION = {
     "q_lora_rank": 32,

@@ -18,7 +18,8 @@ from pmkvq_compiler.emit.onnx_attention import DOMAIN, OPSET, Attention, attenti
 from pmkvq_compiler.errors import CompileError  # noqa: E402
 from pmkvq_compiler.passes.program import AttentionSite  # noqa: E402
 from pmkvq_compiler.runtime.attention import cached_attention  # noqa: E402
-from pmkvq_compiler.runtime.cache import Cache, Records  # noqa: E402
+from pmkvq_compiler.runtime.cache import Cache  # noqa: E402
+from pmkvq_compiler.runtime.layer_cache import Records  # noqa: E402
 from tests.programs import relative_error  # noqa: E402
 from tests.runtime.plans import cache_plan, layer_plan  # noqa: E402
 

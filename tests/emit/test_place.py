@@ -325,7 +325,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
 
-def test_a_mounted_disk_is_no_target_and_a_full_or_read_only_one_is_said(disk: Path) -> None:
+def test_a_mounted_disk_is_no_destination_and_a_full_or_read_only_one_is_said(disk: Path) -> None:
     with pytest.raises(UsageError, match="is the mount point"), claim(disk):
         pass
     with pytest.raises(UsageError, match="holds the mount point"), claim(disk.parent, force=True):
@@ -379,7 +379,7 @@ def test_what_runs_out_is_said_in_a_sentence_and_nothing_is_left(tmp_path: Path)
     assert {path.name for path in (tmp_path / "place").iterdir() if not path.name.startswith("model-")} == {"out"}
 
 
-@pytest.mark.parametrize("begins", [True, False], ids=["as it begins to end", "when it has taken the target"])
+@pytest.mark.parametrize("begins", [True, False], ids=["as it begins to end", "when it has taken the destination"])
 def test_a_signal_at_any_line_of_a_compiles_end_leaves_nothing(tmp_path: Path, begins: bool) -> None:
     """Between the last statement of a compile and the first that defers signals are lines of contextlib's and ours."""
     at, arrived = 0, True

@@ -1,0 +1,122 @@
+"""Every layer of an artifact alone, against the same layer of the source model.
+
+The artifact computes in float32 with the weights that it has, and each of its layers is given what came out of the
+source's layer before it. What is left are the layer's own errors: those of its folded weights, which were rounded when
+they were written, or a fault. They do not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmkvq_compiler import runtime
+from pmkvq_compiler.calibrate.layer_outputs import QUERIES, TOKENS, LayerOutputs
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The relative norm of a difference, and where it is."""
+
+    place: str
+    error: float
+
+
+def layer_errors(model: runtime.CompiledModel, input_ids: Tensor, expected: LayerOutputs) -> list[LayerError]:
+    """What each layer of the artifact adds to the error, for the text's beginning in `input_ids` [1, S].
+
+    Scores: of the head that is farthest off. Hidden states: of the token in the middle, against what the layer adds to
+    them, for a router that chooses another expert at one token tells nothing. Empty where the layers are not known.
+    """
+    found: list[LayerError] = []
+    code = _copied(model.hidden_states.func.__globals__)  # type: ignore[attr-defined]
+    layers = [name for name, function in code.items() if _is_layer(function)]
+    if not expected.hidden or not layers:
+        return found
+    code["cached_attention"] = partial(_attend, code["cached_attention"], expected, found)
+    code |= {name: partial(_run_layer, code[name], expected, found) for name in layers}
+    hidden_states, logits_of = code["bind"](Widened(model.weights))
+    widened = replace(model, hidden_states=hidden_states, logits=logits_of, dtype=torch.float32)
+    beginning = input_ids[:, :TOKENS]
+    logits = widened(beginning, model.new_cache(max_len=beginning.shape[1]))[0, -QUERIES:]
+    found.append(LayerError("the logits", _token_error(logits, expected.logits, expected.logits)))
+    return found
+
+
+def _copied(code: dict[str, Any]) -> dict[str, Any]:
+    """The globals of a module, and its functions with these globals for their own."""
+    copied = dict(code)
+    for name, value in code.items():
+        if inspect.isfunction(value) and value.__globals__ is code:
+            copied[name] = FunctionType(value.__code__, copied, name, value.__defaults__)
+    return copied
+
+
+def _is_layer(function: Any) -> bool:
+    return inspect.isfunction(function) and [*inspect.signature(function).parameters][:2] == ["weights", "layer"]
+
+
+@dataclass(frozen=True)
+class Widened(Mapping[str, Tensor]):
+    """Weights that are float32 whenever they are read."""
+
+    stored: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.stored[name]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def _attend(
+    attention: Callable[..., Tensor],
+    expected: LayerOutputs,
+    found: list[LayerError],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: runtime.Cache,
+    layer: int,
+    **others: Any,
+) -> Tensor:
+    """The attention of a layer, whose scores are compared."""
+    group = q.shape[1] // k.shape[1]
+    scores = (q[0, :, -QUERIES:] @ k[0].repeat_interleave(group, dim=0).transpose(1, 2)).cpu()
+    reference = expected.scores[layer]
+    errors = (scores - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    head = int(errors.nan_to_num(float("inf")).argmax())
+    found.append(LayerError(f"the scores of head {head} in layer {layer}", float(errors[head])))
+    return attention(q, k, v, cache, layer, **others)
+
+
+def _run_layer(
+    function: Callable[..., Tensor],
+    expected: LayerOutputs,
+    found: list[LayerError],
+    weights: Mapping[str, Tensor],
+    layer: int,
+    *others: Any,
+) -> Tensor:
+    """A layer, which is compared; what the source's layer gave is what comes out of it."""
+    out, reference = function(weights, layer, *others), expected.hidden[layer]
+    before = expected.hidden.get(layer - 1)
+    added = reference if before is None or before.shape != reference.shape else reference - before
+    found.append(LayerError(f"the hidden states after layer {layer}", _token_error(out.cpu(), reference, added)))
+    return reference.to(out.device)
+
+
+def _token_error(out: Tensor, reference: Tensor, scale: Tensor) -> float:
+    errors = (out.cpu() - reference).flatten(0, -2).norm(dim=-1) / scale.flatten(0, -2).norm(dim=-1)
+    return float(errors.nan_to_num(float("inf")).median())

@@ -1,0 +1,52 @@
+"""Caches that are never quantized: what budgets are shares of, and what layers may stay as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, original_bytes, sequence_bytes
+
+
+def exact_layer(site: AttentionSite, max_len: int, block: int, itemsize: int) -> LayerPlan:
+    """A cache that is never quantized: its window holds every token that a query can see.
+
+    A full window drops a whole block, so a sliding-window layer needs one block more than it sees. The bytes depend on
+    the number of sequences and are still 0.
+    """
+    window = max_len if site.sliding_window is None else min(max_len, site.sliding_window + block)
+    bits = 8 * itemsize
+    return LayerPlan(
+        num_key_value_heads=site.num_key_value_heads,
+        key_head_dim=site.key_head_dim,
+        value_head_dim=site.value_head_dim,
+        key_bits=bits,
+        value_bits=bits,
+        key_axis="token",
+        sink=0,
+        window=window,
+        block=block,
+        sliding_window=site.sliding_window,
+        stages=(),
+        arena_bytes=0,
+    )
+
+
+def exact_plan(
+    sites: Sequence[AttentionSite], max_len: int, batch_size: int, dtype: torch.dtype, block: int
+) -> CachePlan:
+    """The plan that keeps every number of every layer in `dtype`."""
+    exact = [exact_layer(site, max_len, block, dtype.itemsize) for site in sites]
+    layers = tuple(
+        replace(layer, arena_bytes=batch_size * sequence_bytes(layer, max_len, dtype.itemsize)) for layer in exact
+    )
+    reserved = sum(layer.arena_bytes for layer in layers)
+    return CachePlan("none", reserved, max_len, batch_size, str(dtype).removeprefix("torch."), layers)
+
+
+def cache_bytes_at_16_bits(sites: Sequence[AttentionSite], max_len: int, batch_size: int) -> int:
+    """Bytes of the whole cache at 16 bits a number: what budgets in percent and bits are shares of."""
+    return sum(batch_size * original_bytes(exact_layer(site, max_len, block=0, itemsize=2), max_len) for site in sites)
