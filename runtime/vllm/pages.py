@@ -172,10 +172,11 @@ class LayerPages:
         limit = torch.tensor(limits, device=device).unsqueeze(-1)
         allowed = [torch.ones(count, sink, dtype=torch.bool, device=device), codes < limit, near >= limit]
         positions = torch.cat([torch.arange(sink, device=device), codes, near])
-        visible = torch.cat(allowed, dim=1) & (positions <= queries.unsqueeze(-1))
+        visible: Tensor = torch.cat(allowed, dim=1) & (positions <= queries.unsqueeze(-1))
         if plan.sliding_window is None:
             return visible
-        return visible & (positions > queries.unsqueeze(-1) - plan.sliding_window)
+        visible &= positions > queries.unsqueeze(-1) - plan.sliding_window
+        return visible
 
     def _chunks(self, step: Step, blocks: range) -> list[Records]:
         """The records of these blocks, as many at a time as should be unpacked at once."""
