@@ -149,7 +149,7 @@ class LayerPages:
         scores = torch.cat(pieces, dim=-1).unflatten(1, (group, count))
         visible = self._visible(first, count, sink, blocks, recent)
         weights = softmax(scores, visible, softcap, sinks).flatten(1, 2)
-        out = weights[..., weights.shape[-1] - near_values.shape[1] :] @ near_values.to(flat.dtype)
+        out: Tensor = weights[..., weights.shape[-1] - near_values.shape[1] :] @ near_values.to(flat.dtype)
         if old is not None:
             out += weights[..., :sink] @ old[1].to(flat.dtype)
         done = sink
