@@ -142,17 +142,17 @@ class LayerKernels:
     ) -> Tensor:
         """Attention [B, Hq, 1, value_dim] of one query a sequence, `q` [B, Hq, 1, key_head_dim], over the layer."""
         batch, query_heads = q.shape[:2]
-        q = q.contiguous()
-        heads = batch * store.plan.num_key_value_heads
-        widths = _widths(store)
+        heads, widths = batch * store.plan.num_key_value_heads, _widths(store)
         tuning = self.tuning.decode[widths["VALUE_BITS"]]
         registers = tuning.registers_for(max(store.plan.key_head_dim, store.plan.value_head_dim))
-        pool_splits, splits = _splits(heads, store, REGISTERS // (32 * registers))
+        rows = store.plan.sink + store.plan.window
+        places = multiprocessors(q.device) * (REGISTERS // (32 * registers))
+        pool_splits, splits = splits_of(heads, store.capacity(), rows, places)
         parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
         self.module.decode[parts[:2]](
-            q,
+            q.contiguous(),
             store.words,
             store.buffers,
             partial,
@@ -304,15 +304,14 @@ def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
     return pieces, -(-tokens // ROWS_COPIED) * ROWS_COPIED
 
 
-def _splits(heads: int, store: LayerCache, resident: int) -> tuple[int, int]:
-    """In how many parts a head's pool is read, and how many parts that makes with those of its rows.
+def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int]:
+    """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
-    As few as keep nine in ten of the places busy that the device has for programs, `resident` a multiprocessor, and no
-    smaller than is worth a program.
+    As few as keep nine in ten of the `places` busy that the device has for programs, and no smaller than is worth a
+    program.
     """
-    row_splits = -(-(store.plan.sink + store.plan.window) // ROWS_DECODED)
-    places = multiprocessors(store.arena.device) * resident
-    most = max(1, store.capacity() // FEWEST_BLOCKS)
+    row_splits = -(-rows // ROWS_DECODED)
+    most = max(1, blocks // FEWEST_BLOCKS)
     splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
     return splits, splits + row_splits
 

@@ -62,7 +62,7 @@ def load(
     read_tunings(artifact.package.read("kernels/tuning.json").decode("utf-8", "replace"))
     ends, pad = _ids(artifact)
     if not trust_code:
-        _check_code(artifact)
+        check_code(artifact)
     plan, code = _generated(artifact)
     attention = choose_attention(artifact.package, plan, place, backend, target, compiled=trust_code)
     weights = _read_weights(artifact, target, place)
@@ -150,7 +150,7 @@ def _ids(artifact: Artifact) -> tuple[frozenset[int], int | None]:
     return frozenset(found["eos_token_id"]), next(iter(found["pad_token_id"]), None)
 
 
-def _check_code(artifact: Artifact) -> None:
+def check_code(artifact: Artifact) -> None:
     """Raises `ArtifactError` where the artifact's Python is not what the installed compiler would write."""
     parent = __package__.rpartition(".")[0]
     try:

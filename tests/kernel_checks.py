@@ -74,11 +74,11 @@ class Case:
         values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
         if self.direct:
             values["stages"] = ((self.key_bits, self.value_bits),)
-        return layer_plan(self.max_len, len(self.steps[0]), self.dtype.itemsize, **values)
+        return layer_plan(self.max_len, len(self.steps[0]) if self.steps else 1, self.dtype.itemsize, **values)
 
 
-def render_module(case: Case) -> ModuleType:
-    text = kernel_source(case.plan(), case.group, case.softcap, case.has_sinks, "a layer")
+def render_module(case: Case, paged: bool = False) -> ModuleType:
+    text = kernel_source(case.plan(), case.group, case.softcap, case.has_sinks, "a layer", paged)
     name = f"kernels_{abs(hash(text)):x}"
     if name not in sys.modules:
         path = Path(tempfile.mkdtemp()) / f"{name}.py"

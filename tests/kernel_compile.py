@@ -18,10 +18,10 @@ POINTERS = {
     "state": "*i32",
     "keys": "*fp16",
     "values": "*fp16",
-    "page_table": "*i32",
-    "row_table": "*i32",
+    "rotation": "*fp32",
+    **dict.fromkeys(("starts", "lengths", "page_table", "row_table"), "*i32"),
 }
-ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out"}
+ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"query_strides", "key_strides", "value_strides"}
 
 
@@ -31,8 +31,7 @@ def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -
     types |= {name: kind for name, kind in POINTERS.items() if name in types}
     types |= dict.fromkeys(ROWS & set(names), "*bf16" if dtype == torch.bfloat16 else "*fp16")
     types |= dict.fromkeys({"scale"} & set(names), "fp32")
-    strides = ("i32",) * (2 if "page_table" in names else 3)  # pages' tokens are of all sequences in turn
-    types |= dict.fromkeys(STRIDES & set(names), strides)
+    types |= dict.fromkeys(STRIDES & set(names), ("i32",) * (2 if "heads" in names else 3))
     return types | dict.fromkeys(constants, "constexpr")
 
 
@@ -57,10 +56,27 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
         "prefill": (module.prefill, 4, {"TILE": 64, "STEP": 64}),
-        "keep_paged": (module.keep_paged, 4, {"TOKENS": 16}),
-        "quantize_paged": (module.quantize_paged, 4, widths),
-        "decode_paged": (module.decode_paged, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
-        "prefill_paged": (module.prefill_paged, 4, {**widths, "TILE": 8, "STEP": 32}),
+    }
+    return {
+        name: compile_kernel(kernel, case, capability, warps, **constants)
+        for name, (kernel, warps, constants) in work.items()
+    }
+
+
+def compile_pages(case: Case, capability: int, exact: bool = False) -> dict[str, Any]:
+    """Every kernel that reads pages of a case's layer, by name; `append_pages` in each of its modes."""
+    module = render_module(case, paged=True)
+    layer = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits, "EXACT": exact}
+    work = {
+        f"append {mode}": (module.append_pages, 4, {**layer, "MODE": mode, "CHUNK": 1 if mode == "token" else 64})
+        for mode in ("token", "blocks", "rows")
+    }
+    work |= {
+        "decode": (module.decode_pages, 1, {**layer, "CELLS": 1, "PREFETCH": 2}),
+        "rotate": (module.rotate, 4, {"TILE": 16}),
+        "merge": (module.merge_pages, 4, {"SPLITS_PADDED": 32, "CHUNK": 32}),
+        "unpack": (module.unpack_pages, 4, {**layer, "ROWS": 64}),
+        "prefill": (module.prefill_pages, 4, {"EXACT": exact, "TILE": 64, "STEP": 64}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)

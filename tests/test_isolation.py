@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs
 from pmkvq_compiler.children import isolated
 from pmkvq_compiler.emit.check import check_artifact
 from pmkvq_compiler.errors import CompileError, Defect
@@ -43,9 +44,11 @@ def caught(folder: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def reference(artifact: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(artifact: Path) -> tuple[torch.Tensor, torch.Tensor, LayerOutputs]:
+    """A text, and what the artifact makes of it; its layers are not told apart."""
     ids = torch.arange(3, 67).unsqueeze(0)
-    return ids, runtime.load(artifact)(ids)[0, -8:]
+    logits = runtime.load(artifact)(ids)[0, -8:]
+    return ids, logits, LayerOutputs(torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("path", [None, ":/nowhere"])
@@ -57,7 +60,7 @@ def test_the_check_imports_nothing_from_the_current_folder_and_writes_nothing_in
         monkeypatch.setenv("PYTHONPATH", path)
     expected = reference(artifact)
     before = tree(artifact)
-    figures = check_artifact(artifact, tmp_path, "float32", *expected)
+    figures = check_artifact(artifact, tmp_path, "float32", "cpu", *expected)
     assert figures["full_precision_error"] < 1e-5
     assert caught(traps) == ""
     assert tree(artifact) == before
@@ -71,7 +74,7 @@ def test_an_artifact_that_does_not_load_is_told_in_a_sentence(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(Defect, match=r"does not load in a fresh process \(.*is not an artifact.*\)$") as error:
-        check_artifact(tmp_path, tmp_path, "float32", *reference(artifact))
+        check_artifact(tmp_path, tmp_path, "float32", "cpu", *reference(artifact))
     assert "\n" not in str(error.value)
     said, code = explain(error.value)
     (log,) = tmp_path.glob("pmkvq-compile-*.log")
@@ -90,8 +93,9 @@ def test_a_check_that_a_signal_ends_is_no_defect(
     program.write_text(f"#!/bin/sh\nkill -{int(signal)} $$\n")
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
+    ids, logits = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 8)
     with pytest.raises(CompileError, match=f"was ended by {signal.name}") as error:
-        check_artifact(tmp_path, tmp_path, "float32", torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 8))
+        check_artifact(tmp_path, tmp_path, "float32", "cpu", ids, logits, LayerOutputs(torch.zeros(1, 1)))
     assert not isinstance(error.value, Defect)
 
 

@@ -165,18 +165,6 @@ def test_no_module_of_the_runtime_imports_upward() -> None:
     assert [(name, one) for name, needed in imports.items() for one in needed if floor[one] > floor[name]] == []
 
 
-@pytest.mark.parametrize("folder", ["runtime", "passes"])
-def test_modules_and_functions_fit_what_a_reader_holds(folder: str) -> None:
-    long = []
-    for path in (ROOT / folder).glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        long += [path.name] if len(text.splitlines()) > 400 else []
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 50:
-                long.append(f"{path.name}: {node.name}")
-    assert long == []
-
-
 @pytest.mark.parametrize("folder", ["runtime", "passes", *(name for names in FLOORS[1:6] for name in sorted(names))])
 def test_no_modules_import_each_other_in_a_circle(folder: str) -> None:
     """Those of one package, wherever in a module the import stands, for a type checker's eyes only as well."""

@@ -57,8 +57,6 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default="1,8,32", help="sequences at once (default: %(default)s)")
     parser.add_argument("--memory", default="4GiB", help="bytes of the cache (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="the model's dtype in vLLM (default: %(default)s)")
-    parser.add_argument("--load-format", default="auto", help="dummy: random weights (default: %(default)s)")
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of plain, fp8 and artifact (default: all)")
     parser.add_argument("--seed", type=int, default=0)
@@ -80,8 +78,6 @@ def measure(kind: str, options: dict[str, str]) -> None:
         kv_cache_dtype=KINDS[kind],
         kv_cache_memory_bytes=read_budget(options["memory"]).bytes(0),
         dtype=options["dtype"],
-        load_format=options["load_format"],
-        enforce_eager=options["eager"] == "True",
         tensor_parallel_size=int(options["tensor_parallel_size"]),
         max_model_len=tokens + new,
         max_num_seqs=batches[-1],

@@ -19,8 +19,11 @@ WIDTH_OF = {"parameter": str(PARAMETER_BITS), "key": "key_bits", "value": "value
 """The width of a field's numbers, as kernels call it."""
 
 
-def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks: bool, layers: str) -> str:
-    """The kernels of layers planned alike, `group` query heads to a KV head; `layers` names them."""
+def kernel_source(
+    plan: LayerPlan, group: int, softcap: float | None, has_sinks: bool, layers: str, paged: bool = False
+) -> str:
+    """The kernels of layers planned alike, `group` query heads to a KV head; `layers` names them. Those that read pages
+    of a server's pool are among them where the model is `paged`."""
     return render(
         "kernels/attention.py.j2",
         layers=layers,
@@ -34,6 +37,7 @@ def kernel_source(plan: LayerPlan, group: int, softcap: float | None, has_sinks:
         sliding_window=plan.sliding_window,
         softcap=softcap,
         has_sinks=has_sinks,
+        paged=paged,
         quantize=quantize,
         **layout(plan),
     )
@@ -64,9 +68,10 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
     """Names and texts of the files in `kernels/`; `layers.py` says which file is whose, `tuning.json` how they are
     launched on which device."""
     kinds: dict[str, list[int]] = {}
+    paged = any(plan.quantized for plan in plans)
     for site, plan in zip(sites, plans, strict=True):
         group = site.num_attention_heads // site.num_key_value_heads
-        text = kernel_source(plan, group, site.softcap, site.has_sinks, layers="LAYERS")
+        text = kernel_source(plan, group, site.softcap, site.has_sinks, "LAYERS", paged)
         kinds.setdefault(text, []).append(site.layer)
     files: dict[str, str] = {}
     names: dict[int, str] = {}

@@ -35,7 +35,8 @@ class ReportRow(PlanRow):
 
 @dataclass(frozen=True)
 class Serving:
-    """What sequences of the plan's `max_len` tokens take in vLLM on one device, and how many fit a GiB."""
+    """What sequences of the longest length take in vLLM on one device, at the final bits: the bytes of a block, blocks
+    a sequence, and how much of that a GiB holds."""
 
     block_bytes: int
     blocks_per_sequence: int
@@ -65,9 +66,9 @@ class Report:
     original_bytes: int
     true_bits: float
     predicted_loss: float
+    serving: Serving | None
+    """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
-    serving: Serving | None = None
-    """What fits into vLLM's cache; None where it keeps keys and values in its own way."""
     check: dict[str, float] | None = None
     """Figures of the check, by their names."""
     seconds: dict[str, float] | None = None
@@ -111,8 +112,8 @@ def report_contents(
         original_bytes=problem.original_bytes,
         true_bits=16 * plan.arena_bytes / problem.original_bytes,
         predicted_loss=tried.loss,
+        serving=serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
         bytes_over_tokens=bytes_over_tokens(plan),
-        serving=None if hasattr(source.config, "kv_lora_rank") else serving(plan),  # latents are kept there as they are
     )
 
 
@@ -121,7 +122,8 @@ FED_AT_ONCE = 8192
 
 
 def serving(plan: CachePlan) -> Serving | None:
-    """What fits into vLLM's cache; None where the plan quantizes nothing, and vLLM keeps all in its own way."""
+    """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
+    where nothing is quantized (and its caller knows the other case, latent attention)."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
     if all(layer.exact for layer in layers):
         return None

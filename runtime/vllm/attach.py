@@ -10,7 +10,6 @@ to a module with `prepare` and `attach`. Leave it as it is.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import inspect
 import json
 import re
@@ -18,7 +17,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -27,14 +25,13 @@ from torch import Tensor
 
 from ..errors import ArtifactError, InputError
 from ..kernels import LayerKernels, check_kernels
-from ..load import choose_attention
-from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, file_digest, open_artifact
+from ..load import check_code, choose_attention
+from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact, Files, open_artifact
 from ..plan import CachePlan
-from ..tuning import Tuning
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CacheConfig, VllmConfig
     from vllm.model_executor.layers.attention.attention import Attention
 
     from .backend import Store
@@ -217,8 +214,8 @@ def _check_features(config: VllmConfig) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     asked = {
         "speculative decoding": config.speculative_config is not None,
-        "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
         "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", _dtype_name(config)),
@@ -234,6 +231,40 @@ def _check_features(config: VllmConfig) -> None:
             raise InputError(
                 f"{name} does not go with an artifact, whose plan says how its cache is kept; leave it out"
             )
+
+
+def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
+    """Raises `InputError` where the kernels of a GPU do not fit, and `ArtifactError` where nobody vouches for them."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return
+    ranks = config.parallel_config.tensor_parallel_size
+    for layer in artifact.manifest.plan.layers:
+        check_kernels(layer)
+        if ranks > layer.num_key_value_heads:
+            raise InputError(
+                f"--tensor-parallel-size {ranks} is more than {layer.num_key_value_heads} key/value heads, and the "
+                f"kernels of {artifact.folder} take all queries of one; use {layer.num_key_value_heads} ranks at most"
+            )
+    if not config.model_config.trust_remote_code:
+        _check_trust(artifact)
+
+
+def _check_trust(artifact: Artifact) -> None:
+    """Raises `ArtifactError` where a GPU would run Python that came with a model and that nobody vouches for: neither
+    whoever installed this copy with its kernels, nor the installed compiler, which would write the same."""
+    own = Files(Path(__file__).parent.parent.parent)
+    names = [name for name in artifact.package.digests or () if name.startswith("kernels/") and name.endswith(".py")]
+    if all(name in own and own.read(name) == artifact.package.read(name) for name in names):
+        return
+    try:
+        check_code(artifact)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{artifact.folder} has kernels that nothing on this machine vouches for ({error}); install the artifact "
+            f"with pip, or pass --trust-remote-code if you would run code of whoever made it"
+        ) from error
 
 
 def _dtype_name(config: VllmConfig) -> str:
@@ -274,8 +305,8 @@ class Served:
     in_flight: int
     max_len: int
     dtype: torch.dtype
-    code: list[tuple[ModuleType, Tuning]] | None
-    """Each layer's kernels and how they are launched; None where the reference attends."""
+    cache: CacheConfig
+    kernels: list[LayerKernels] | None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
 
@@ -289,7 +320,12 @@ class Served:
             )
 
     def check_size(self, blocks: int) -> None:
-        """Raises `InputError` where a sequence of the longest length could never be read into so many blocks."""
+        """Raises `InputError` where a sequence of the longest length could never be read into so many blocks.
+
+        vLLM also makes a few blocks to try graphs with, before it knows how many there will be.
+        """
+        if self.cache.num_gpu_blocks != blocks:
+            return
         needed = 1 + self.pool.blocks_per_sequence(self.max_len, self.in_flight)
         needed += sum(group.blocks(self.max_len, 0) for group in self.pool.groups if group.kind == "rows")
         if blocks < needed:
@@ -320,8 +356,8 @@ def attach(original: Callable[..., None], attention: Attention, args: Any, kwarg
     pages, rows = (_placed(served, kind, index) for kind in ("pages", "rows"))
     assert pages is not None
     layer = served.layers[index]
-    code = served.code[index] if served.code is not None else None
-    attention.impl.attach(layer, *pages, *(rows or (None, 0)), served.rotations.get(index), code)
+    kernels = None if served.kernels is None else served.kernels[index]
+    attention.impl.attach(layer, pages[0], pages[1], *(rows or (None, 0)), served.rotations.get(index), kernels)
     attention.kv_sharing_target_layer_name = pages[0].name  # the layer owns no cache of its own
     served.attached.add(index)
 
@@ -367,59 +403,25 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         in_flight=in_flight,
         max_len=config.model_config.max_model_len,
         dtype=config.model_config.dtype,
-        code=_code(artifact),
+        cache=config.cache_config,
+        kernels=_kernels(artifact),
     )
 
 
-def _code(artifact: Artifact) -> list[tuple[ModuleType, Tuning]] | None:
-    """The artifact's generated kernels, on a device that they are for."""
-    from .backend import device, kernels_attend
+def _kernels(artifact: Artifact) -> list[LayerKernels] | None:
+    """The kernels of every layer on a GPU; None on a CPU, where the reference attends. Raises `InputError`."""
+    from vllm.platforms import current_platform
 
-    if not kernels_attend():
+    if current_platform.is_cpu():
         return None
-    found = choose_attention(artifact.package, artifact.manifest.plan, device(), "triton", compiled=False)
-    return [(one.module, one.tuning) for one in found if isinstance(one, LayerKernels)]
-
-
-def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:
-    """Raises `InputError` where the kernels attend and do not know the plan's blocks or heads, or are not trusted."""
-    from .backend import kernels_attend
-
-    if not kernels_attend():
-        return
-    ranks = config.parallel_config.tensor_parallel_size
-    for layer in artifact.manifest.plan.layers:
-        check_kernels(layer)
-        if ranks > layer.num_key_value_heads:
-            raise InputError(
-                f"--tensor-parallel-size {ranks} shares {layer.num_key_value_heads} key/value heads, for which the "
-                f"kernels of {artifact.folder} were not made; use {layer.num_key_value_heads} ranks at most"
-            )
-    _check_trust(config, artifact)
-
-
-def _check_trust(config: VllmConfig, artifact: Artifact) -> None:
-    """Raises `InputError` where the kernels are Python that the user has not agreed to run.
-
-    Who installed the artifact's package has, if what lies there is the same; so has who passes --trust-remote-code.
-    """
-    if config.model_config.trust_remote_code:
-        return
-    package = artifact.manifest.package
-    for entry in importlib.metadata.entry_points(group="vllm.general_plugins"):
-        if entry.value.startswith(package + ".") and entry.dist is not None:
-            installed = Path(str(entry.dist.locate_file(package)))
-            code = {name for name in artifact.package.digests or () if name.startswith("kernels/")}
-            if all(_is_same(installed / name, (artifact.package.digests or {})[name]) for name in code):
-                return
-    raise InputError(
-        f"the kernels of {artifact.folder} are Python of whoever made it; install the artifact with pip, or pass "
-        f"--trust-remote-code, if you would run that"
-    )
-
-
-def _is_same(path: Path, digest: str) -> bool:
-    return path.is_file() and file_digest(path) == digest
+    if not current_platform.is_cuda():
+        raise InputError(
+            f"{artifact.folder} is served on a CUDA device or a CPU, and vLLM runs on {current_platform.device_type}; "
+            f"serve it on one of these"
+        )
+    plan, device = artifact.manifest.plan, torch.device("cuda")
+    attention = choose_attention(artifact.package, plan, device, "triton", compiled=False)
+    return [kernels for kernels in attention if isinstance(kernels, LayerKernels)]
 
 
 def _check_attention(arguments: dict[str, Any], served: Served, prefix: str) -> None:

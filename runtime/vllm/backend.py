@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,98 +20,72 @@ from vllm.v1.attention.backend import (
 )
 
 from ..errors import InputError
-from ..records import STATE
 from ..rotation import rotate_heads
-from ..tuning import Tuning
-from .kernels import PagedKernels, Tables, tell
+from .kernels import KernelPages
 from .layout import PagedLayer
-from .pages import LayerPages, Step
+from .pages import Attends, Batch, LayerPages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
+    from ..kernels import LayerKernels
     from .attach import Served
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """A group's part in a step, for the reference: where each sequence's new tokens begin in the batch (and where the
-    last ones end), the lengths of the sequences with them, and the table of their blocks."""
+    """A group's part in a step: what `Batch` says, with the table of the group's blocks."""
 
-    starts: list[int]
-    lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
     table: Tensor
+    longest_new: int
+    longest: int
+    several: range
+    single: bool
+
+    def batch(self, rows: Metadata) -> Batch:
+        """The batch, of which this is the part of its pages and `rows` that of its rows."""
+        bounds = (self.longest_new, self.longest, self.several, self.single)
+        return Batch(self.starts, self.lengths, self.table, rows.table, *bounds)
 
 
-@dataclass(frozen=True)
-class DeviceMetadata:
-    """The same for kernels, which know sequences by `state`. The first `singles` of them have at most one new token
-    each, and none has more than `most_new`."""
-
-    state: Tensor
-    table: Tensor
-    count: int
-    singles: int
-    most_new: int
-
-    def parts(self, rows: DeviceMetadata) -> list[Tables]:
-        """Sequences of one new token, and all others."""
-        cuts = [(0, self.singles, 1), (self.singles, self.count, self.most_new)]
-        return [
-            Tables(self.state[:, first:last], self.table[first:last], rows.table[first:last], last - first, most)
-            for first, last, most in cuts
-            if first < last
-        ]
-
-
-class Builder(AttentionMetadataBuilder[Any]):
-    """Where kernels attend, the host looks at nothing that the device knows, so that a step of single tokens can be a
-    CUDA graph. The reference path goes from sequence to sequence and wants their lengths."""
-
-    reorder_batch_threshold = 1
+class Builder(AttentionMetadataBuilder[Metadata]):
+    """Takes what is on the device as it is, so that the kernels of a captured graph find it there again."""
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        most = max(vllm_config.scheduler_config.max_num_seqs, *_captured(vllm_config), 1)
-        self.state = torch.zeros(len(STATE), most, dtype=torch.int32, device=device) if kernels_attend() else None
+        if device.type == "cuda":  # sequences of one new token come first
+            self._init_reorder_batch_threshold(1)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if kernels_attend() else AttentionCGSupport.NEVER
+        if current_platform.is_cuda():
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Metadata | DeviceMetadata:
-        common, count = common_attn_metadata, common_attn_metadata.num_reqs
-        table = common.block_table_tensor[:count]
-        if self.state is None:
-            starts, lengths = common.query_start_loc_cpu[: count + 1], common.seq_lens[:count]
-            return Metadata(starts.tolist(), lengths.tolist(), table)
-        tell(self.state, common.query_start_loc[: count + 1], common.seq_lens[:count])
-        singles = count
-        if common.max_query_len > 1:
-            new = common.query_start_loc_cpu[1 : count + 1] - common.query_start_loc_cpu[:count]
-            longer = (new > 1).nonzero()
-            singles = int(longer[0]) if len(longer) else count
-        return DeviceMetadata(self.state, table, count, singles, common.max_query_len)
-
-
-def kernels_attend() -> bool:
-    """Whether the platform is one of the generated kernels'."""
-    return bool(current_platform.is_cuda())
-
-
-def device() -> torch.device:
-    """Where this process computes."""
-    return torch.device(current_platform.device_type)
-
-
-def _captured(vllm_config: VllmConfig) -> list[int]:
-    """Sizes of batches that CUDA graphs are made of."""
-    return list(vllm_config.compilation_config.cudagraph_capture_sizes or ())
+    ) -> Metadata:
+        count, longest_new = common_attn_metadata.num_reqs, common_attn_metadata.max_query_len
+        several, single = range(0), True
+        if longest_new > 1:
+            starts = common_attn_metadata.query_start_loc_cpu[: count + 1]
+            more = (starts.diff() > 1).nonzero().flatten().tolist()
+            several = range(more[0], more[-1] + 1) if more else several
+            single = len(more) < count
+        return Metadata(
+            common_attn_metadata.query_start_loc[: count + 1],
+            common_attn_metadata.seq_lens[:count],
+            common_attn_metadata.block_table_tensor[:count],
+            longest_new,
+            common_attn_metadata.max_seq_len,
+            several,
+            single,
+        )
 
 
 class Backend(AttentionBackend):
@@ -158,7 +131,7 @@ class Store(AttentionLayerBase):
         self.served.check_size(len(kv_cache))
 
 
-class Impl(AttentionImpl[Any]):
+class Impl(AttentionImpl[Metadata]):
     """Attention of one layer, once `attach` has told it which."""
 
     def __init__(
@@ -196,14 +169,12 @@ class Impl(AttentionImpl[Any]):
         rows: Store | None,
         row_offset: int,
         rotation: Tensor | None,
-        code: tuple[ModuleType, Tuning] | None,
+        kernels: LayerKernels | None,
     ) -> None:
         """What the layer is, the stores of its group of pages and of rows, and where in their blocks it begins.
-        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries. `code` are the kernels and how they are
-        launched; None where the reference attends."""
+        `rotation` [H, key_head_dim, key_head_dim] turns keys and queries. `kernels` attend on a GPU."""
         self.layer, self.stores, self.places = layer, (pages, rows), (page_offset, row_offset)
-        self.rotation = None if rotation is None else rotation.to(device())
-        self.code = code
+        self.rotation, self.kernels = rotation, kernels
 
     def forward(
         self,
@@ -212,66 +183,51 @@ class Impl(AttentionImpl[Any]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Metadata | DeviceMetadata | None,
+        attn_metadata: Metadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """`query` [T, Hq, key_head_dim], `key` and `value` [T, H, d] of all new tokens, to `output` [T, Hq, dv]."""
         if attn_metadata is None:  # a trial run that measures memory
+            self._try(query, key, value, output)
             return output.zero_()
-        pages = attn_metadata
-        rows = pages if self.stores[1] is None else get_forward_context().attn_metadata[self.stores[1].name]
-        if self._seen is not self.stores[0].blocks:
-            self._look_into_pool()
-        if self.rotation is not None:
-            query, key = (self._turned(part) for part in (query, key))
-        if isinstance(pages, DeviceMetadata):
-            self.kernels.attend(query, key, value, pages.parts(rows), self.scale, self.sinks, output)
-        else:
-            self._attend_by_reference(query, key, value, pages, rows, output)
+        rows = attn_metadata
+        if self.stores[1] is not None:
+            rows = get_forward_context().attn_metadata[self.stores[1].name]
+        q, k, turn = query, key, self.rotation
+        if turn is not None and self.kernels is None:
+            q, k = (rotate_heads(part.transpose(0, 1)[None], turn)[0].transpose(0, 1) for part in (query, key))
+        batch = attn_metadata.batch(rows)
+        self._attends().attend_batch(q, k, value, batch, self.scale, self.softcap, self.sinks, output)
         return output
 
-    def _turned(self, x: Tensor) -> Tensor:
-        """Queries or keys [T, heads, key_head_dim] by the rotation of the key head that each belongs to."""
-        assert self.rotation is not None
-        return rotate_heads(x.transpose(0, 1)[None], self.rotation)[0].transpose(0, 1)
+    def _attends(self) -> Attends:
+        """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
+        pages, rows = self.stores
+        if self._seen is not pages.blocks:
+            self._made = self._over(pages.blocks, None if rows is None else rows.blocks)
+            self._seen = pages.blocks
+        return self._made
 
-    def _attend_by_reference(
-        self, query: Tensor, key: Tensor, value: Tensor, pages: Metadata, rows: Metadata, output: Tensor
-    ) -> None:
-        q, k, v = (part.transpose(0, 1) for part in (query, key, value))
-        steps = {}
-        for number, length in enumerate(pages.lengths):
-            own = slice(pages.starts[number], pages.starts[number + 1])
-            if own.start < own.stop:
-                cached = length - (own.stop - own.start)
-                steps[own.start] = Step(k[:, own], v[:, own], cached, pages.table[number], rows.table[number])
-        for step in steps.values():
-            self.views.write_tokens(step)
-        for step in steps.values():
-            self.views.write_blocks(step)
-        for start, step in steps.items():
-            own = slice(start, start + step.keys.shape[1])
-            output[own] = self.views.attend(q[:, own], step, self.scale, self.softcap, self.sinks).transpose(0, 1)
+    def _over(self, pages: Tensor, rows: Tensor | None) -> Attends:
+        served = self.stores[0].served
+        placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0]}
+        if self.stores[1] is not None:
+            placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
+        if self.kernels is None:
+            return LayerPages.of(self.layer, served.dtype, **placed)
+        rotation = None if self.rotation is None else self.rotation.to(pages.device, torch.float32)
+        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed, rotation=rotation)
 
-    def _look_into_pool(self) -> None:
-        """Make the layer's views of the pool, which vLLM has made, or made anew."""
-        (pages, rows), (page_offset, row_offset) = self.stores, self.places
-        served, row_block = pages.served, 0 if rows is None else rows.group.block
-        if self.code is None:
-            placed = () if rows is None else (rows.blocks, row_offset, row_block)
-            self.views = LayerPages.of(self.layer, served.dtype, pages.blocks, page_offset, *placed)
-        else:
-            assert rows is None or rows.blocks.data_ptr() == pages.blocks.data_ptr(), "all groups are in one pool"
-            self.kernels = PagedKernels.of(
-                *self.code,
-                self.layer,
-                pages.blocks,
-                served.dtype,
-                page_offset,
-                row_offset,
-                row_block,
-                served.max_len,
-            )
-        self._seen = pages.blocks
+    def _try(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """Compile the kernels, on a batch of nothing, and take the memory that a prefill takes at most."""
+        if self.kernels is None:
+            return
+        nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
+        zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
+        attends = self._over(nobody, nobody)
+        for new in (1, 2):
+            batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
+            attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
+        torch.empty(self.kernels.tuning.prefill_scratch, dtype=torch.uint8, device=query.device)

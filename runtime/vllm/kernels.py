@@ -1,231 +1,276 @@
-"""The generated kernels over the pages of a pool: launched alike in every step, so that a step can be a CUDA graph.
+"""Attention over pages through an artifact's generated Triton kernels: what `pages` computes in plain PyTorch.
 
-Nothing here reads the device. How many sequences there are and how many tokens any of them brings at most are the
-host's; how long each one is only the device's.
+Nothing here waits for the device: how long sequences are and where their blocks lie is read there, so that a captured
+graph can be replayed as they grow. The host knows bounds, and which sequences may bring more than one token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import FEWEST_BLOCKS, MERGED_AT_ONCE, REGISTERS, ROWS_DECODED, multiprocessors
-from ..records import STATE, state_row
-from ..tuning import Tuning
-from .layout import ENDLESS, PagedLayer
+from ..kernels import MERGED_AT_ONCE, REGISTERS, ROWS_COPIED, LayerKernels, multiprocessors, splits_of
+from .layout import PagedLayer
+from .pages import Batch
 
-ENDLESS_WINDOW = min(ENDLESS, 1 << 30)
-TOKENS_KEPT = 16
-"""Tokens that a program writes as they are."""
+TOKENS_TURNED = 16
+"""Tokens whose queries or keys a program rotates at once: rows of a matrix operand."""
 
-
-@dataclass(frozen=True)
-class Tables:
-    """What the kernels are told of a step: `state` [len(STATE), most sequences] (int32), of which the first `count` are
-    of this step, the tables [count, blocks] (int32) of their pages and rows, and how many new tokens any of them has
-    at most."""
-
-    state: Tensor
-    pages: Tensor
-    rows: Tensor
-    count: int
-    most_new: int
-
-
-def tell(state: Tensor, starts: Tensor, lengths: Tensor) -> None:
-    """Write into `state` where sequences begin in the batch, [n + 1], and how long they are with their new tokens,
-    [n]."""
-    counts = starts[1:] - starts[:-1]
-    told = {"length": lengths - counts, "start": starts[:-1], "count": counts, "reached": lengths}
-    for name in STATE:
-        state[state_row(name), : len(counts)].copy_(told[name])
+TOKENS_KEPT = 64
+"""New tokens that a program writes to where they are kept as they are."""
 
 
 @dataclass(frozen=True)
-class PagedKernels:
-    """A layer's kernels, and where it lies in a pool: the same bytes seen as `words` (int16) and as `numbers` of the
-    model's dtype, blocks `block_size` numbers apart. Offsets count numbers, too."""
+class KernelPages:
+    """The pages and rows of one layer, and its kernels.
 
-    module: ModuleType
-    tuning: Tuning
+    `pages` and `rows` [N, block_bytes] (uint8) are the pool seen as blocks of pages and of rows, in which the layer
+    begins at these bytes; a block of rows has `row_block` tokens. An exact layer has no rows. Sequences have up to
+    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first.
+    """
+
     layer: PagedLayer
-    words: Tensor
-    numbers: Tensor
-    block_size: int
-    page_at: int
-    row_at: int
-    row_block: int
-    most_blocks: int
-    """Blocks that a sequence of the longest length has."""
+    kernels: LayerKernels
+    dtype: torch.dtype
+    max_len: int
+    pages: Tensor
+    page_offset: int
+    rows: Tensor | None = None
+    row_offset: int = 0
+    row_block: int = 0
+    rotation: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        module: ModuleType,
-        tuning: Tuning,
-        layer: PagedLayer,
-        pool: Tensor,
-        dtype: torch.dtype,
-        page_offset: int,
-        row_offset: int,
-        row_block: int,
-        max_len: int,
-    ) -> PagedKernels:
-        """The kernels of a layer in `pool` [N, block_bytes] (uint8); offsets are bytes."""
-        size = dtype.itemsize
-        if layer.exact:  # pages are made of rows
-            row_offset, row_block = page_offset, layer.plan.block
-        return cls(
-            module=module,
-            tuning=tuning,
-            layer=layer,
-            words=pool.view(torch.int16),
-            numbers=pool.view(dtype),
-            block_size=pool.stride(0) // size,
-            page_at=page_offset // size,
-            row_at=row_offset // size,
-            row_block=row_block,
-            most_blocks=0 if layer.exact else -(-max_len // layer.plan.block),
-        )
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Tables], scale: float, sinks: Tensor | None, out: Tensor
+    def attend_batch(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        out: Tensor,
     ) -> None:
-        """Keep the new tokens of all parts of a step, then attend: `q` [T, Hq, key_head_dim], `k` and `v` [T, H, d] to
-        `out` [T, Hq, value_head_dim].
+        """`Attends.attend_batch`; the soft cap is a constant of the kernels."""
+        channels = queries.shape[-1]
+        packed = queries.stride(-1) == 1 and queries.stride(1) == channels
+        queries = queries if packed else queries.contiguous()
+        keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (keys, values))
+        if self.rotation is not None:
+            queries, keys = self._rotated(queries, keys, self.rotation)
+        self._append(keys, values, batch)
+        if batch.single:
+            self._decode(queries, batch, scale, sinks, out)
+        if batch.longest_new > 1:
+            self._prefill(queries, keys, values, batch, scale, sinks, out)
 
-        Sequences of one new token each come first in the batch, in the order of the tables. T may be more than the
-        sequences have; what is padding gets anything.
-        """
-        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        for tables in parts:
-            self._keep(k, v, tables)
-        for tables in parts:
-            if tables.most_new == 1:
-                self._decode(q[: tables.count], tables, scale, sinks, out)
-            else:
-                self._prefill(q, k, v, tables, scale, sinks, out)
+    def _rotated(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """`rotate_heads` of both in one launch."""
+        tokens, heads = keys.shape[:2]
+        turned = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+        self.kernels.module.rotate[(-(-tokens // TOKENS_TURNED), heads, queries.shape[1] // heads + 1)](
+            queries,
+            keys,
+            rotation,
+            *turned,
+            queries.stride(0),
+            keys.stride()[:2],
+            tokens,
+            heads,
+            TILE=TOKENS_TURNED,
+            num_warps=4,
+        )
+        return turned
 
-    @property
-    def _widths(self) -> dict[str, Any]:
-        """Any that the kernels know where nothing is quantized."""
-        plan = self.layer.plan
-        exact = self.layer.exact
-        return {"KEY_BITS": 8 if exact else plan.key_bits, "VALUE_BITS": 8 if exact else plan.value_bits}
-
-    @property
-    def _window(self) -> int:
-        return ENDLESS_WINDOW if self.layer.exact else self.layer.window
-
-    def _places(self, tables: Tables) -> tuple[Any, ...]:
-        pages = tables.pages
-        rows = pages if self.layer.exact else tables.rows
-        head_page = self.layer.record_bytes // self.numbers.itemsize
-        tail = (self.block_size, self.page_at, self.row_at, head_page, self.row_block)
-        return (tables.state, tables.state.stride(0), pages, rows, pages.stride(0), rows.stride(0), *tail)
-
-    def _keep(self, k: Tensor, v: Tensor, tables: Tables) -> None:
-        new = (k, v, k.stride()[:2], v.stride()[:2])
-        heads, places = self.layer.heads, self._places(tables)
-        grid = (tables.count, heads, -(-tables.most_new // TOKENS_KEPT))
-        tokens = TOKENS_KEPT if tables.most_new > 1 else 1
-        self.module.keep_paged[grid](self.numbers, *new, *places, TOKENS=tokens, num_warps=4)
-        if not self.layer.exact:
-            blocks = 1 + (tables.most_new - 1) // self.layer.plan.block + (tables.most_new > 1)
-            self.module.quantize_paged[(tables.count, heads, 2 * blocks)](
-                self.words,
-                self.numbers,
-                *new,
-                *places,
-                **self._widths,
-                num_warps=self.tuning.append_warps,
+    def _append(self, keys: Tensor, values: Tensor, batch: Batch) -> None:
+        """Keep the new tokens, and quantize the blocks that they complete."""
+        block = self.layer.plan.block
+        pieces = -(-batch.longest_new // TOKENS_KEPT)
+        if batch.longest_new == 1 and self.layer.plan.sink % block != 1:
+            modes = [("token", 1, 1)]
+        elif self.layer.exact:
+            modes = [("rows", pieces, TOKENS_KEPT)]
+        else:
+            # A sequence may begin with pages that another one fills in this step. Its own tokens then begin where a
+            # page does, so that a single one completes no block but of a layer whose sink is a token longer than pages.
+            modes = [("rows", pieces, TOKENS_KEPT), ("blocks", batch.longest_new // block + 1, 1)]
+        for mode, grid, chunk in modes:
+            self.kernels.module.append_pages[(batch.count * self.layer.heads, 2, grid)](
+                *self._pool(),
+                keys,
+                values,
+                keys.stride()[:2],
+                values.stride()[:2],
+                *_sequences(batch),
+                *self._place(),
+                self.layer.heads,
+                **self._constants(),
+                MODE=mode,
+                CHUNK=chunk,
+                num_warps=self.kernels.tuning.append_warps,
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
-    def _decode(self, q: Tensor, tables: Tables, scale: float, sinks: Tensor | None, out: Tensor) -> None:
-        count, query_heads, value_dim = q.shape[0], q.shape[1], out.shape[-1]
-        q, heads, widths = q.contiguous(), self.layer.heads, self._widths
-        tuning = self.tuning.decode[widths["VALUE_BITS"]]
-        registers = tuning.registers_for(max(self.layer.plan.key_head_dim, value_dim))
-        pool_splits, splits = self._splits(count * heads, REGISTERS // (32 * registers))
-        parts = (count * heads, splits, query_heads // heads)
-        partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
-        log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
-        self.module.decode_paged[parts[:2]](
-            q,
-            self.words,
-            self.numbers,
+    def _decode(self, queries: Tensor, batch: Batch, scale: float, sinks: Tensor | None, out: Tensor) -> None:
+        plan, heads = self.layer.plan, self.layer.heads
+        tuning = self.kernels.tuning.decode[plan.value_bits if plan.quantized else 8]
+        registers = tuning.registers_for(max(plan.key_head_dim, plan.value_head_dim))
+        query_heads = queries.shape[1]
+        page_splits, splits = self._splits(batch.count, registers)
+        parts = (batch.count * heads, splits, query_heads // heads)
+        partial = torch.empty(*parts, plan.value_head_dim, dtype=torch.float32, device=queries.device)
+        log_weights = torch.empty(parts, dtype=torch.float32, device=queries.device)
+        constants = self._constants()
+        self.kernels.module.decode_pages[parts[:2]](
+            queries,
+            *self._pool(),
             partial,
             log_weights,
-            *self._places(tables),
+            queries.stride(0),
+            *_sequences(batch),
+            *self._place(),
+            self.layer.window,
             heads,
-            self._window,
-            pool_splits,
+            page_splits,
             splits,
             scale,
-            **widths,
-            CELLS=min(tuning.cells, self.module.BLOCK.value * widths["VALUE_BITS"] // 128),
+            **constants,
+            CELLS=min(tuning.cells, self.kernels.largest_cells(constants["VALUE_BITS"])),
             PREFETCH=tuning.prefetch,
             num_warps=1,
             num_stages=1,
             maxnreg=registers,
         )
         padded = 1 << (splits - 1).bit_length()
-        self.module.merge[(count, query_heads, -(-value_dim // 32))](
+        self.kernels.module.merge_pages[(batch.count, query_heads, -(-plan.value_head_dim // 32))](
             partial,
             log_weights,
-            q if sinks is None else sinks,
+            queries if sinks is None else sinks,
             out,
-            tables.state,
-            tables.state.stride(0),
+            batch.starts,
             splits,
             SPLITS_PADDED=padded,
             CHUNK=min(MERGED_AT_ONCE, padded),
             num_warps=4,
         )
 
-    def _splits(self, heads: int, resident: int) -> tuple[int, int]:
-        """In how many parts a head's pages are read, and how many that makes with those of its rows; see
-        `kernels._splits`. They follow from the longest length, not from those of a step, which the host does not
-        know."""
-        plan = self.layer.plan
-        sight = plan.sliding_window if plan.sliding_window is not None else self.most_blocks * plan.block
-        rows = min(sight, self.layer.window + plan.sink) if not self.layer.exact else sight
-        row_splits = max(1, -(-rows // ROWS_DECODED))
-        places = multiprocessors(self.numbers.device) * resident
-        blocks = min(self.most_blocks, -(-sight // plan.block))
-        most = max(1, blocks // FEWEST_BLOCKS)
-        splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
-        return splits, splits + row_splits
+    def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
+        """In how many parts a head's records are read, and how many parts that makes with those of its rows.
+
+        They are those of the longest sequences and of a power of two of them, so that a graph which was captured for
+        more computes the same numbers, in the same order, as a step without one.
+        """
+        layer = self.layer
+        heads = layer.heads * (1 << (sequences - 1).bit_length())
+        places = multiprocessors(self.pages.device) * (REGISTERS // (32 * registers))
+        if layer.exact:
+            return 0, splits_of(heads, self._seen_at_most(1), 0, places)[0]
+        return splits_of(heads, self._blocks(1), layer.plan.sink + layer.window, places)
+
+    def _seen_at_most(self, new: int) -> int:
+        """Tokens at most that some of `new` tokens of a sequence sees."""
+        sliding = self.layer.plan.sliding_window
+        return self.max_len if sliding is None else min(self.max_len, sliding + new - 1)
+
+    def _blocks(self, new: int, longest: int | None = None) -> int:
+        """Blocks at most that some of `new` tokens of a sequence of `longest` tokens sees as codes."""
+        layer, plan = self.layer, self.layer.plan
+        if layer.exact:
+            return 0
+        length = self.max_len if longest is None else longest
+        blocks = (layer.quantized_until(length - 1) - plan.sink) // plan.block
+        return min(blocks, -(-self._seen_at_most(new) // plan.block) + 1)
 
     def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, sinks: Tensor | None, out: Tensor
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        sinks: Tensor | None,
+        out: Tensor,
     ) -> None:
-        """Attention of any number of new tokens of each sequence, straight over codes and rows."""
-        module, heads = self.module, self.layer.heads
-        tile = max(1, 64 // module.GROUP_PADDED.value)
-        module.prefill_paged[(-(-tables.most_new // tile), heads, tables.count)](
-            q,
-            self.words,
-            self.numbers,
-            k,
-            v,
-            q if sinks is None else sinks,
-            out,
-            q.stride()[:2],
-            k.stride()[:2],
-            v.stride()[:2],
-            *self._places(tables),
-            self._window,
-            scale,
-            **self._widths,
-            TILE=tile,
-            STEP=32,
-            num_warps=4,
-            num_stages=1,
-        )
+        """Attention of sequences that bring more than one token: what they see is unpacked, for as many heads at once
+        as the scratch holds; one head of one sequence may take more than that."""
+        layer, plan, tuning, module = self.layer, self.layer.plan, self.kernels.tuning, self.kernels.module
+        new = batch.longest_new
+        blocks = self._blocks(new, batch.longest)
+        recent = min(batch.longest, self._seen_at_most(new) if layer.exact else layer.window + new)
+        sink = 0 if layer.exact else plan.sink
+        recent_at = _rounded(sink + blocks * plan.block)
+        capacity = recent_at + _rounded(recent)
+        dtype = torch.float32 if queries.dtype == torch.float32 else torch.float16
+        padded = (module.KEY_PADDED.value, module.VALUE_PADDED.value)
+        first, last = batch.several.start * layer.heads, batch.several.stop * layer.heads
+        at_once = min(last - first, max(1, tuning.prefill_scratch // (capacity * sum(padded) * dtype.itemsize)))
+        scratch = [torch.empty(at_once, capacity, width, dtype=dtype, device=queries.device) for width in padded]
+        tile, step = tuning.prefill_shape(max(padded), dtype)
+        for head in range(first, last, at_once):
+            some = min(at_once, last - head)
+            module.unpack_pages[(blocks + -(-(sink + recent) // ROWS_COPIED), 2, some)](
+                *self._pool(),
+                keys,
+                values,
+                *scratch,
+                keys.stride()[:2],
+                values.stride()[:2],
+                *_sequences(batch),
+                *self._place(),
+                layer.window,
+                layer.heads,
+                head,
+                capacity,
+                recent_at,
+                **self._constants(),
+                ROWS=ROWS_COPIED,
+                num_warps=4,
+            )
+            module.prefill_pages[(-(-new // tile), queries.shape[1] // layer.heads, some)](
+                queries,
+                *scratch,
+                queries if sinks is None else sinks,
+                out,
+                batch.starts,
+                batch.lengths,
+                queries.stride(0),
+                layer.window,
+                layer.heads,
+                head,
+                capacity,
+                recent_at,
+                scale,
+                EXACT=layer.exact,
+                TILE=tile,
+                STEP=step,
+                num_warps=tuning.prefill_warps,
+                num_stages=tuning.prefill_stages,
+            )
+
+    def _pool(self) -> tuple[Tensor, Tensor]:
+        """Pages as 16-bit words, and rows as numbers; those of an exact layer are in its pages."""
+        rows = self.pages if self.rows is None else self.rows
+        return self.pages.view(torch.int16), rows.view(self.dtype)
+
+    def _place(self) -> tuple[int, int, int, int, int]:
+        """Bytes of a block, where pages begin in it, those of a head, where rows begin, and their tokens in a block."""
+        rows = (self.row_offset, self.row_block) if self.rows is not None else (self.page_offset, self.layer.plan.block)
+        return self.pages.stride(0), self.page_offset, self.layer.record_bytes, *rows
+
+    def _constants(self) -> dict[str, Any]:
+        """Any widths that the kernels know where nothing is quantized."""
+        plan = self.layer.plan
+        key_bits, value_bits = (plan.key_bits, plan.value_bits) if plan.quantized else (8, 8)
+        return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits, "EXACT": self.layer.exact}
+
+
+def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    tables = (batch.page_table, batch.row_table)
+    return batch.starts, batch.lengths, *tables, tables[0].stride(0), tables[1].stride(0)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // ROWS_COPIED) * ROWS_COPIED

@@ -9,6 +9,7 @@ that are whole now are quantized, and queries attend.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,49 @@ class Step:
         """Those of the new tokens that are at positions `start` to `stop`."""
         own = slice(max(0, start - self.cached), max(0, stop - self.cached))
         return self.keys[:, own], self.values[:, own]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all sequences bring to a step: their new tokens lie one after another. Those of sequence `b` are `starts[b]`
+    to `starts[b + 1]`, and `lengths[b]` counts its tokens with them (int32, [B + 1] and [B]); some have none. Tables
+    [B, blocks] (int32) name the blocks of their pages and rows.
+
+    What the host knows: no sequence brings more than `longest_new` tokens or has more than `longest`; only those in the
+    range `several` bring more than one, and there are others unless not `single`.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    page_table: Tensor
+    row_table: Tensor
+    longest_new: int
+    longest: int
+    several: range
+    single: bool
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+
+class Attends(Protocol):
+    """The pages and rows of one layer, over which a batch attends."""
+
+    def attend_batch(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Keep the batch's `keys` [T, H, key_head_dim] and `values` [T, H, value_head_dim], and write causal attention
+        of its `queries` [T, Hq, key_head_dim] to `out` [T, Hq, value_head_dim]. `sinks` [Hq] are logits that carry no
+        value."""
 
 
 class LayerPages:
@@ -78,6 +122,35 @@ class LayerPages:
             return cls(layer, own, None, dtype)
         kept = rows[:, row_offset : row_offset + row_block * layer.row_bytes].view(dtype)
         return cls(layer, own, kept.unflatten(-1, (layer.heads, row_block, -1)), dtype)
+
+    def attend_batch(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """`Attends.attend_batch`, a phase at a time, from sequence to sequence."""
+        q, k, v = (part.transpose(0, 1) for part in (queries, keys, values))
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+        steps = {}
+        for number, length in enumerate(lengths):
+            own = slice(starts[number], starts[number + 1])
+            if own.start < own.stop:
+                cached = length - (own.stop - own.start)
+                tables = batch.page_table[number], batch.row_table[number]
+                steps[own.start] = Step(k[:, own], v[:, own], cached, *tables)
+        for step in steps.values():
+            self.write_tokens(step)
+        for step in steps.values():
+            self.write_blocks(step)
+        for start, step in steps.items():
+            own = slice(start, start + step.keys.shape[1])
+            out[own] = self.attend(q[:, own], step, scale, softcap, sinks).transpose(0, 1)
 
     # ---- the first two phases: write ----
 
@@ -172,11 +245,10 @@ class LayerPages:
         limit = torch.tensor(limits, device=device).unsqueeze(-1)
         allowed = [torch.ones(count, sink, dtype=torch.bool, device=device), codes < limit, near >= limit]
         positions = torch.cat([torch.arange(sink, device=device), codes, near])
-        visible: Tensor = torch.cat(allowed, dim=1) & (positions <= queries.unsqueeze(-1))
+        visible = torch.cat(allowed, dim=1) & (positions <= queries.unsqueeze(-1))
         if plan.sliding_window is None:
             return visible
-        visible &= positions > queries.unsqueeze(-1) - plan.sliding_window
-        return visible
+        return visible & (positions > queries.unsqueeze(-1) - plan.sliding_window)
 
     def _chunks(self, step: Step, blocks: range) -> list[Records]:
         """The records of these blocks, as many at a time as should be unpacked at once."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.calibrate.calibration import Calibration, effective_length
+from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
 from pmkvq_compiler.calibrate.storage import calibration_path, load_calibration, load_or_calibrate, save_calibration
@@ -353,6 +354,8 @@ def test_losses_that_overflow_name_their_layer(
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
+    if isinstance(one, LayerOutputs):
+        return same(vars(one), vars(other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return bool(one == other)

@@ -73,8 +73,8 @@ def sample_report(plan: CachePlan) -> Report:
         original_bytes=sum(original_bytes(layer, plan.max_len) for layer in plan.layers),
         true_bits=4.5,
         predicted_loss=0.6,
-        bytes_over_tokens=bytes_over_tokens(plan),
         serving=serving(plan),
+        bytes_over_tokens=bytes_over_tokens(plan),
         check={"full_precision_error": 1.23456e-7, "planned_precision_kl": 0.0123},
         seconds={"capture": 1.25},
     )

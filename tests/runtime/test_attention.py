@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.layer_cache import LayerCache
+from pmkvq_compiler.runtime.layer_cache import LayerCache, Records
 from pmkvq_compiler.runtime.quantize import decode, unpack
 
 from .plans import cache_plan, layer_plan
@@ -14,19 +14,23 @@ from .plans import cache_plan, layer_plan
 
 def stored_numbers(store: LayerCache, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
     """K, V [H, T, d] (float64) and positions [T] of everything that a sequence has in the cache."""
-    records = store.records(sequence, 0, store.live_blocks(sequence))
-    axis = 2 if records.key_by_channel else -1
-    key_parameters, value_parameters = records.key_parameters.unsqueeze(axis), records.value_parameters.unsqueeze(-1)
-    key_codes = unpack(records.key_codes.view(torch.int16), records.key_bits)
-    value_codes = unpack(records.value_codes.view(torch.int16), records.value_bits).transpose(-1, -2)
-    keys = decode(key_codes, key_parameters, records.key_bits).flatten(1, 2)
-    values = decode(value_codes, value_parameters, records.value_bits).flatten(1, 2)
+    keys, values = record_numbers(store.records(sequence, 0, store.live_blocks(sequence)))
     rows = store.rows[sequence]
     return (
         torch.cat([keys, store.keys[sequence, :, :rows]], dim=1).double(),
         torch.cat([values, store.values[sequence, :, :rows]], dim=1).double(),
         store.positions(sequence),
     )
+
+
+def record_numbers(records: Records) -> tuple[Tensor, Tensor]:
+    """K and V [H, T, d] that codes stand for."""
+    axis = 2 if records.key_by_channel else -1
+    key_parameters, value_parameters = records.key_parameters.unsqueeze(axis), records.value_parameters.unsqueeze(-1)
+    key_codes = unpack(records.key_codes.view(torch.int16), records.key_bits)
+    value_codes = unpack(records.value_codes.view(torch.int16), records.value_bits).transpose(-1, -2)
+    keys = decode(key_codes, key_parameters, records.key_bits).flatten(1, 2)
+    return keys, decode(value_codes, value_parameters, records.value_bits).flatten(1, 2)
 
 
 def reference(

@@ -20,7 +20,7 @@ from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.reference import REFERENCE
 
 from ..conftest import CompileTiny
-from ..test_generate import ragged_batch, source_of
+from .test_generate import ragged_batch, source_of
 
 
 @dataclass

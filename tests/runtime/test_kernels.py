@@ -33,22 +33,6 @@ def test_kernels_in_the_interpreter_equal_float64() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("case", ["by token", "sliding"])
-def test_kernels_over_pages_in_the_interpreter_equal_the_reference(case: str) -> None:
-    """`python -m tests.paged_checks` has all cases."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.paged_checks", case]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.gpu
-def test_kernels_over_pages_on_the_device_equal_the_reference() -> None:
-    from ..paged_checks import main
-
-    main([])
-
-
 @pytest.mark.parametrize(
     ("capability", "changes"),
     [
@@ -70,7 +54,7 @@ def test_kernels_over_pages_on_the_device_equal_the_reference() -> None:
 )
 def test_kernels_compile_without_a_device(capability: int, changes: dict[str, object]) -> None:
     compiled = compile_case(Case(steps=steps(1), **changes), capability)
-    assert {"append", "lower", "decode", "merge", "prefill", "prefill_paged"} <= {name.split()[0] for name in compiled}
+    assert {"append", "lower", "decode", "merge", "prefill"} <= {name.split()[0] for name in compiled}
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
     decode = compiled["decode"].asm["ptx"]
     assert "mma.sync" in decode, "the matrix unit does the products"

@@ -89,12 +89,12 @@ def test_a_lowering_that_breaks_off_is_not_counted_but_known(error: type[BaseExc
 
 
 def test_nobody_else_writes_what_a_layer_counts() -> None:
-    """In no code of the project, tests and examples included."""
+    """In no code of the project, tests and examples included. Pages of a server have rows that are something else."""
     files = [
         path
         for folder in ("runtime", "passes", "pmkvq_compiler", "templates", "examples", "tests")
         for path in (ROOT / folder).rglob("*.py")
-        if path != ROOT / "runtime" / "layer_cache.py"
+        if path != ROOT / "runtime" / "layer_cache.py" and not {"vllm", "serve"} & {*path.parts}
     ]
     assert len(files) > 100
     found = [f"{path.relative_to(ROOT)}:{line}" for path in files for line in written_counts(path.read_text("utf-8"))]

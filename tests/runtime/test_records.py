@@ -18,8 +18,8 @@ from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.errors import ArtifactError
 from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS, LayerPlan, block_bytes
 from pmkvq_compiler.runtime.tuning import read_tunings
+from tests.emit import test_onnx_attention
 
-from .. import test_onnx_attention
 from . import test_attention
 from .plans import cache_plan, layer_plan
 

@@ -1,0 +1,83 @@
+"""The kernels that read pages: in Triton's interpreter, compiled for devices that are not here, and on one that is."""
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+
+from ..kernel_checks import TOLERANCE, Case, steps
+from ..kernel_compile import compile_pages
+from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
+    """A process of its own: an interpreted kernel cannot be compiled, nor the other way round."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.page_checks"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kernels_over_pages_compile_without_a_device() -> None:
+    case = Case(head_dim=128, group=7, key_bits=2, value_bits=4, sliding_window=200, steps=steps(1))
+    compiled = compile_pages(case, 90)
+    assert {"rotate", "append", "decode", "merge", "unpack", "prefill"} == {name.split()[0] for name in compiled}
+    assert all(kernel.asm["cubin"] for kernel in compiled.values())
+    assert "mma.sync" in compiled["decode"].asm["ptx"], "the matrix unit does the products"
+
+
+LENGTHS = [
+    ((150, 1, 0), (1, 70, 0), (1, 1, 290), (1, 1, 1)),
+    ((400, 40), (1, 290), (64, 1), (1, 1)),
+    ((1, 1, 1, 1, 1), (63, 64, 65, 200, 2), (1, 1, 1, 1, 1)),
+]
+
+
+def covering() -> list[PagedCase]:
+    """Every head_dim with either axis and several groups, every pair of widths thrice."""
+    cases = list(MORE)
+    widths = list(itertools.product((16, 8, 4, 2), repeat=2))
+    shapes = itertools.product((64, 80, 96, 128, 256), ("token", "channel"))
+    for number, (head_dim, axis) in enumerate(shapes):
+        for turn in range(5):
+            at = 5 * number + turn
+            layer = Case(
+                head_dim=head_dim,
+                key_axis=axis,
+                group=(1, 3, 4, 7, 8)[turn],
+                key_bits=widths[at % 16][0],
+                value_bits=widths[at % 16][1],
+                block=(64, 128)[at % 2],
+                window=(64, 128, 200)[at % 3] if at % 2 == 0 else 128,
+                sink=(0, 4, 70)[at % 3],
+                heads=1 + turn % 2,
+                dtype=(torch.float16, torch.bfloat16)[number % 2],
+                max_len=500,
+            )
+            if turn == 3:
+                layer = dataclasses.replace(layer, sliding_window=150 + 40 * (number % 3), sink=0)
+            if turn >= 3:
+                layer = dataclasses.replace(layer, softcap=(None, 5.0)[number % 2], has_sinks=number % 3 == 0)
+            cases.append(PagedCase(layer, LENGTHS[at % 3], row_block=(1, 8, 64)[at % 3], exact=at % 9 == 8))
+    return cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", covering(), ids=lambda case: "exact" if case.exact else "packed")
+def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
+    assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ROTATED, ids=lambda case: str(case.dtype))
+def test_keys_and_queries_are_rotated_on_the_device(case: Case) -> None:
+    check_rotation(case, torch.device("cuda"))

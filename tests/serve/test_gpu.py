@@ -1,0 +1,54 @@
+"""The same on a GPU, where the artifact's kernels attend: `pytest -m gpu tests/serve/test_gpu.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .engines import Served, all_free, engine, random_prompts
+
+pytestmark = pytest.mark.gpu
+
+SAME = 0.05
+"""Nats between the best token and the next, below which either may be chosen: sums are rounded in another order."""
+
+LENGTHS = (7, 40, 130, 513, 777, 64, 200, 300)
+
+
+def continued(llm: Any, prompts: list[list[int]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, detokenize=False, logprobs=2)
+    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return [one.outputs[0] for one in done]
+
+
+def test_cuda_graphs_do_not_change_a_token(served_tiny: Served) -> None:
+    """All sequences decode together, so that both have batches of one size; nothing else is compiled."""
+    found = []
+    for mode in ("NONE", "FULL_DECODE_ONLY"):
+        compilation = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": [8]}
+        options = {"enforce_eager": False, "max_num_batched_tokens": 4096, "compilation_config": compilation}
+        with engine(served_tiny(), **options) as llm:
+            found.append([list(one.token_ids) for one in continued(llm, random_prompts(LENGTHS))])
+            assert all_free(llm)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_and_compilation_choose_other_tokens_only_where_two_are_as_good(served_tiny: Served, dtype: str) -> None:
+    """In chunks, and with batches that are filled up to those that were captured."""
+    found = []
+    for eager in (True, False):
+        with engine(served_tiny(), enforce_eager=eager, dtype=dtype) as llm:
+            found.append(continued(llm, random_prompts(LENGTHS)))
+    same = 0
+    for one, other in zip(*found, strict=True):
+        pairs = list(zip(one.token_ids, other.token_ids, strict=True))
+        first = next((place for place, (left, right) in enumerate(pairs) if left != right), len(pairs))
+        same += first
+        if first < len(pairs):
+            best, second = sorted((entry.logprob for entry in one.logprobs[first].values()), reverse=True)[:2]
+            assert best - second < SAME, f"token {first} is another one"
+    assert same > len(LENGTHS) * 50
