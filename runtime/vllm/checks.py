@@ -128,7 +128,7 @@ def _check_features(config: VllmConfig) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     asked = {
         "speculative decoding": config.speculative_config is not None,
-        "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,
+        "--kv-offloading-size": getattr(cache, "kv_offloading_size", None) is not None,  # which makes a connector
         "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -143,7 +143,7 @@ def _check_features(config: VllmConfig) -> None:
     for name, used in asked.items():
         if used:
             raise InputError(
-                f"{name} does not go with an artifact, whose plan says how its cache is kept; leave it out"
+                f"{name} does not go with an artifact, whose plan says how keys and values are kept; leave it out"
             )
 
 

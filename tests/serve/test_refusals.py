@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from pmkvq_compiler.runtime.errors import ArtifactError, InputError
 from pmkvq_compiler.runtime.load import file_digest
 from pmkvq_compiler.runtime.vllm import attach, register
+from tests.test_deployment import in_the_hubs_cache
 
 from .engines import Served
 
@@ -152,6 +154,15 @@ def test_a_rotation_that_is_not_there_stops_the_start(served_tiny: Served, tmp_p
     (rotated / "pmkvq.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="no rotation of layer 0"):
         configure(rotated)
+
+
+def test_a_hub_id_is_served_as_its_folder(served_tiny: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a download leaves it, links to blobs; vLLM itself would fetch neither the plan nor rotations."""
+    snapshot = in_the_hubs_cache(served_tiny(), tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = attach._downloaded("someone/tiny", None, str(tmp_path / "hub"))
+    assert found == snapshot
+    assert configure(found).cache_config.block_size == 64
 
 
 @pytest.fixture
