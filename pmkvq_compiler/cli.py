@@ -149,6 +149,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_request(parser, defaults)
+    _add_plan(parser, defaults)
+    _add_calibration(parser, defaults)
+    _add_output(parser, defaults)
+    return parser
+
+
+def _add_request(parser: argparse.ArgumentParser, defaults: CompileOptions) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -188,10 +196,6 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write the artifact into (default: NAME-pmkvq here, after the model's name)",
     )
     parser.add_argument("--force", action="store_true", help="replace the artifact that is in OUT")
-    _add_plan(parser, defaults)
-    _add_calibration(parser, defaults)
-    _add_output(parser, defaults)
-    return parser
 
 
 def _recipes() -> str:
