@@ -13,7 +13,7 @@ import pytest
 
 from pmkvq_compiler.runtime.errors import ArtifactError, InputError
 from pmkvq_compiler.runtime.load import file_digest
-from pmkvq_compiler.runtime.vllm import attach, register
+from pmkvq_compiler.runtime.vllm import attach, checks, register
 from tests.test_deployment import in_the_hubs_cache
 
 from .engines import Served
@@ -160,7 +160,7 @@ def test_a_hub_id_is_served_as_its_folder(served_tiny: Served, tmp_path: Path, m
     """As a download leaves it, links to blobs; vLLM itself would fetch neither the plan nor rotations."""
     snapshot = in_the_hubs_cache(served_tiny(), tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    found = attach._downloaded("someone/tiny", None, str(tmp_path / "hub"))
+    found = checks._downloaded("someone/tiny", None, str(tmp_path / "hub"))
     assert found == snapshot
     assert configure(found).cache_config.block_size == 64
 
