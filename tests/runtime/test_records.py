@@ -16,6 +16,7 @@ from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
 from pmkvq_compiler.runtime import records
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.errors import ArtifactError
+from pmkvq_compiler.runtime.layer_cache import Counts
 from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS, LayerPlan, block_bytes
 from pmkvq_compiler.runtime.tuning import read_tunings
 from tests.emit import test_onnx_attention
@@ -88,7 +89,8 @@ def check_kernels_in_other_orders() -> None:
 def test_state_says_what_its_rows_are_called() -> None:
     plan = layer_plan()
     cache = Cache(cache_plan(plan), 1, None, torch.float32, torch.device("cpu"))
-    cache.layers[0].rows, cache.layers[0].flushed, cache.length = [70], [3], [262]
+    cache.layers[0].go_back(Counts([70], [3], 0))
+    cache.length = [262]
     cache.state = torch.zeros(len(records.STATE), 1, dtype=torch.int32)
     cache.begin([slice(5, 7)])
     reached = plan.sink + plan.window + 2 * plan.block + 1
