@@ -110,7 +110,7 @@ class LayerKernels:
                 k.shape[0],
                 store.plan.window,
                 store.ring,
-                **_widths(store),
+                **widths_of(store.plan, store.bits),
                 MODE=mode,
                 num_warps=self.tuning.append_warps,
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
@@ -143,12 +143,10 @@ class LayerKernels:
     ) -> Tensor:
         """Attention [B, Hq, 1, value_dim] of one query a sequence, `q` [B, Hq, 1, key_head_dim], over the layer."""
         batch, query_heads = q.shape[:2]
-        heads, widths = batch * store.plan.num_key_value_heads, _widths(store)
-        tuning = self.tuning.decode[widths["VALUE_BITS"]]
-        registers = tuning.registers_for(max(store.plan.key_head_dim, store.plan.value_head_dim))
+        heads, widths = batch * store.plan.num_key_value_heads, widths_of(store.plan, store.bits)
+        launch = self.decode_launch(store.plan, widths["VALUE_BITS"])
         rows = store.plan.sink + store.plan.window
-        places = multiprocessors(q.device) * (REGISTERS // (32 * registers))
-        pool_splits, splits = splits_of(heads, store.capacity(), rows, places)
+        pool_splits, splits = splits_of(heads, store.capacity(), rows, places_of(q.device, launch["maxnreg"]))
         parts = (heads, splits, query_heads * batch // heads)
         partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=q.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=q.device)
@@ -167,14 +165,9 @@ class LayerKernels:
             splits,
             scale,
             **widths,
-            CELLS=min(tuning.cells, self.largest_cells(widths["VALUE_BITS"])),
-            PREFETCH=tuning.prefetch,
-            num_warps=1,
-            num_stages=1,
-            maxnreg=registers,
+            **launch,
         )
         out = torch.empty(batch, query_heads, 1, value_dim, dtype=q.dtype, device=q.device)
-        padded = 1 << (splits - 1).bit_length()
         self.module.merge[(batch, query_heads, -(-value_dim // 32))](
             partial,
             log_weights,
@@ -183,16 +176,20 @@ class LayerKernels:
             state,
             batch,
             splits,
-            SPLITS_PADDED=padded,
-            CHUNK=min(MERGED_AT_ONCE, padded),
-            num_warps=4,
+            **merge_launch(splits),
         )
         return out
 
-    def largest_cells(self, bits: int) -> int:
-        """32-bit words of a line of V codes that one of four lanes has."""
-        block: int = self.module.BLOCK.value
-        return block * bits // LINE_BITS
+    def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
+        """Constants and options that the decode kernel of a layer is launched with."""
+        tuning, words = self.tuning.decode[value_bits], self.module.BLOCK.value * value_bits // LINE_BITS
+        return {
+            "CELLS": min(tuning.cells, words),  # a line of V codes has so many words for one of four lanes
+            "PREFETCH": tuning.prefetch,
+            "num_warps": 1,
+            "num_stages": 1,
+            "maxnreg": tuning.registers_for(max(plan.key_head_dim, plan.value_head_dim)),
+        }
 
     def _prefill(
         self,
@@ -252,7 +249,7 @@ class LayerKernels:
             store.plan.window,
             store.ring,
             keys.shape[1],
-            **_widths(store),
+            **widths_of(store.plan, store.bits),
             ROWS=ROWS_COPIED,
             num_warps=4,
         )
@@ -346,10 +343,21 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
         first, last = last, max(last + 1, last * wide // narrow)
 
 
-def _widths(store: LayerCache) -> dict[str, Any]:
-    """The present bits of K and V. Where nothing is quantized, any that the kernels know will do."""
-    key_bits, value_bits = store.bits if store.plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
+def widths_of(plan: LayerPlan, bits: tuple[int, int]) -> dict[str, int]:
+    """The `bits` of K and V. Where nothing is quantized, any that the kernels know will do."""
+    key_bits, value_bits = bits if plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
     return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
+
+
+def merge_launch(splits: int) -> dict[str, int]:
+    """Constants and options that the merge of so many parts is launched with."""
+    padded = 1 << (splits - 1).bit_length()
+    return {"SPLITS_PADDED": padded, "CHUNK": min(MERGED_AT_ONCE, padded), "num_warps": 4}
+
+
+def places_of(device: torch.device, registers: int) -> int:
+    """Single warps of `registers` a lane that a device runs at once."""
+    return multiprocessors(device) * (REGISTERS // (32 * registers))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -114,7 +114,7 @@ def _run_layer(
     out, reference = function(weights, layer, *others), expected.hidden[layer]
     before = expected.hidden.get(layer - 1)
     added = reference if before is None or before.shape != reference.shape else reference - before
-    found.append(LayerError(f"the hidden states after layer {layer}", _token_error(out.cpu(), reference, added)))
+    found.append(LayerError(f"the hidden states after layer {layer}", _token_error(out, reference, added)))
     return reference.to(out.device)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import MERGED_AT_ONCE, REGISTERS, ROWS_COPIED, LayerKernels, multiprocessors, splits_of
+from ..kernels import ROWS_COPIED, LayerKernels, merge_launch, places_of, splits_of, widths_of
 from .layout import PagedLayer
 from .pages import Batch
 
@@ -116,14 +116,13 @@ class KernelPages:
 
     def _decode(self, queries: Tensor, batch: Batch, scale: float, sinks: Tensor | None, out: Tensor) -> None:
         plan, heads = self.layer.plan, self.layer.heads
-        tuning = self.kernels.tuning.decode[plan.value_bits if plan.quantized else 8]
-        registers = tuning.registers_for(max(plan.key_head_dim, plan.value_head_dim))
+        constants = self._constants()
+        launch = self.kernels.decode_launch(plan, constants["VALUE_BITS"])
         query_heads = queries.shape[1]
-        page_splits, splits = self._splits(batch.count, registers)
+        page_splits, splits = self._splits(batch.count, launch["maxnreg"])
         parts = (batch.count * heads, splits, query_heads // heads)
         partial = torch.empty(*parts, plan.value_head_dim, dtype=torch.float32, device=queries.device)
         log_weights = torch.empty(parts, dtype=torch.float32, device=queries.device)
-        constants = self._constants()
         self.kernels.module.decode_pages[parts[:2]](
             queries,
             *self._pool(),
@@ -138,13 +137,8 @@ class KernelPages:
             splits,
             scale,
             **constants,
-            CELLS=min(tuning.cells, self.kernels.largest_cells(constants["VALUE_BITS"])),
-            PREFETCH=tuning.prefetch,
-            num_warps=1,
-            num_stages=1,
-            maxnreg=registers,
+            **launch,
         )
-        padded = 1 << (splits - 1).bit_length()
         self.kernels.module.merge_pages[(batch.count, query_heads, -(-plan.value_head_dim // 32))](
             partial,
             log_weights,
@@ -152,9 +146,7 @@ class KernelPages:
             out,
             batch.starts,
             splits,
-            SPLITS_PADDED=padded,
-            CHUNK=min(MERGED_AT_ONCE, padded),
-            num_warps=4,
+            **merge_launch(splits),
         )
 
     def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
@@ -165,7 +157,7 @@ class KernelPages:
         """
         layer = self.layer
         heads = layer.heads * (1 << (sequences - 1).bit_length())
-        places = multiprocessors(self.pages.device) * (REGISTERS // (32 * registers))
+        places = places_of(self.pages.device, registers)
         if layer.exact:
             return 0, splits_of(heads, self._seen_at_most(1), 0, places)[0]
         return splits_of(heads, self._blocks(1), layer.plan.sink + layer.window, places)
@@ -255,10 +247,8 @@ class KernelPages:
         return self.pages.stride(0), self.page_offset, self.layer.record_bytes, *rows
 
     def _constants(self) -> dict[str, Any]:
-        """Any widths that the kernels know where nothing is quantized."""
         plan = self.layer.plan
-        key_bits, value_bits = (plan.key_bits, plan.value_bits) if plan.quantized else (8, 8)
-        return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits, "EXACT": self.layer.exact}
+        return {**widths_of(plan, (plan.key_bits, plan.value_bits)), "EXACT": self.layer.exact}
 
 
 def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
