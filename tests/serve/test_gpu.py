@@ -27,24 +27,25 @@ def continued(llm: Any, prompts: list[list[int]]) -> list[Any]:
     return [one.outputs[0] for one in done]
 
 
-def test_cuda_graphs_do_not_change_a_token(served_tiny: Served) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_graphs_do_not_change_a_token(served_tiny: Served, dtype: str) -> None:
     """All sequences decode together, so that both have batches of one size; nothing else is compiled."""
     found = []
     for mode in ("NONE", "FULL_DECODE_ONLY"):
         compilation = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": [8]}
         options = {"enforce_eager": False, "max_num_batched_tokens": 4096, "compilation_config": compilation}
-        with engine(served_tiny(), **options) as llm:
+        with engine(served_tiny(), dtype=dtype, **options) as llm:
             found.append([list(one.token_ids) for one in continued(llm, random_prompts(LENGTHS))])
             assert all_free(llm)
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_and_compilation_choose_other_tokens_only_where_two_are_as_good(served_tiny: Served, dtype: str) -> None:
-    """In chunks, and with batches that are filled up to those that were captured."""
+def test_graphs_and_compilation_choose_other_tokens_only_where_two_are_as_good(served_tiny: Served) -> None:
+    """In chunks, and with batches that are filled up to those that were captured. Only in float32: compiled code rounds
+    fewer of a step's numbers to bfloat16, and a number near the border of two codes then gets the other one."""
     found = []
     for eager in (True, False):
-        with engine(served_tiny(), enforce_eager=eager, dtype=dtype) as llm:
+        with engine(served_tiny(), enforce_eager=eager) as llm:
             found.append(continued(llm, random_prompts(LENGTHS)))
     assert_alike(*found, SAME)
 
