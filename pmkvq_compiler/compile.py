@@ -44,7 +44,8 @@ from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
 from pmkvq_compiler.source.source import Source, open_source
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
+"""A file of weights is mapped into memory while it is loaded."""
 DEFAULT_MAX_LEN = 4096
 """Tokens of the longest sequence, for models whose configuration sets no limit."""
 

@@ -12,6 +12,7 @@ import linecache
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from .reference import REFERENCE
 from .tuning import read_tunings, tuning_for
 
 Backend = Literal["reference", "triton"]
+Verify = Literal["digests", "manifest"]
 
 
 def load(
@@ -42,6 +44,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: Backend | None = None,
     trust_code: bool = True,
+    verify: Verify = "digests",
 ) -> CompiledModel:
     """The model in the artifact folder `path`, by default in its own dtype and on the CPU.
 
@@ -52,13 +55,41 @@ def load(
     byte, for the artifact's config and plan; machine code of `--aot` is not used. This needs the compiler and a few
     seconds.
 
+    The digests of the weights are computed while the weights are read. With `verify="manifest"` they are not: then the
+    files of weights only need to have the tensors, dtypes, shapes and sizes that the manifest lists. Loading is faster,
+    but damaged weights go unnoticed, and the model's answers may be wrong without an error. All other files are
+    compared with their digests in any case.
+
     Raises `ArtifactError` where the folder is not an artifact, holds a changed file, has another format version, or
-    contradicts its manifest, and `InputError` where the device is missing or the backend cannot run on it.
+    contradicts its manifest, and `InputError` where the device is missing, the backend cannot run on it, or `verify` is
+    not known.
     """
+    if verify not in ("digests", "manifest"):
+        raise InputError(f'verify {verify!r} is not known; choose "digests" or "manifest"')
     artifact = open_artifact(Path(path))
     target = DTYPES[artifact.manifest.plan.dtype] if dtype is None else _dtype(dtype)
     place = _device(device)
-    artifact.check_files()
+    artifact.check_small_files()
+    with ThreadPoolExecutor() as pool:
+        digests = artifact.begin_checks(pool) if verify == "digests" else []
+        try:
+            model = _loaded(artifact, target, place, backend, trust_code)
+        except ArtifactError:
+            _all_equal(digests)  # a changed file is the reason for whatever else is wrong with it
+            raise
+        _all_equal(digests)
+    return model
+
+
+def _all_equal(digests: Sequence[Future[Path]]) -> None:
+    for digest in digests:
+        digest.result()
+
+
+def _loaded(
+    artifact: Artifact, target: torch.dtype, place: torch.device, backend: Backend | None, trust_code: bool
+) -> CompiledModel:
+    """The model, whose weights were not compared with their digests. Raises the same errors as `load`."""
     _check_tensors(artifact)
     read_tunings(artifact.package.read("kernels/tuning.json").decode("utf-8", "replace"))
     ends, pad = _ids(artifact)

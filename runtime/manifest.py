@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -123,9 +124,21 @@ class Artifact:
 
     def check_files(self) -> None:
         """Raises `ArtifactError` where a listed file is missing or was changed."""
+        self.check_small_files()
+        with ThreadPoolExecutor() as pool:
+            for check in self.begin_checks(pool):
+                check.result()
+
+    def check_small_files(self) -> None:
+        """`check_files` for all files but those of the weights."""
         for files in (self.files, self.package):
             for name in files.digests or ():
-                files.check(name)
+                if files is self.package or name not in self.manifest.weights:
+                    files.check(name)
+
+    def begin_checks(self, pool: Executor) -> list[Future[Path]]:
+        """`check_files` for the files of the weights, all at the same time. The results raise `ArtifactError`."""
+        return [pool.submit(self.files.check, name) for name in self.manifest.weights]
 
 
 def open_artifact(folder: Path) -> Artifact:

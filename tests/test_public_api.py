@@ -32,7 +32,7 @@ pmkvq_compiler.errors
     UsageError(CompileError)
     Defect(CompileError)
 pmkvq_compiler.runtime
-    load(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, backend: Backend | None = None, trust_code: bool = True) -> CompiledModel
+    load(path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, backend: Backend | None = None, trust_code: bool = True, verify: Verify = digests) -> CompiledModel
     CompiledModel.__call__(self, input_ids: Tensor, cache: Cache | None = None, position_ids: Tensor | None = None, attention_mask: Tensor | None = None, only: tuple[Tensor, Tensor] | None = None) -> Tensor
     CompiledModel.generate(self, input_ids: Tensor, max_new_tokens: int, do_sample: bool = False, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_token_id: int | Sequence[int] | None = None, seed: int | None = None, streamer: Streamer | None = None, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor
     CompiledModel.new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache

@@ -43,13 +43,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from papers_format import papers_format
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed, run
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed
 from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.calibrate.texts import read_samples
+from pmkvq_compiler.divergence import divergences
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.base import run_passes
@@ -88,9 +89,6 @@ ABLATIONS = PAPERS_ABLATIONS | {
     "  not progressive ": replace(BEST, progressive=False),
 }
 IN_PAPERS_FORMAT = {"kivi", "kivi-128", "rotation", "uniform", *PAPERS_ABLATIONS}
-
-
-SMALL_VOCABULARY = 1024
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Bench:
         exact = self.planning_model.dtype == torch.float32
         self.model = self.planning_model if exact else self._model(torch.float32)
         self.calibrations: dict[tuple[Recipe, int], Calibration] = {}
-        self.references: dict[int, Tensor] = {}
+        self.references: dict[int, list[Logits]] = {}
         self.scored: dict[tuple[Any, ...], list[Score]] = {}
         self.exact: dict[str, list[bool]] = {}
         self.full = self._score_all(None)
@@ -342,28 +340,27 @@ class Bench:
             scores += [score(item, reference[row], found[row]) for row, item in enumerate(batch)]
         return scores
 
-    def _reference(self, start: int, batch: list[Item]) -> Tensor:
-        """Full-precision logits of a batch; kept for the next plan if the vocabulary is small."""
-        if start in self.references:
-            return self.references[start]
-        logits = self._logits(batch, None, None)
-        if logits.shape[-1] <= SMALL_VOCABULARY:
-            self.references[start] = logits
-        return logits
+    def _reference(self, start: int, batch: list[Item]) -> list[Logits]:
+        """Full-precision logits of a batch; kept for the next plan."""
+        if start not in self.references:
+            self.references[start] = self._logits(batch, None, None)
+        return self.references[start]
 
-    def _logits(self, batch: list[Item], solution: Solution | None, calibration: Calibration | None) -> Tensor:
+    def _logits(self, batch: list[Item], solution: Solution | None, calibration: Calibration | None) -> list[Logits]:
+        """The logits of each item of a batch."""
         width = max(len(item.prompt) + len(item.chain) for item in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        ids = torch.zeros(len(batch), width, dtype=torch.long, device=self.model.device)
         for row, item in enumerate(batch):
             ids[row, : len(item.prompt) + len(item.chain)] = torch.tensor(item.prompt + item.chain)
         positions = torch.arange(width, device=self.model.device).unsqueeze(0)
         if solution is None or calibration is None:
             with observed(lambda call: None):  # one at a time: exact attention holds all its scores in memory
-                return torch.cat([run(self.model, row.to(self.model.device), positions) for row in ids.split(1)])
+                return [logits_of(self.model, row, positions) for row in ids.split(1)]
         folds = Folds.of(solution, calibration)
         attention = progressive(solution.plan, folds, [len(item.prompt) for item in batch])
         with observed(attention):
-            return run(self.model, ids.to(self.model.device), positions)
+            logits = logits_of(self.model, ids, positions)
+        return [logits.of_text(row) for row in range(len(batch))]
 
 
 def own_problems() -> ModuleType:
@@ -390,20 +387,22 @@ class Score:
     agreed: int
 
 
-def score(item: Item, reference: Tensor, found: Tensor) -> Score:
-    """Compare logits [S, V] of an item, `found` against `reference`."""
-    part = slice(len(item.prompt) - 1, len(item.prompt) + len(item.chain) - 1)
-    expected, logits = reference[part].float(), found[part].float()
-    right = torch.tensor(item.chain, device=logits.device)
-    wrong = (logits.argmax(-1) != right).nonzero()
-    log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
-    return Score(
-        tokens=len(item.chain),
-        first_error=int(wrong[0]) if len(wrong) else None,
-        nll=F.nll_loss(log_q, right, reduction="sum").item(),
-        divergence=(log_p.exp() * (log_p - log_q)).sum().item(),
-        agreed=int((expected.argmax(-1) == logits.argmax(-1)).sum()),
-    )
+def score(item: Item, reference: Logits, found: Logits) -> Score:
+    """Compare the logits of an item's tokens, `found` against `reference`."""
+    first, last = len(item.prompt) - 1, len(item.prompt) + len(item.chain) - 1
+    right = torch.tensor(item.chain, device=found.hidden.device)
+    wrong, nll, divergence, agreed = [], 0.0, 0.0, 0
+    for part in reference.parts():
+        part = slice(max(part.start, first), min(part.stop, last))
+        if part.start >= part.stop:
+            continue
+        labels = right[part.start - first : part.stop - first]
+        expected, logits = reference[part], found[part]
+        wrong += [part.start - first + int(index) for index in (logits.argmax(-1) != labels).nonzero()]
+        nll += F.cross_entropy(logits, labels, reduction="sum").item()
+        divergence += divergences(logits, expected, torch.float32).sum().item()
+        agreed += int((expected.argmax(-1) == logits.argmax(-1)).sum())
+    return Score(len(item.chain), wrong[0] if wrong else None, nll, divergence, agreed)
 
 
 def paired_interval(differences: list[int], draws: int = 2000) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
         key_gradient={},
         value_gradient={},
         check_ids=check_ids,
-        check_logits=reference_logits(model, check_ids)[-CHECK_LOGITS:],
+        check_logits=reference_logits(model, check_ids, CHECK_LOGITS),
         check_layers=layer_outputs(model, problem.sites, check_ids),
     )
     if not problem.recipe.quantizes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,29 @@ MADE_BY_OTHERS = ("__pycache__", ".cache")
 MANIFEST_BYTES = 64 << 20
 """No manifest is larger."""
 METADATA = {"format": "pt"}
+DIGESTED_AT_ONCE = 8
+"""How many files are digested at the same time, on a machine with as many cores."""
 
 
 def write_manifest(folder: Path, content: dict[str, Any], written: Iterable[Path]) -> None:
     """Write `pmkvq.json`: the format version, `content` and the sha256 of the files that the compiler has `written`."""
     listed = sorted(path for path in written if path.name != MODEL_CARD)
-    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in listed}
+    names = [path.relative_to(folder).as_posix() for path in listed]
+    with ThreadPoolExecutor(min(DIGESTED_AT_ONCE, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(names, pool.map(_digest, listed), strict=True))
     manifest = {"format_version": FORMAT_VERSION, **content, "files": digests}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file. Large files are digested once, unless they change."""
+    state = path.stat()
+    return _digest_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: Path, inode: int, size: int, changed: int) -> str:
+    return file_digest(path)
 
 
 def remove_unlisted(folder: Path, written: Iterable[Path]) -> None:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.emit.artifact import save_tensors
+from pmkvq_compiler.emit.artifact import METADATA
 from pmkvq_compiler.emit.expressions import MODEL_DTYPE
+from pmkvq_compiler.emit.tensor_file import TensorSpec, write_tensors
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
 
-
-@dataclass(frozen=True)
-class _Planned:
-    """A tensor of the artifact's checkpoint: its name, shape and dtype."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+SHARDS_AT_ONCE = 4
+"""How many files are written at the same time, on a machine with as many cores."""
 
 
 def write_weights(
@@ -43,7 +36,8 @@ def write_weights(
     """Read every tensor, apply its edits in float64 and write it into `folder`; returns the bytes of each weight file.
 
     Tensors are stored in `dtype`, except for those that the model always keeps in float32. They go into
-    `model.safetensors`, or into shards of up to `max_shard_bytes` with an index. Only one shard is in memory at a time.
+    `model.safetensors`, or into shards of up to `max_shard_bytes` with an index. Several shards are written at the same
+    time, and each has one tensor in memory.
 
     Raises `CompileError` if a tensor does not have the shape that the configuration says, or is not finite.
     """
@@ -51,15 +45,22 @@ def write_weights(
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    done, total = 0, sum(len(shard) for shard in shards)
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for planned in shard:
-            tensors[planned.name] = _edited(planned, read(planned.name), program)
+    done, total, lock = 0, sum(len(shard) for shard in shards), threading.Lock()
+
+    def value(spec: TensorSpec) -> Tensor:
+        nonlocal done
+        tensor = _edited(spec, read(spec.name), program)
+        with lock:
             done += 1
             progress("weights", done, total)
-        save_tensors(tensors, folder / name)
-        del tensors
+        return tensor
+
+    def write(name: str, shard: list[TensorSpec]) -> None:
+        write_tensors(folder / name, shard, value, METADATA)
+
+    with ThreadPoolExecutor(min(SHARDS_AT_ONCE, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(write, names, shards):
+            pass
     sizes = {name: sum(planned.bytes for planned in shard) for name, shard in zip(names, shards, strict=True)}
     if len(shards) > 1:
         files = {planned.name: name for name, shard in zip(names, shards, strict=True) for planned in shard}
@@ -74,14 +75,14 @@ def weight_bytes(program: Program, dtype: torch.dtype) -> int:
     return sum(planned.bytes for planned in shard)
 
 
-def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> list[list[_Planned]]:
+def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> list[list[TensorSpec]]:
     """The tensors of each shard, in the order of the graph. A tensor that is larger than a shard gets its own shard."""
-    shards: list[list[_Planned]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     for node in program.graph.find_nodes(op="placeholder"):
         if node.name not in program.weights:
             continue
         captured = node.meta["val"].dtype
-        planned = _Planned(
+        planned = TensorSpec(
             program.weights[node.name], node.meta["val"].shape, dtype if captured == MODEL_DTYPE else captured
         )
         if shards[-1] and sum(one.bytes for one in shards[-1]) + planned.bytes > max_shard_bytes:
@@ -90,7 +91,7 @@ def _plan_shards(program: Program, dtype: torch.dtype, max_shard_bytes: int) -> 
     return shards
 
 
-def _edited(planned: _Planned, value: Tensor, program: Program) -> Tensor:
+def _edited(planned: TensorSpec, value: Tensor, program: Program) -> Tensor:
     """The tensor as it is stored: edited, and in its final dtype. Raises `CompileError`, see `write_weights`."""
     if value.shape != planned.shape:
         raise CompileError(

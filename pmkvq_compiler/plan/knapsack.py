@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pulp
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.plan.candidates import Candidate
+from pmkvq_compiler.plan.joint_choices import Group, joined
 
 SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
@@ -27,26 +29,42 @@ def choose(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate
     Raises `CompileError` if the solver is missing or finds no solution.
     """
     unit = math.gcd(*(candidate.plan.arena_bytes for layer in layers for candidate in layer))
+    alone = [
+        Group(
+            np.array([candidate.plan.arena_bytes // unit for candidate in layer]),
+            np.array([candidate.sensitivity for candidate in layer]),
+            np.arange(len(layer), dtype=np.int32)[:, None],
+        ).undominated()
+        for layer in layers
+    ]
     capacity = budget // unit
-    while total_bytes(chosen := _solve_program(layers, unit, capacity)) > budget:
+    groups = joined(alone, capacity)
+    while total_bytes(chosen := _chosen(layers, _solve_program(groups, capacity))) > budget:
         capacity -= 1
     return chosen
 
 
-def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: int) -> list[Candidate]:
-    """`choose` by CBC. A variable is 1 if its candidate is chosen; each layer has one such candidate, and together they
-    take at most `capacity` units of bytes."""
-    largest = max(candidate.sensitivity for layer in layers for candidate in layer) or 1.0
+def _chosen(layers: Sequence[Sequence[Candidate]], picks: Iterable[int]) -> list[Candidate]:
+    return [layer[pick] for layer, pick in zip(layers, picks, strict=True)]
+
+
+def _solve_program(groups: Sequence[Group], capacity: int) -> list[int]:
+    """The best picks for all layers, by CBC. A variable is 1 if its choice is taken; each group has one such choice,
+    and together they take at most `capacity` units of bytes."""
+    largest = max(float(one.sensitivity.max()) for one in groups) or 1.0
     program = pulp.LpProblem("plan", pulp.LpMinimize)
-    taken = {
-        (i, j): pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary)
-        for i, layer in enumerate(layers)
-        for j in range(len(layer))
-    }
-    program += pulp.lpSum(layers[i][j].sensitivity / largest * OBJECTIVE_SCALE * x for (i, j), x in taken.items())
-    program += pulp.lpSum(layers[i][j].plan.arena_bytes // unit * x for (i, j), x in taken.items()) <= capacity
-    for i, layer in enumerate(layers):
-        program += pulp.lpSum(taken[i, j] for j in range(len(layer))) == 1
+    taken = [
+        [pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary) for j in range(len(one))] for i, one in enumerate(groups)
+    ]
+    objective: list[tuple[pulp.LpVariable, float]] = []
+    size: list[tuple[pulp.LpVariable, int]] = []
+    for one, variables in zip(groups, taken, strict=True):
+        objective += zip(variables, (one.sensitivity / largest * OBJECTIVE_SCALE).tolist(), strict=True)
+        size += zip(variables, one.units.tolist(), strict=True)
+    program += pulp.LpAffineExpression(objective)
+    program += pulp.LpAffineExpression(size) <= capacity
+    for variables in taken:
+        program += pulp.lpSum(variables) == 1
 
     solver = pulp.PULP_CBC_CMD(msg=False, gapRel=GAP, timeLimit=SOLVER_SECONDS)
     if not solver.available():
@@ -62,7 +80,11 @@ def _solve_program(layers: Sequence[Sequence[Candidate]], unit: int, capacity: i
         ) from error
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise CompileError(f"the CBC solver ended with {pulp.LpSolution[program.sol_status]!r}; try another budget")
-    return [next(c for j, c in enumerate(layer) if taken[i, j].value() > 0.5) for i, layer in enumerate(layers)]
+    picks: list[int] = []
+    for one, variables in zip(groups, taken, strict=True):
+        (choice,) = (j for j, variable in enumerate(variables) if variable.value() > 0.5)
+        picks += one.picks[choice].tolist()
+    return picks
 
 
 def undominated(layer: Sequence[Candidate]) -> list[Candidate]:

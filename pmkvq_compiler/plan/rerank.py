@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed
 from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.divergence import divergences
@@ -87,7 +88,7 @@ def try_plans(
         for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
             found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
-            moved = divergences(found, expected, torch.float32)
+            moved = torch.cat([divergences(found[part], expected[part], torch.float32) for part in expected.parts()])
             losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
             changes[solution] += moved.sqrt().mean().item()
         racing = [sorted(field, key=changes.__getitem__)[: (len(field) + 1) // 2] for field in racing]
@@ -95,12 +96,12 @@ def try_plans(
     return [Tried(field[0], losses[field[0]]) for field in racing]
 
 
-def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
+def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Logits:
     """Logits of a text's second half, whose tokens have old tokens to attend to. Attention is computed in float32."""
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).unsqueeze(0)
     with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
-        return run(model, ids, positions, last=length - length // 2)[0]
+        return logits_of(model, ids, positions).last(length - length // 2)
 
 
 def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:

@@ -57,9 +57,26 @@ class Checkpoint:
         return _read(self.tensors[name].file, name)
 
     def slices(self) -> dict[str, Any]:
-        """Every tensor as a safetensors slice, which is not read before it is needed; transformers accepts these."""
-        opened = {file: safe_open(file, framework="pt") for file in self.files}
-        return {name: opened[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
+        """Every tensor as an object that transformers takes for a safetensors slice, read when it is needed."""
+        return {name: _Slice(name, tensor) for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor as transformers reads it. The file is opened for this tensor alone: a mapping of the whole file would
+    stay in memory as long as any tensor of it is used, and would count as memory of this process."""
+
+    name: str
+    tensor: StoredTensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return _read(self.tensor.file, self.name)[index]
+
+    def get_dtype(self) -> str:
+        return self.tensor.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
 
 
 def _weight_files(folder: Path, named: str | None) -> list[Path]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from pmkvq_compiler.errors import CompileError, UsageError, first_line
 from pmkvq_compiler.source.checkpoint import PLAIN, Checkpoint
+from pmkvq_compiler.source.coded import changed_tensors, coded_tensors
 from pmkvq_compiler.source.fingerprint import fingerprint
 from pmkvq_compiler.source.generation_defaults import generation_defaults, save_generation_defaults
 from pmkvq_compiler.source.gguf_config import gguf_config
@@ -270,12 +271,35 @@ class Source:
             model = self._converted_model()
         else:
             self._model = None
-            model = self._from_pretrained(dtype)
+            model = self._from_pretrained(dtype, device)
         if not self._compared:
             self._compare(model)
             self._compared = True
         model.set_attn_implementation(attn_implementation)
         return model.to(device)  # type: ignore[arg-type]
+
+    def unread_model(self, attn_implementation: str) -> PreTrainedModel:
+        """The model in eval mode on the CPU, with all its buffers, but with parameters that hold no weights.
+
+        Raises `CompileError` if transformers would convert tensors while it loads them.
+        """
+        changed = ["its tensors"]
+        if self._checkpoint is not None and self._checkpoint_names is not None:
+            codes = coded_tensors(self._checkpoint.tensors)
+            model = self._from_pretrained(torch.float64, slices=codes)
+            changed = changed_tensors(model, codes, self._checkpoint_names)
+        if changed:
+            raise CompileError(
+                f"{self.name} is too large for the memory that is free, and it cannot be read layer by layer, because "
+                f"transformers converts {changed[0]} while it loads them; use a machine with more memory"
+            )
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes that the model's tensors take in `dtype`."""
+        numbers = {id(value): value.numel() for value in skeleton(self.name, self.config).values()}
+        return sum(numbers.values()) * dtype.itemsize
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files into `folder`, if the model has a tokenizer."""
@@ -325,7 +349,7 @@ class Source:
             if self._checkpoint_names is None:
                 continue
             own = self._read(name)
-            if not torch.equal(own.to(value.dtype), value.cpu()):
+            if not torch.equal(own.to(value.device, value.dtype), value):
                 raise CompileError(
                     f"tensor {name} of {self.name} is stored as {self._checkpoint_names[name]}, but transformers makes "
                     f"other numbers of it while it loads the model; save the model again with save_pretrained"
@@ -336,7 +360,9 @@ class Source:
             self._model = self._from_pretrained(self.dtype)
         return self._model
 
-    def _from_pretrained(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _from_pretrained(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", slices: Mapping[str, Any] | None = None
+    ) -> PreTrainedModel:
         options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": "eager",
@@ -351,8 +377,9 @@ class Source:
                     )
                 else:
                     own_class, config = model_class(self.config)
+                    place = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
                     loaded = own_class.from_pretrained(
-                        None, config=config, state_dict=self._checkpoint.slices(), **options
+                        None, config=config, state_dict=dict(slices or self._checkpoint.slices()), **place, **options
                     )
         except Exception as error:  # damaged files cause many kinds of errors
             raise CompileError(

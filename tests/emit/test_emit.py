@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.package import emit_package, plan_source, write_project
+from pmkvq_compiler.emit.tensor_file import DTYPE_NAMES, TensorSpec, write_tensors
 from pmkvq_compiler.emit.weights import write_weights
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.base import run_passes
@@ -228,6 +231,49 @@ def test_few_weights_are_one_file(program: Program, tmp_path: Path) -> None:
     write_weights(program, state.__getitem__, tmp_path, torch.float32, 10**9, silent)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
+    """Every dtype, odd sizes that would misalign wider dtypes, empty tensors and names that are not ASCII."""
+    tensors = {f"{dtype}": (7 * torch.rand(3, 5)).to(dtype) for dtype in DTYPE_NAMES}
+    tensors |= {
+        "b.empty": torch.zeros(0, 4),
+        'a.\u00e9"quoted"': torch.ones(1, dtype=torch.bfloat16),
+        "c": torch.ones(()),
+    }
+    specs = [TensorSpec(name, value.shape, value.dtype) for name, value in tensors.items()]
+    write_tensors(tmp_path / "ours", specs, lambda spec: tensors[spec.name], {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    loaded = load_file(tmp_path / "ours")
+    assert loaded.keys() == tensors.keys()
+    assert all(
+        torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in tensors.items()
+    )
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_writing_weights_takes_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
+    """Sixteen tensors of 32 MiB go into four files, and a tensor is read only when it is written."""
+    code = """
+import resource, sys
+from pathlib import Path
+import torch
+from pmkvq_compiler.emit.tensor_file import TensorSpec, write_tensors
+from concurrent.futures import ThreadPoolExecutor
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+specs = [TensorSpec(f"w{n}", torch.Size([16, 1 << 20]), torch.bfloat16) for n in range(16)]
+before = peak()
+value = lambda spec: torch.ones(spec.shape, dtype=spec.dtype)
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda n: write_tensors(Path(sys.argv[1], f"{n}"), specs[4 * n : 4 * n + 4], value, {}), range(4)))
+print(peak() - before)
+"""
+    grown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(grown) < 32 * 8, "MiB, where all tensors take 512"
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,45 @@ def test_the_solver_finds_what_exhaustive_search_finds(seed: int) -> None:
     assert sensitivity == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
+def alike(layers: int, spread: float, seed: int = 0) -> list[list[Candidate]]:
+    """Layers with the same 30 sizes, whose sensitivities differ by a factor of about 1 + `spread`."""
+    draw, (plan,) = random.Random(seed), planned([site(0)], None, recipe="none").layers
+    sizes = [(bits, window) for bits in (2, 3, 4, 5, 6, 8) for window in range(5)]
+    return [
+        [
+            Candidate(
+                replace(plan, arena_bytes=64 * (10 * bits + 3 * window)),
+                4.0**-bits * (1 - 0.07 * window) * draw.lognormvariate(0, spread),
+            )
+            for bits, window in sizes
+        ]
+        for _ in range(layers)
+    ]
+
+
+def least_sensitivity(layers: list[list[Candidate]], capacity: int) -> float:
+    """The optimum for `capacity` units of 64 bytes, from a table with a row for each layer."""
+    best = [0.0] * (capacity + 1)
+    for layer in layers:
+        sizes = [(candidate.plan.arena_bytes // 64, candidate.sensitivity) for candidate in layer]
+        best = [
+            min((best[units - size] + loss for size, loss in sizes if size <= units), default=float("inf"))
+            for units in range(capacity + 1)
+        ]
+    return best[capacity]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("layers", [1, 2, 28])
+def test_the_best_plan_is_found_at_once_even_if_all_layers_are_alike(layers: int, spread: float) -> None:
+    choices, capacity = alike(layers, spread), 37 * layers
+    start = time.monotonic()
+    size, sensitivity = total(choose([undominated(layer) for layer in choices], 64 * capacity))
+    assert time.monotonic() - start < 5
+    assert size <= 64 * capacity
+    assert sensitivity == pytest.approx(least_sensitivity(choices, capacity), rel=1e-6)
+
+
 @pytest.mark.parametrize("share", [0.22, 0.25, 0.3, 0.4, 0.6])
 def test_a_plan_uses_the_budget_up_to_97_percent(share: float) -> None:
     sites = [site(layer) for layer in range(24)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pmkvq_compiler import runtime
 from tests.conftest import CompileTiny
@@ -32,6 +32,29 @@ def test_every_changed_file_is_named(copy: Path) -> None:
             runtime.load(copy)
         (copy / name).write_bytes(original)
     runtime.load(copy)
+
+
+def test_weights_may_be_loaded_without_their_digests_but_not_with_other_shapes_or_other_code(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(runtime.ArtifactError, match=r"model\.safetensors was changed"):
+        runtime.load(copy)
+    runtime.load(copy, verify="manifest")
+    weights.write_bytes(original[:-1])
+    with pytest.raises(runtime.ArtifactError, match=r"model\.safetensors cannot be read"):
+        runtime.load(copy, verify="manifest")
+    weights.write_bytes(original)
+    save_file({name: tensor.unsqueeze(0) for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(runtime.ArtifactError, match=r"where pmkvq\.json says"):
+        runtime.load(copy, verify="manifest")
+    weights.write_bytes(original)
+    code = copy / json.loads((copy / "pmkvq.json").read_text())["package"] / "model.py"
+    code.write_bytes(code.read_bytes() + b"#")
+    with pytest.raises(runtime.ArtifactError, match=r"model\.py was changed"):
+        runtime.load(copy, verify="manifest")
+    with pytest.raises(runtime.InputError, match="verify 'nothing' is not known"):
+        runtime.load(copy, verify="nothing")  # type: ignore[arg-type]
 
 
 def test_missing_file_other_formats_and_other_folders_are_refused(copy: Path, tmp_path: Path) -> None:
@@ -83,7 +106,7 @@ sys.path.insert(0, {str(copy)!r})
 import {package}
 model = {package}.load()
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 print(model.generate(torch.arange(3, 23).unsqueeze(0), 8, eos_token_id=()).tolist()[0])
 assert not {{"transformers", "pmkvq_compiler"}} & set(sys.modules)
 """

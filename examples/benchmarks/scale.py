@@ -1,0 +1,203 @@
+"""What a compile takes: seconds of each step, and the memory of the GPU and of the host, for models of known shapes.
+
+    python examples/benchmarks/scale.py --shapes qwen2.5-1.5b,qwen2.5-7b
+    python examples/benchmarks/scale.py --shapes llama3-70b --layers 8 --disk /tmp     # a part of the layers
+    python examples/benchmarks/scale.py --shapes tiny --device cpu                     # a trial of the script
+
+The models have the shapes of the named ones, random weights in bfloat16, and no tokenizer; the calibration texts are
+random tokens, 8 of 2,048 unless told otherwise. Weights are written to `--disk` and removed at the end. Every compile
+runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of the process
+which loads the artifact and checks it; both count the pages of files that are mapped. Where `--layers` leaves layers
+out, a second row extrapolates the seconds of the whole model per layer.
+
+Writes DIR/scale.csv and scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.emit.tensor_file import TensorSpec, write_tensors
+from pmkvq_compiler.options import CompileOptions
+
+SHARD_BYTES = 4 * 10**9
+
+
+def shape(
+    kind: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 131072,
+    }
+
+
+SHAPES = {
+    "tiny": shape("qwen2", 512, 128, 256, 4, 4, 2, True),
+    "qwen2.5-0.5b": shape("qwen2", 151936, 896, 4864, 24, 14, 2, True),
+    "qwen2.5-1.5b": shape("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
+    "qwen2.5-7b": shape("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "qwen2.5-32b": shape("qwen2", 152064, 5120, 27648, 64, 40, 8, False),
+    "llama3-70b": shape("llama", 128256, 8192, 28672, 80, 64, 8, False),
+}
+
+
+def config_of(name: str, layers: int | None) -> PretrainedConfig:
+    values = dict(SHAPES[name])
+    if layers is not None:
+        values["num_hidden_layers"] = layers
+    return AutoConfig.for_model(values.pop("model_type"), dtype="bfloat16", **values)
+
+
+def write_model(config: PretrainedConfig, folder: Path, device: str) -> None:
+    """Write a checkpoint with random weights, made on the device, in shards with an index."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder.mkdir(parents=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    specs = [TensorSpec(name, value.shape, torch.bfloat16) for name, value in model.named_parameters()]
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(one.bytes for one in shards[-1]) + spec.bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(spec)
+    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard, lambda spec: drawn(spec, device), {"format": "pt"})
+    places = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def drawn(spec: TensorSpec, device: str) -> Tensor:
+    weight = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    return (weight.fill_(1) if "norm" in spec.name else weight.normal_(std=0.02)).cpu()
+
+
+def compile_once(arguments: argparse.Namespace) -> None:
+    """Compile the model in `--model` and print the figures as JSON; `main` starts a process for this."""
+    folder = Path(arguments.model)
+    options = CompileOptions(
+        model=str(folder),
+        output=folder.parent / "artifact",
+        budget="20%",
+        max_len=arguments.max_len,
+        calib=str(folder.parent / "texts.jsonl"),
+        calib_samples=arguments.texts,
+        calib_len=arguments.text_len,
+        device=arguments.device,
+    )
+    result = compile_model(options, lambda step, done, total: None)
+    host, check = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    gpus = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
+    print(json.dumps({"seconds": result.report.seconds, "host": host, "check": check, "gpu": max(gpus, default=0)}))
+
+
+def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a shape: the measured one, and the extrapolated one if layers were left out."""
+    config = config_of(name, arguments.layers)
+    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(dir=arguments.disk) as place:
+        write_model(config, Path(place, "model"), device)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        ids = torch.randint(3, config.vocab_size, (arguments.texts, arguments.text_len)).tolist()
+        Path(place, "texts.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+        command = [sys.executable, __file__, "--model", str(Path(place, "model")), "--device", arguments.device]
+        command += ["--max-len", str(arguments.max_len), "--texts", str(arguments.texts)]
+        command += ["--text-len", str(arguments.text_len)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            print(f"{name}: the compile failed", flush=True)
+            return []
+        found = json.loads(done.stdout.splitlines()[-1])
+    row = {"model": name, "layers": config.num_hidden_layers, "device": device_name(device)}
+    row |= {step: found["seconds"].get(step, 0.0) for step in STEPS}
+    row |= {"total": sum(found["seconds"].values())}
+    row |= {f"{what}_gib": round(found[what] / 2**30, 2) for what in ("gpu", "host", "check")}
+    print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    whole = SHAPES[name]["num_hidden_layers"]
+    if config.num_hidden_layers == whole:
+        return [row]
+    factor = whole / config.num_hidden_layers
+    scaled = {step: row[step] * factor for step in (*STEPS, "total")}
+    return [row, row | scaled | {"layers": whole, "device": f"{row['device']}, extrapolated"}]
+
+
+STEPS = ("source", "capture", "calibrate", "plan", "passes", "emit", "check")
+
+
+def device_name(device: str) -> str:
+    return f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "scale.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = [*STEPS, "total"]
+    lines = [
+        f"| model | layers | device | {', '.join(shown)}, s | GPU, GiB | host, GiB | check, GiB |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['model']} | {row['layers']} | {row['device']} | {', '.join(f'{row[step]:.1f}' for step in shown)} | "
+        f"{row['gpu_gib']:.1f} | {row['host_gib']:.1f} | {row['check_gib']:.1f} |"
+        for row in rows
+    ]
+    (folder / "scale.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="qwen2.5-1.5b,qwen2.5-7b", help=f"of {', '.join(SHAPES)} (%(default)s)")
+    parser.add_argument("--layers", type=int, help="keep only so many layers of each shape")
+    parser.add_argument("--device", default="auto", help="as for pmkvq-compile (%(default)s)")
+    parser.add_argument("--max-len", type=int, default=32768, help="tokens that plans are made for (%(default)s)")
+    parser.add_argument("--texts", type=int, default=8, help="calibration texts (%(default)s)")
+    parser.add_argument("--text-len", type=int, default=2048, help="tokens of a text (%(default)s)")
+    parser.add_argument("--disk", type=Path, help="folder with room for two copies of the weights (the system's)")
+    parser.add_argument("--output", type=Path, default=Path("out/scale"))
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.model is not None:
+        compile_once(arguments)
+        return
+    names = arguments.shapes.split(",")
+    if unknown := set(names) - set(SHAPES):
+        parser.error(f"--shapes {min(unknown)} is not known; choose from {', '.join(SHAPES)}")
+    rows = [row for name in names for row in measured(name, arguments)]
+    if rows:
+        write(rows, arguments.output)
+    if len({row["model"] for row in rows}) < len(names):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
