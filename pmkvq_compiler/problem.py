@@ -30,6 +30,8 @@ class Problem:
     """The dtype of the model's weights, and of the tokens in sink and window."""
     max_len: int
     batch_size: int
+    serve: bool
+    """Whether the budget is also that of vLLM's cache."""
     recipe_name: str
     recipe: Recipe
     """The named recipe, with the user's sink, window and block where they were given."""
@@ -68,6 +70,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         dtype=dtype,
         max_len=max_len,
         batch_size=options.batch_size,
+        serve=options.serve,
         recipe_name=options.recipe,
         recipe=recipe,
         bits=FINAL_BITS if options.bits is None else options.bits,
@@ -83,6 +86,11 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
 def _check_cache(options: CompileOptions, recipe: Recipe) -> None:
     if options.budget is None and recipe.quantizes:
         raise UsageError(f"recipe {options.recipe!r} needs a budget; give one, such as --budget 25%")
+    if options.serve and not recipe.quantizes:
+        raise UsageError(
+            f"--serve counts pages of quantized keys and values, and recipe {options.recipe!r} has none; leave one of "
+            f"them out"
+        )
     if recipe.block < WORD_BITS or recipe.block % WORD_BITS:
         raise UsageError(f"a block of {recipe.block} tokens is not a multiple of {WORD_BITS}; choose 64")
     if recipe.sink < 0 or not recipe.windows:
