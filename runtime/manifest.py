@@ -26,7 +26,7 @@ import torch
 from .errors import ArtifactError
 from .plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "pmkvq.json"
 LARGEST_JSON = 64 << 20
 """A JSON file with more bytes is not read. The manifest of a model with 100,000 tensors has a tenth of this."""
@@ -337,7 +337,7 @@ def _check_names(manifest: Manifest) -> None:
         raise ArtifactError(f"{MANIFEST}: tensors must be those of the weights' files, each tensor once; {AGAIN}")
     if not 0 < manifest.vocab_size < 1 << 31:
         raise ArtifactError(f"{MANIFEST}: vocab_size {manifest.vocab_size} is not between 1 and 2^31 - 1; {AGAIN}")
-    if any(not 0 <= layer < len(manifest.plan.layers) for layer in manifest.key_rotations):
+    if not {*manifest.key_rotations} <= manifest.plan.places.keys():
         raise ArtifactError(f"{MANIFEST}: key_rotations names layers that the plan does not have; {AGAIN}")
 
 
@@ -355,6 +355,21 @@ def _check_plan(plan: CachePlan) -> None:
             fault = f"arena_bytes {layer.arena_bytes:,} cannot hold {plan.batch_size} x {plan.max_len:,} tokens"
         if fault is not None:
             raise ArtifactError(f"{MANIFEST}: plan: layers[{number}]: {fault}; {AGAIN}")
+    indices = list(plan.places)
+    if (
+        len(indices) != len(plan.layers)
+        or indices != sorted({*indices})
+        or not 0 <= indices[0] <= indices[-1] < 1 << 31
+    ):
+        raise ArtifactError(f"{MANIFEST}: plan: attention_layers must rise and name each of its layers once; {AGAIN}")
+    names = [(state.layer, state.index) for state in plan.states]
+    sizes = [number for state in plan.states for number in (state.layer + 1, state.index + 1, *state.shape)]
+    if (
+        len({*names}) < len(names)
+        or not all(0 < size < 1 << 31 for size in sizes)
+        or not all(0 < state.nbytes(itemsize) <= LARGEST_INTEGER for state in plan.states)
+    ):
+        raise ArtifactError(f"{MANIFEST}: plan: states must each have a place of their own and a size; {AGAIN}")
     if plan.arena_bytes > plan.budget:
         raise ArtifactError(f"{MANIFEST}: plan: layers take more than the budget of {plan.budget:,} bytes; {AGAIN}")
 
