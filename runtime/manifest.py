@@ -355,23 +355,26 @@ def _check_plan(plan: CachePlan) -> None:
             fault = f"arena_bytes {layer.arena_bytes:,} cannot hold {plan.batch_size} x {plan.max_len:,} tokens"
         if fault is not None:
             raise ArtifactError(f"{MANIFEST}: plan: layers[{number}]: {fault}; {AGAIN}")
-    indices = list(plan.places)
-    if (
-        len(indices) != len(plan.layers)
-        or indices != sorted({*indices})
-        or not 0 <= indices[0] <= indices[-1] < 1 << 31
-    ):
-        raise ArtifactError(f"{MANIFEST}: plan: attention_layers must rise and name each of its layers once; {AGAIN}")
-    names = [(state.layer, state.index) for state in plan.states]
-    sizes = [number for state in plan.states for number in (state.layer + 1, state.index + 1, *state.shape)]
-    if (
-        len({*names}) < len(names)
-        or not all(0 < size < 1 << 31 for size in sizes)
-        or not all(0 < state.nbytes(itemsize) <= LARGEST_INTEGER for state in plan.states)
-    ):
-        raise ArtifactError(f"{MANIFEST}: plan: states must each have a place of their own and a size; {AGAIN}")
+    fault = _fault_of_states(plan, itemsize)
+    if fault is not None:
+        raise ArtifactError(f"{MANIFEST}: plan: {fault}; {AGAIN}")
     if plan.arena_bytes > plan.budget:
         raise ArtifactError(f"{MANIFEST}: plan: layers take more than the budget of {plan.budget:,} bytes; {AGAIN}")
+
+
+def _fault_of_states(plan: CachePlan, itemsize: int) -> str | None:
+    """What is wrong with the places of a plan's layers and states, if anything."""
+    indices = list(plan.attention_layers)
+    if indices and (len(indices) != len(plan.layers) or indices != sorted({*indices}) or indices[0] < 0):
+        return "attention_layers must be the rising indices of all its layers"
+    if len({(state.layer, state.index) for state in plan.states}) < len(plan.states):
+        return "states must each have a place of their own"
+    for state in plan.states:
+        if min(state.layer, state.index) < 0 or not state.shape or min(state.shape) < 1:
+            return "states must have a place and a shape"
+        if state.nbytes(itemsize) > LARGEST_INTEGER:
+            return "states must fit a machine's memory"
+    return None
 
 
 def _fault(layer: LayerPlan) -> str | None:

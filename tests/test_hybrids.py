@@ -217,9 +217,9 @@ def test_only_attention_is_planned_and_states_are_reported_apart(artifact: Path)
         ("attention_layers", [3, 3], "attention_layers"),
         ("attention_layers", [0, 3], "attention_layers"),
         ("attention_layers", [-1], "attention_layers"),
-        ("states", [{"layer": 0, "index": 0, "shape": [0, 3], "float32": True}], "states must each"),
-        ("states", [{"layer": 0, "index": 0, "shape": [1 << 30] * 4, "float32": True}], "states must each"),
-        ("states", [{"layer": 0, "index": 0, "shape": [3], "float32": True}] * 2, "states must each"),
+        ("states", [{"layer": 0, "index": 0, "shape": [0, 3], "float32": True}], "states must (have|each|fit)"),
+        ("states", [{"layer": 0, "index": 0, "shape": [1 << 30] * 4, "float32": True}], "states must (have|each|fit)"),
+        ("states", [{"layer": 0, "index": 0, "shape": [3], "float32": True}] * 2, "states must (have|each|fit)"),
         ("states", [{"layer": 0, "index": 0, "shape": 3, "float32": True}], "shape is 3 instead of a list"),
         ("states", [], "different plans"),
     ],
@@ -310,8 +310,8 @@ def test_a_function_that_computes_something_else_is_refused(monkeypatch: pytest.
 
 
 def test_a_state_that_goes_through_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {name: method for name, method in state_functions.NAMES.items() if method != "mamba2_scan"}
+    names = {name: method for name, method in state_functions.NAMES.items() if method != "mamba_scan"}
     monkeypatch.setattr(state_functions, "NAMES", names)
-    config = AutoConfig.for_model("nemotron_h", **{**SHAPE, **HYBRIDS["nemotron_h"]})
-    with pytest.raises(CompileError, match=r"nemotron_h (mixes tokens outside|cannot be captured as one graph)"):
+    config = AutoConfig.for_model("jamba", **{**SHAPE, **HYBRIDS["jamba"]})
+    with pytest.raises(CompileError, match=r"jamba (mixes tokens outside|cannot be captured as one graph)"):
         capture(config)
