@@ -88,7 +88,7 @@ def _compile(
     options: CompileOptions, onnx_export: ModuleType | None, steps: Steps, place: Place | None, signals: Signals
 ) -> CompileResult:
     source, program, max_len = captured(options, steps)
-    problem = resolve(options, program.sites, max_len, source.dtype)
+    problem = resolve(options, program.sites, max_len, source.dtype, program.states)
     if onnx_export is not None:
         onnx_export.check_expressible(program)
     if place is not None:

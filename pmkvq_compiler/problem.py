@@ -16,7 +16,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import Recipe, resolved
-from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
+from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS, StatePlan
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
@@ -26,6 +26,8 @@ class Problem:
     """A request for one model. Lengths are in tokens and sizes in bytes."""
 
     sites: tuple[AttentionSite, ...]
+    states: tuple[StatePlan, ...]
+    """The states that ops besides attention carry from token to token. No budget covers them."""
     dtype: torch.dtype
     """The dtype of the model's weights, and of the tokens in sink and window."""
     max_len: int
@@ -54,9 +56,15 @@ class Problem:
         return cache_bytes_at_16_bits(self.sites, self.max_len, self.batch_size)
 
 
-def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: int, dtype: torch.dtype) -> Problem:
-    """Resolve `options` for a model of `dtype` whose attention layers are `sites`, with sequences of up to `max_len`
-    tokens. Raises `UsageError` for options that no cache can have."""
+def resolve(
+    options: CompileOptions,
+    sites: Sequence[AttentionSite],
+    max_len: int,
+    dtype: torch.dtype,
+    states: tuple[StatePlan, ...] = (),
+) -> Problem:
+    """Resolve `options` for a model of `dtype` whose attention layers are `sites` and whose other states are `states`,
+    with sequences of up to `max_len` tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
@@ -67,6 +75,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         )
     return Problem(
         sites=tuple(sites),
+        states=states,
         dtype=dtype,
         max_len=max_len,
         batch_size=options.batch_size,

@@ -40,6 +40,7 @@ pmkvq_compiler.runtime
     Cache.bits: list[tuple[int, int]]
     Cache.bytes_reserved: int
     Cache.bytes_used: int
+    Cache.state_bytes: int
     Cache.device: torch.device
     Cache.length: list[int]
     Cache.crop(self, count: int) -> None
@@ -47,7 +48,7 @@ pmkvq_compiler.runtime
     Cache.reset(self) -> None
     Cache.select(self, sequences: Sequence[int]) -> Cache
     Cache.to(self, device: str | torch.device) -> Cache
-    CachePlan(recipe: str, budget: int, max_len: int, batch_size: int, dtype: str, layers: tuple[LayerPlan, ...]) -> None
+    CachePlan(recipe: str, budget: int, max_len: int, batch_size: int, dtype: str, layers: tuple[LayerPlan, ...], attention_layers: tuple[int, ...] = (), states: tuple[StatePlan, ...] = ()) -> None
     CachePlan.to_json(self) -> dict[str, Any]
     CachePlan.from_json(data: dict[str, Any]) -> CachePlan
     LayerPlan(num_key_value_heads: int, key_head_dim: int, value_head_dim: int, key_bits: int, value_bits: int, key_axis: KeyAxis, sink: int, window: int, block: int, sliding_window: int | None, stages: tuple[tuple[int, int], ...], arena_bytes: int) -> None

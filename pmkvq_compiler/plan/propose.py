@@ -13,6 +13,7 @@ from numpy import interp
 
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.formats import Losses, by_code
+from pmkvq_compiler.passes.program import attention_layers
 from pmkvq_compiler.plan.candidates import Candidate, candidates
 from pmkvq_compiler.plan.charged import charged_bytes
 from pmkvq_compiler.plan.feasible import check_feasible, smallest_bytes
@@ -96,5 +97,7 @@ def solve(problem: Problem, calibration: Calibration) -> Solution:
         batch_size=problem.batch_size,
         dtype=str(problem.dtype).removeprefix("torch."),
         layers=tuple(candidate.plan for candidate in chosen),
+        attention_layers=attention_layers(problem.sites),
+        states=problem.states,
     )
     return Solution(plan, tuple((candidate.key, candidate.value) for candidate in chosen))

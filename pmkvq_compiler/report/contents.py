@@ -73,6 +73,8 @@ class Report:
     serving: Serving | None
     """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
+    state_bytes: int | None = None
+    """What states of fixed size take beside the budget, in a model that has them."""
     check: dict[str, float] | None = None
     """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
@@ -118,14 +120,16 @@ def report_contents(
         predicted_loss=tried.loss,
         serving=None if source.has_latent_attention else serving(plan),
         bytes_over_tokens=bytes_over_tokens(plan),
+        state_bytes=plan.state_bytes(problem.dtype.itemsize) if plan.states else None,
     )
 
 
 def serving(plan: CachePlan) -> Serving | None:
     """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
-    where nothing is quantized (and its caller knows the other case, latent attention)."""
+    where nothing is quantized, and in models with recurrent states (its caller knows a third case, latent
+    attention)."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
-    if all(layer.exact for layer in layers):
+    if plan.states or all(layer.exact for layer in layers):
         return None
     pool = pool_of(layers, plan.max_len)
     return Serving(

@@ -44,5 +44,5 @@ def _same(value: Tensor, code: Tensor) -> bool:
     if value.shape != code.shape:
         return False
     shared = value.stride()[1:] == code.stride()[1:] or value.dtype != code.dtype
-    first = (slice(None), *[0] * (code.dim() - 1))
+    first: tuple[slice | int, ...] = (slice(None), *[0] * (code.dim() - 1))[: code.dim()]
     return shared and torch.equal(value[first].to(code.dtype), code[first].to(value.dtype).to(code.dtype))
