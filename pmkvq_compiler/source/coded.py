@@ -44,5 +44,11 @@ def _same(value: Tensor, code: Tensor) -> bool:
     if value.shape != code.shape:
         return False
     shared = value.stride()[1:] == code.stride()[1:] or value.dtype != code.dtype
-    first: tuple[slice | int, ...] = (slice(None), *[0] * (code.dim() - 1))[: code.dim()]
-    return shared and torch.equal(value[first].to(code.dtype), code[first].to(value.dtype).to(code.dtype))
+    return shared and torch.equal(_rows(value).to(code.dtype), _rows(code).to(value.dtype).to(code.dtype))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The first number of each row, without a copy of the others."""
+    while tensor.dim() > 1:
+        tensor = tensor[:, 0]
+    return tensor
