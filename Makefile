@@ -22,7 +22,7 @@ test-serve: venv-serve
 
 # Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
 fuzz: venv
-	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto tests/fuzz
+	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
