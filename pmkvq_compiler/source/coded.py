@@ -44,5 +44,11 @@ def _same(value: Tensor, code: Tensor) -> bool:
     if value.shape != code.shape:
         return False
     shared = value.stride()[1:] == code.stride()[1:] or value.dtype != code.dtype
-    first = (slice(None), *[0] * (code.dim() - 1))
-    return shared and torch.equal(value[first].to(code.dtype), code[first].to(value.dtype).to(code.dtype))
+    value, code = _first_column(value), _first_column(code)
+    return shared and torch.equal(value.to(code.dtype), code.to(value.dtype).to(code.dtype))
+
+
+def _first_column(tensor: Tensor) -> Tensor:
+    while tensor.dim() > 1:
+        tensor = tensor[..., 0]
+    return tensor
