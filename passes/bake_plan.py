@@ -17,6 +17,7 @@ class BakePlan(Pass):
 
     1. The plan must have one entry for each layer of the graph.
     2. The heads, head dimensions and sliding window of each entry must be those that LocateAttention found.
+    3. The plan's layers with attention, and its states, must be those of the graph.
     """
 
     takes = Stage.REWRITTEN
@@ -28,13 +29,15 @@ class BakePlan(Pass):
     def requires(self, program: Program) -> None:
         if len(self.plan.layers) != len(program.sites):
             raise ValueError(f"the plan has {len(self.plan.layers)} layers, but the graph has {len(program.sites)}")
-        for site in program.sites:
-            _check(site, self.plan.layers[site.layer])
+        if [*self.plan.places] != [site.layer for site in program.sites] or self.plan.states != program.states:
+            raise ValueError("the plan has attention or states in other layers than the graph")
+        for site, layer in zip(program.sites, self.plan.layers, strict=True):
+            _check(site, layer)
 
     def run(self, program: Program) -> bool:
         before = program.plan
         for node in cached_attentions(program):
-            node.update_kwarg("plan", self.plan.layers[node.args[4]])
+            node.update_kwarg("plan", self.plan.layers[self.plan.places[node.args[4]]])
         program.plan = self.plan
         return program.plan != before
 
@@ -47,7 +50,7 @@ def cached_attentions(program: Program) -> list[Node]:
 def layer_plans(program: Program) -> list[LayerPlan]:
     """The plan of each layer, read from the graph, whether its layers are outlined or not."""
     plans = {node.args[4]: node.kwargs["plan"] for node in cached_attentions(program)}
-    plans |= {call.args[0]: call.args[1] for call in program.graph.find_nodes(op="call_module")}
+    plans |= {call.args[0]: call.args[1] for call in program.graph.find_nodes(op="call_module") if call.args[1]}
     return [plans[layer] for layer in sorted(plans)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable
 
 import torch
@@ -31,7 +30,7 @@ class Canonicalize(Pass):
     3. Casts of every kind become `to.dtype`. A device that a cast names is dropped: the operand is already there.
     4. The batch size and the sequence length are read from `input_ids`, and every size is computed once.
     5. An in-place op becomes its functional form, and a copy into a slice becomes a `slice_scatter`, if no view shares
-       the memory. The verifier refuses in-place ops that remain.
+       the memory. Two selections of one dimension share none of it. The verifier refuses in-place ops that remain.
     6. `histc` counts in float32, because some devices cannot count integers.
     7. Dead code is removed, together with weights and constants that nothing reads.
     """
@@ -70,7 +69,8 @@ def _returns_operand(node: Node, operand: Node) -> bool:
     if node.target in CASTS:
         return bool(before.dtype == after.dtype)
     if node.target is aten.slice.Tensor:
-        return tuple(node.args[2:]) in ((), (0, sys.maxsize), (None, None), (0, None))
+        step = node.args[4] if len(node.args) > 4 else 1
+        return step == 1 and _same_form(operand, node)
     if node.target is aten.expand.default:
         return _same_form(operand, node)
     if node.target is aten.mul.Tensor:
@@ -110,7 +110,8 @@ def _scatter_slice(node: Node) -> bool:
     part, values = node.args[:2]
     whole = part.args[0]
     earlier = [user for user in whole.users if user < part]
-    owned = whole.op == "call_function" and not any(_shares_memory(one) for one in (whole, *earlier))
+    owned = whole.op == "call_function" and not any(_shares_memory(one) for one in earlier)
+    owned = owned and (not _shares_memory(whole) or _is_apart(whole))
     if not owned or list(part.users) != [node] or node.users or not _same_form(part, values):
         return False
     with node.graph.inserting_before(node):
@@ -120,6 +121,17 @@ def _scatter_slice(node: Node) -> bool:
     node.graph.erase_node(node)
     node.graph.erase_node(part)
     return True
+
+
+def _is_apart(part: Node) -> bool:
+    """Whether `part` selects an index of a value that is read in no other way than by selecting other indices."""
+    if part.target is not aten.select.int or _shares_memory(part.args[0]):
+        return False
+    _, dim, index = part.args
+    others = [user for user in part.args[0].users if user is not part]
+    return index >= 0 and all(
+        user.target is aten.select.int and user.args[1] == dim and 0 <= user.args[2] != index for user in others
+    )
 
 
 def _same_form(one: Node, other: Node) -> bool:

@@ -1,13 +1,18 @@
-"""Ops that several passes look for, among them the marker that the capture leaves and the op that replaces it."""
+"""Ops that several passes look for, among them the markers that the capture leaves and the ops that replace them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
 
+from pmkvq_compiler.runtime import recurrence
 from pmkvq_compiler.runtime.attention import cached_attention as run_cached_attention
 from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime.plan import LayerPlan, StatePlan
 
 
 @torch.library.custom_op("pmkvq::attention", mutates_args=())
@@ -29,9 +34,91 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
+@torch.library.custom_op("pmkvq::causal_conv1d", mutates_args=())
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, index: int) -> Tensor:
+    """Marks one causal convolution of each channel by itself; see `runtime.recurrence`, as for the next two."""
+    raise NotImplementedError("pmkvq::causal_conv1d marks a place in a captured graph and cannot be run")
+
+
+@causal_conv1d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, index: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pmkvq::gated_delta_rule", mutates_args=())
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    scale: float,
+    normalize: bool,
+    layer: int,
+    index: int,
+) -> Tensor:
+    """Marks one linear attention by the gated delta rule."""
+    raise NotImplementedError("pmkvq::gated_delta_rule marks a place in a captured graph and cannot be run")
+
+
+@gated_delta_rule.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    scale: float,
+    normalize: bool,
+    layer: int,
+    index: int,
+) -> Tensor:
+    return query.new_empty(value.shape)
+
+
+@torch.library.custom_op("pmkvq::selective_scan", mutates_args=())
+def selective_scan(x: Tensor, step: Tensor, rate: Tensor, key: Tensor, query: Tensor, layer: int, index: int) -> Tensor:
+    """Marks one state-space scan of Mamba."""
+    raise NotImplementedError("pmkvq::selective_scan marks a place in a captured graph and cannot be run")
+
+
+@selective_scan.register_fake
+def _(x: Tensor, step: Tensor, rate: Tensor, key: Tensor, query: Tensor, layer: int, index: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
 aten = torch.ops.aten
 CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default})
 MARKER = torch.ops.pmkvq.attention.default
+CONVOLUTION = torch.ops.pmkvq.causal_conv1d.default
+DELTA_RULE = torch.ops.pmkvq.gated_delta_rule.default
+SCAN = torch.ops.pmkvq.selective_scan.default
+
+STATE_OPS: dict[OpOverload, Callable[..., Tensor]] = {
+    CONVOLUTION: recurrence.causal_conv1d,
+    DELTA_RULE: recurrence.gated_delta_rule,
+    SCAN: recurrence.selective_scan,
+}
+"""The markers of ops that carry a state from token to token, and the runtime's functions. A marker's last two arguments
+are the index of its layer and that of its state among the layer's states. The function takes the cache before these."""
+
+
+def state_markers(graph: Graph) -> list[Node]:
+    """The markers of ops with a state, in their order."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in STATE_OPS]
+
+
+def state_plan(marker: Node) -> StatePlan:
+    """The state that the op of a marker carries."""
+    layer, index = marker.args[-2:]
+    if marker.target is CONVOLUTION:
+        channels, width = marker.args[1].meta["val"].shape
+        return StatePlan(layer, index, (channels, width - 1), float32=False)
+    if marker.target is DELTA_RULE:
+        keys, values = marker.args[1].meta["val"].shape, marker.args[2].meta["val"].shape
+        return StatePlan(layer, index, (values[2], keys[3], values[3]), float32=True)
+    inputs, keys = marker.args[0].meta["val"].shape, marker.args[3].meta["val"].shape
+    return StatePlan(layer, index, (inputs[2], keys[3], inputs[3]), float32=True)
 
 
 def cached_attention(
@@ -49,3 +136,13 @@ def cached_attention(
     """The runtime's `cached_attention` as the target of a node. BakePlan adds `plan`, the plan of the layer's cache,
     which is not needed to run it."""
     return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation)
+
+
+def uses_cache(node: Node) -> bool:
+    """Whether the node is an attention, or another op with a state, that takes the cache as an operand."""
+    return node.target is cached_attention or node.target in STATE_OPS.values()
+
+
+def layer_place(node: Node) -> int:
+    """The place of the layer's index among the arguments of a node that uses the cache: after the cache."""
+    return 4 if node.target is cached_attention else len(node.args) - 2

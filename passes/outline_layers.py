@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .bake_plan import cached_attentions
 from .base import Pass
-from .ops import cached_attention
+from .ops import cached_attention, layer_place, uses_cache
 from .program import WRAPPER, Program
 from .verify import Stage
 
@@ -23,13 +23,14 @@ class OutlineLayers(Pass):
     """Move each layer's nodes into a submodule, which equal layers share.
 
     1. A layer consists of the nodes that its module computes. torch.export leaves the module's path on each node, such
-       as `model.layers.3` around the attention of layer 3. Only the last node of a layer may be read from outside.
-       Nodes that compute sizes stay outside.
+       as `model.layers.3` around the attention of layer 3. The layers are the elements of the lists that contain
+       attention; some have another op with a state instead, or none. Only the last node of a layer may be read from
+       outside. Nodes that compute sizes stay outside.
     2. Two layers are equal if their ops, constants and connections are, and if the names of their tensors differ only
        in the layer's index. The index and the plan may differ: they become arguments.
-    3. The submodule takes `layer`, `plan`, and then the values and tensors that the layer reads, each once, in the
-       order of their first use. The placeholder of a tensor keeps the tensor's name, with `{layer}` in place of the
-       index, in `meta["tensor"]`.
+    3. The submodule takes `layer`, `plan` (None in a layer without attention), and then the values and tensors that the
+       layer reads, each once, in the order of their first use. The placeholder of a tensor keeps the tensor's name,
+       with `{layer}` in place of the index, in `meta["tensor"]`.
     4. If one layer cannot be moved like this, the whole graph stays as it is.
     """
 
@@ -66,16 +67,18 @@ class Region:
 
 def _find_regions(program: Program) -> list[Region]:
     """All layers in order, or none if one of them cannot be moved."""
+    owners = [layer_module(attention) for attention in cached_attentions(program)]
+    if len({*owners}) < len(owners):
+        return []
+    lists = {owner.rpartition(".")[0] for owner in owners if owner is not None}
     members: dict[str, list[Node]] = {}
-    for attention in cached_attentions(program):
-        owner = layer_module(attention)
-        if owner is None or owner in members or not owner.endswith(f".{attention.args[4]}"):
-            return []
-        members[owner] = []
     for node in program.graph.nodes:
-        owner = layer_module(node)
-        if owner in members and not isinstance(node.meta["val"], SymInt):
-            members[owner].append(node)
+        owner = layer_module(node) or ""
+        listed = owner.rpartition(".")[0] in lists
+        if uses_cache(node) and not (listed and owner.endswith(f".{node.args[layer_place(node)]}")):
+            return []
+        if listed and not isinstance(node.meta["val"], SymInt):
+            members.setdefault(owner, []).append(node)
     for nodes in members.values():
         inside = set(nodes)
         if any(user not in inside for node in nodes[:-1] for user in node.users):
@@ -125,8 +128,8 @@ def _structure(region: Region) -> Hashable:
 
     def encode_node(node: Node) -> Hashable:
         args, kwargs = list(node.args), dict(node.kwargs)
-        if node.target is cached_attention:
-            del args[4]
+        if uses_cache(node):
+            del args[layer_place(node)]
             kwargs.pop("plan", None)
         return node.target, encode(args), tuple((name, encode(value)) for name, value in sorted(kwargs.items()))
 
@@ -149,8 +152,9 @@ def _add_submodule(program: Program, region: Region, name: str) -> str:
         copies[node].meta["tensor"] = tensor
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        if uses_cache(node):
+            copies[node].update_arg(layer_place(node), layer)
         if node.target is cached_attention:
-            copies[node].update_arg(4, layer)
             copies[node].update_kwarg("plan", plan)
     graph.output(copies[region.nodes[-1]])
     program.graph_module.add_submodule(name, GraphModule(nn.Module(), graph))
@@ -159,10 +163,10 @@ def _add_submodule(program: Program, region: Region, name: str) -> str:
 
 def _replace(program: Program, region: Region, submodule: str) -> None:
     """Replace the region's nodes by a call of `submodule`."""
-    (attention,) = (node for node in region.nodes if node.target is cached_attention)
+    plan = next((node.kwargs.get("plan") for node in region.nodes if node.target is cached_attention), None)
     result = region.nodes[-1]
     with program.graph.inserting_after(result):
-        arguments = (region.layer, attention.kwargs.get("plan"), *region.values, *region.tensors)
+        arguments = (region.layer, plan, *region.values, *region.tensors)
         call = program.graph.call_module(submodule, arguments)
     call.meta["val"] = result.meta["val"]
     result.replace_all_uses_with(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.plan import CachePlan, StatePlan
 
 WRAPPER = "model."
 """The capture keeps the model in an attribute of this name, so module paths in a graph begin with it. Tensor names do
@@ -52,6 +53,12 @@ class AttentionSite:
     reason: str | None
     output: str | None = None
     module: str | None = None
+
+
+def attention_layers(sites: Sequence[AttentionSite]) -> tuple[int, ...]:
+    """The layers of `sites` as a `CachePlan` names them: none if they are the first ones."""
+    layers = tuple(site.layer for site in sites)
+    return () if layers == tuple(range(len(layers))) else layers
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,15 @@ class Program:
 
     `graph_module` returns the logits. It has one placeholder for each input (`input_ids`, `position_ids`, and after
     RewriteAttention also `cache`), for each weight and for each constant. `weights` maps the name of a placeholder to
-    the tensor's name in the checkpoint, and `constants` maps it to the constant. `plan` is set by BakePlan, which also
+    the tensor's name in the checkpoint, and `constants` maps it to the constant. `states` are those of the ops, besides
+    attention, that carry something from token to token. `plan` is set by BakePlan, which also
     puts each layer's part on the node of its attention. `history` names the passes that have run, in order.
     """
 
     graph_module: GraphModule
     weights: dict[str, str]
     constants: dict[str, Constant]
+    states: tuple[StatePlan, ...] = ()
     sites: list[AttentionSite] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     plan: CachePlan | None = None

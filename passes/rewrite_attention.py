@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .base import Pass
 from .locate_attention import markers
-from .ops import cached_attention
+from .ops import STATE_OPS, cached_attention, state_markers
 from .program import Program
 from .verify import Stage
 
@@ -20,6 +20,7 @@ class RewriteAttention(Pass):
     2. Layer, scale and soft cap stay constants of the node, and sinks stay an operand. The sliding window is dropped,
        because the plan of the cache has it.
     3. The sites refer to the new nodes.
+    4. Markers of other ops with a state become calls of the runtime's functions, which take the cache as well.
     """
 
     takes = Stage.CAPTURED
@@ -32,6 +33,9 @@ class RewriteAttention(Pass):
             cache = graph.placeholder("cache")
         renamed = {marker.name: _rewrite(marker, cache).name for marker in markers(graph)}
         program.sites = [dataclasses.replace(site, node=renamed[site.node]) for site in program.sites]
+        for marker in state_markers(graph):
+            marker.args = (*marker.args[:-2], cache, *marker.args[-2:])
+            marker.target = STATE_OPS[marker.target]
         return bool(renamed)
 
 

@@ -8,7 +8,7 @@ import operator
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from .ops import MARKER, cached_attention
+from .ops import MARKER, STATE_OPS, uses_cache
 from .program import Program
 
 
@@ -31,7 +31,7 @@ class VerificationError(ValueError):
 
 INPUTS = ("input_ids", "position_ids", "cache")
 PYTHON_FUNCTIONS = frozenset(
-    {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+    {operator.getitem, operator.add, operator.sub, operator.mul, operator.neg, operator.floordiv, operator.mod}
 )
 """Python functions that a graph may call, to take tuples apart and to compute sizes."""
 
@@ -67,9 +67,9 @@ def _verify_nodes(graph: Graph, stage: Stage) -> None:
 def _allowed(node: Node, stage: Stage) -> bool:
     if node.op == "call_module":
         return stage >= Stage.OUTLINED
-    if node.target is MARKER:
+    if node.target is MARKER or node.target in STATE_OPS:
         return stage < Stage.REWRITTEN
-    if node.target is cached_attention:
+    if uses_cache(node):
         return stage >= Stage.REWRITTEN
     if not isinstance(node.target, OpOverload):
         return node.target in PYTHON_FUNCTIONS

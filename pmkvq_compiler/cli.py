@@ -189,6 +189,12 @@ def _add_request(parser: argparse.ArgumentParser, defaults: CompileOptions) -> N
         help="sequences that the cache holds at the same time (default: %(default)s)",
     )
     parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="plan for vLLM, too: the budget is then also the size of its cache (--kv-cache-memory-bytes), in which as "
+        "many sequences take more, in pages and whole blocks",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,

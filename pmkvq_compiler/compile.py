@@ -89,7 +89,7 @@ def _compile(
     options: CompileOptions, onnx_export: ModuleType | None, steps: Steps, place: Place | None, signals: Signals
 ) -> CompileResult:
     source, program, max_len = captured(options, steps)
-    problem = resolve(options, program.sites, max_len, source.dtype)
+    problem = resolve(options, program.sites, max_len, source.dtype, program.states)
     if onnx_export is not None:
         onnx_export.check_expressible(program)
     if place is not None:
@@ -161,6 +161,11 @@ def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, in
     """The source model, its graph with every attention located, and the length in tokens that a sequence may have."""
     with steps("source"):
         source = open_source(options.model, options.dtype)
+        if options.serve and source.has_latent_attention:
+            raise UsageError(
+                f"{source.name} has latent attention, which vLLM keeps as latents and not in pages of keys and values; "
+                f"leave --serve out"
+            )
         max_len = _max_len(source, options)
     with steps("capture"):
         program = capture(source.config)

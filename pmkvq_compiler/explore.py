@@ -34,7 +34,8 @@ def explore(options: CompileOptions, budgets: Sequence[str], progress: Progress)
     steps = Steps(progress)
     source, program, max_len = captured(options, steps)
     problems = {
-        budget: resolve(replace(options, budget=budget), program.sites, max_len, source.dtype) for budget in budgets
+        budget: resolve(replace(options, budget=budget), program.sites, max_len, source.dtype, program.states)
+        for budget in budgets
     }
     largest = max(problems.values(), key=lambda problem: problem.budget or 0)
     with steps("calibrate"):

@@ -23,6 +23,8 @@ class CompileOptions:
     """Longest sequence, prompt and answer together."""
     batch_size: int = 1
     """Sequences that the cache holds at the same time."""
+    serve: bool = False
+    """Whether the budget also holds these sequences in vLLM, whose pages, rows and whole blocks take more."""
     recipe: str = "best"
     """A name in `recipes.RECIPES`."""
     bits: tuple[int, ...] | None = None

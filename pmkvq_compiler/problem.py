@@ -16,7 +16,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.recipes import Recipe, resolved
-from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
+from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS, StatePlan
 from pmkvq_compiler.runtime.quantize import WORD_BITS
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
@@ -26,10 +26,14 @@ class Problem:
     """A request for one model. Lengths are in tokens and sizes in bytes."""
 
     sites: tuple[AttentionSite, ...]
+    states: tuple[StatePlan, ...]
+    """The states that ops besides attention carry from token to token. No budget covers them."""
     dtype: torch.dtype
     """The dtype of the model's weights, and of the tokens in sink and window."""
     max_len: int
     batch_size: int
+    serve: bool
+    """Whether the budget is also that of vLLM's cache."""
     recipe_name: str
     recipe: Recipe
     """The named recipe, with the user's sink, window and block where they were given."""
@@ -52,9 +56,15 @@ class Problem:
         return cache_bytes_at_16_bits(self.sites, self.max_len, self.batch_size)
 
 
-def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: int, dtype: torch.dtype) -> Problem:
-    """Resolve `options` for a model of `dtype` whose attention layers are `sites`, with sequences of up to `max_len`
-    tokens. Raises `UsageError` for options that no cache can have."""
+def resolve(
+    options: CompileOptions,
+    sites: Sequence[AttentionSite],
+    max_len: int,
+    dtype: torch.dtype,
+    states: tuple[StatePlan, ...] = (),
+) -> Problem:
+    """Resolve `options` for a model of `dtype` whose attention layers are `sites` and whose other states are `states`,
+    with sequences of up to `max_len` tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
@@ -65,9 +75,11 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         )
     return Problem(
         sites=tuple(sites),
+        states=states,
         dtype=dtype,
         max_len=max_len,
         batch_size=options.batch_size,
+        serve=options.serve,
         recipe_name=options.recipe,
         recipe=recipe,
         bits=FINAL_BITS if options.bits is None else options.bits,
@@ -83,6 +95,11 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
 def _check_cache(options: CompileOptions, recipe: Recipe) -> None:
     if options.budget is None and recipe.quantizes:
         raise UsageError(f"recipe {options.recipe!r} needs a budget; give one, such as --budget 25%")
+    if options.serve and not recipe.quantizes:
+        raise UsageError(
+            f"--serve counts pages of quantized keys and values, and recipe {options.recipe!r} has none; leave one of "
+            f"them out"
+        )
     if recipe.block < WORD_BITS or recipe.block % WORD_BITS:
         raise UsageError(f"a block of {recipe.block} tokens is not a multiple of {WORD_BITS}; choose 64")
     if recipe.sink < 0 or not recipe.windows:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from pmkvq_compiler.passes.program import AttentionSite
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, original_bytes, sequence_bytes
+from pmkvq_compiler.passes.program import AttentionSite, attention_layers
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, StatePlan, original_bytes, sequence_bytes
 
 
 def exact_layer(site: AttentionSite, max_len: int, block: int, itemsize: int) -> LayerPlan:
@@ -36,15 +36,21 @@ def exact_layer(site: AttentionSite, max_len: int, block: int, itemsize: int) ->
 
 
 def exact_plan(
-    sites: Sequence[AttentionSite], max_len: int, batch_size: int, dtype: torch.dtype, block: int
+    sites: Sequence[AttentionSite],
+    max_len: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    block: int,
+    states: tuple[StatePlan, ...] = (),
 ) -> CachePlan:
-    """The plan that keeps every number of every layer in `dtype`."""
+    """The plan that keeps every number of every layer in `dtype`, beside the model's `states`."""
     exact = [exact_layer(site, max_len, block, dtype.itemsize) for site in sites]
     layers = tuple(
         replace(layer, arena_bytes=batch_size * sequence_bytes(layer, max_len, dtype.itemsize)) for layer in exact
     )
     reserved = sum(layer.arena_bytes for layer in layers)
-    return CachePlan("none", reserved, max_len, batch_size, str(dtype).removeprefix("torch."), layers)
+    name = str(dtype).removeprefix("torch.")
+    return CachePlan("none", reserved, max_len, batch_size, name, layers, attention_layers(sites), states)
 
 
 def cache_bytes_at_16_bits(sites: Sequence[AttentionSite], max_len: int, batch_size: int) -> int:

@@ -22,11 +22,12 @@ def cached_attention(
     """Causal attention of new tokens over the cached ones and themselves; the new tokens are appended to the cache.
 
     `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]; `cache.begin` was
-    called with the columns of each sequence that are tokens, the rest is padding. `sinks` [Hq] are logits that take
-    part in the softmax and carry no value. `key_rotation` [Hkv, key_head_dim, key_head_dim] rotates queries and keys
-    before anything else, so the cache holds rotated keys. Returns [B, Hq, S, value_head_dim] in the dtype of `q`;
-    padding columns hold zeros.
+    called with the columns of each sequence that are tokens, the rest is padding. `layer` is the layer's index in the
+    model. `sinks` [Hq] are logits that take part in the softmax and carry no value. `key_rotation` [Hkv, key_head_dim,
+    key_head_dim] rotates queries and keys before anything else, so the cache holds rotated keys. Returns [B, Hq, S,
+    value_head_dim] in the dtype of `q`; padding columns hold zeros.
     """
     if key_rotation is not None:
         q, k = rotate_heads(q, key_rotation), rotate_heads(k, key_rotation)
-    return cache.attention[layer].attend(q, k, v, cache.layers[layer], cache.new_tokens, scale, softcap, sinks)
+    place = cache.places[layer]
+    return cache.attention[place].attend(q, k, v, cache.layers[place], cache.new_tokens, scale, softcap, sinks)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .layer_cache import LayerCache
+from .records import state_row
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,18 @@ class NewTokens:
     def counts(self) -> list[int]:
         """New tokens of each sequence."""
         return [own.stop - own.start for own in self.columns]
+
+    def fill(self, width: int) -> bool:
+        """Whether all of a call's `width` columns are known to be tokens, in every sequence."""
+        return all(own.start == 0 and own.stop == width for own in self.columns)
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first column of each sequence's tokens, and their count [B]. Where a captured CUDA graph counts tokens,
+        its counts are meant."""
+        if self.state is not None:
+            return self.state[state_row("start")].long(), self.state[state_row("count")].long()
+        starts = [own.start for own in self.columns]
+        return torch.tensor(starts, device=device), torch.tensor(self.counts, device=device)
 
 
 class Attention(Protocol):

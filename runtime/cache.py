@@ -5,22 +5,22 @@ One thread at a time uses a cache. A change that breaks off is undone; where tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import Attention, NewTokens
-from .claims import Claims, Use
+from .claims import Claims, Use, claims
 from .errors import CacheFull, InputError
 from .inputs import whole_number, whole_numbers
 from .layer_cache import Counts, LayerCache
 from .plan import CachePlan, longest
 from .records import STATE, state_row, state_rows
 from .reference import REFERENCE
+from .states import StateStore
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,6 @@ class Change:
     @property
     def goes_on(self) -> bool:
         return self.use is not None and self.use.goes_on
-
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-Method = Callable[Concatenate["Cache", Arguments], Result]
-
-
-def _claims(to_read: bool = False) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
-    """A decorator for methods that claim the cache for as long as they run."""
-
-    def claiming(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
-        @wraps(method)
-        def claimed(cache: Cache, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            with cache.claims.claim(to_read):
-                return method(cache, *args, **kwargs)
-
-        return claimed
-
-    return claiming
 
 
 class Cache:
@@ -94,21 +75,24 @@ class Cache:
                 f"have within this artifact's budget; compile with a larger --max-len or --budget"
             )
         layers = [LayerCache(layer, batch_size, tokens, dtype, device) for layer in plan.layers]
-        self._hold(plan, tokens, layers, [0] * batch_size, attention)
+        states = StateStore(plan.states, batch_size, dtype, device)
+        self._hold(plan, tokens, layers, states, [0] * batch_size, attention)
 
     def _hold(
         self,
         plan: CachePlan,
         max_len: int,
         layers: list[LayerCache],
+        states: StateStore,
         length: list[int],
         attention: Sequence[Attention] | None = None,
     ) -> None:
         """Set every attribute, for layers that may hold tokens already."""
-        self.plan = plan
+        self.plan, self.places = plan, plan.places
         self.max_len = max_len
         self.batch_size = len(length)
         self.layers = layers
+        self.states = states
         self._length = length
         self.new_tokens = NewTokens([], None)
         """The tokens of the current call."""
@@ -127,7 +111,7 @@ class Cache:
         None where no layer's attention reads it."""
         self.attend_by([REFERENCE] * len(layers) if attention is None else attention)
 
-    @_claims()
+    @claims()
     def attend_by(self, attention: Sequence[Attention]) -> None:
         """Set the backends, one for each layer. Raises `InputError` in the middle of a call."""
         self._ready()
@@ -144,6 +128,11 @@ class Cache:
     @property
     def device(self) -> torch.device:
         return self.layers[0].arena.device
+
+    @property
+    def parts(self) -> list[LayerCache | StateStore]:
+        """What owns memory: the layers, and the states beside them."""
+        return [*self.layers, self.states]
 
     @property
     def length(self) -> list[int]:
@@ -164,8 +153,8 @@ class Cache:
 
     def note_change(self) -> None:
         """`begin_change` where no change broke off. It does not settle what only the device has counted."""
-        for layer in self.layers:
-            layer.overwritten = False
+        for part in self.parts:
+            part.overwritten = False
         counts = [layer.counts for layer in self.layers]
         self.change = Change(self.claims.current(), self._length, self.ahead, counts)
 
@@ -182,7 +171,7 @@ class Cache:
         if change.goes_on:
             raise InputError("this cache is in the middle of a call; use it again when that has ended")
         change = self.change = replace(change, use=None)  # its frame would keep the call's tensors alive
-        if change.ahead or any(layer.overwritten for layer in self.layers):
+        if change.ahead or any(part.overwritten for part in self.parts):
             raise InputError(
                 "this cache was interrupted in the middle of a call and holds half of it; reset() it or make a new one"
             )
@@ -192,7 +181,7 @@ class Cache:
         self.ahead = False
         self.change = None
 
-    @_claims(to_read=True)
+    @claims(to_read=True)
     def settle(self) -> None:
         """Count the tokens of steps that ran on the device alone, as if each had been a call.
 
@@ -214,8 +203,13 @@ class Cache:
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of all tensors that the cache owns: constant from its first token to its last."""
+        """Bytes of the tensors for keys and values: constant from the cache's first token to its last."""
         return sum(layer.arena.nbytes for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of layers without attention, which are fixed in size and not part of the budget."""
+        return self.states.nbytes
 
     @property
     def bytes_used(self) -> int:
@@ -262,20 +256,20 @@ class Cache:
         self._length = [length + count for length, count in zip(self._length, self.new_tokens.counts, strict=True)]
         self.end_change()
 
-    @_claims()
+    @claims()
     def reset(self) -> None:
         """Forget all tokens and start again at the widest codes, in the same memory."""
         if self.change is None:
             self.note_change()
         elif self.change.goes_on:
             self._ready()  # raises
-        for layer in self.layers:
-            layer.reset()
+        for part in self.parts:
+            part.reset()
         self._length = [0] * self.batch_size
         self.ahead = False
         self.end_change()
 
-    @_claims()
+    @claims()
     @torch.inference_mode()
     def reorder(self, sequences: Sequence[int]) -> None:
         """Let every sequence i hold what sequence `sequences[i]` held, as beam search needs.
@@ -290,12 +284,12 @@ class Cache:
                 f"for another number of them make a new cache with select"
             )
         self.begin_change()
-        for layer in self.layers:
-            layer.reorder(order)
+        for part in self.parts:
+            part.reorder(order)
         self._length = [self._length[sequence] for sequence in order]
         self.end_change()
 
-    @_claims(to_read=True)
+    @claims(to_read=True)
     def select(self, sequences: Sequence[int]) -> Cache:
         """A new cache of these sequences, in any number and order, within the same budget.
 
@@ -307,10 +301,11 @@ class Cache:
         chosen = Cache(self.plan, len(order), self.max_len, self.layers[0].keys.dtype, self.device, self.attention)
         for layer, source in zip(chosen.layers, self.layers, strict=True):
             layer.take(source, order)
+        chosen.states.take(self.states, order)
         chosen.length = [self._length[sequence] for sequence in order]
         return chosen
 
-    @_claims()
+    @claims()
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens of every sequence.
 
@@ -319,6 +314,11 @@ class Cache:
         """
         count = whole_number("count", count)
         self._ready()
+        if count and self.plan.states:
+            raise InputError(
+                f"{count:,} tokens cannot be taken back from this cache: its model has layers with a recurrent state, "
+                f"which is of all tokens at once; feed the tokens that you keep to a new cache"
+            )
         limit = min(layer.croppable(sequence) for layer in self.layers for sequence in range(self.batch_size))
         if not 0 <= count <= limit:
             raise InputError(
@@ -333,7 +333,7 @@ class Cache:
 
     # ---- copies: the plan, the arenas' bytes and the counts, in memory of their own ----
 
-    @_claims(to_read=True)
+    @claims(to_read=True)
     def to(self, device: str | torch.device) -> Cache:
         """A copy on another device, for a model there; this cache itself if it is on that device already.
 
@@ -361,7 +361,7 @@ class Cache:
             "a cache cannot be shared between processes; send it to one process, which pickles it, and go on there"
         )
 
-    @_claims(to_read=True)
+    @claims(to_read=True)
     def __copy__(self) -> Cache:
         return self._copy_on(self.device)
 
@@ -373,17 +373,19 @@ class Cache:
         twin = Cache.__new__(Cache)
         layers = [layer.copy_on(device) for layer in self.layers]
         attention = self.attention if device == self.device else None
-        twin._hold(self.plan, self.max_len, layers, list(self._length), attention)
+        twin._hold(self.plan, self.max_len, layers, self.states.copy_on(device), list(self._length), attention)
         return twin
 
-    @_claims(to_read=True)
+    @claims(to_read=True)
     def __getstate__(self) -> dict[str, Any]:
         """Without the backends: the model that uses the copy sets its own."""
         self._ready()
-        return {"plan": self.plan, "max_len": self.max_len, "layers": self.layers, "length": self._length}
+        names = ("plan", "max_len", "layers", "states")
+        return {**{name: getattr(self, name) for name in names}, "length": self._length}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._hold(**state)
+        states = state["states"].copy_on(state["layers"][0].arena.device)
+        self._hold(**{**state, "states": states})
 
     def _checked(self, sequences: Sequence[int]) -> list[int]:
         """`sequences` as a list of ints that are all among the cache's."""

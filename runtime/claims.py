@@ -7,9 +7,12 @@ whatever way. So no exception, wherever it is raised, leaves an object claimed f
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from threading import get_ident
 from types import FrameType, TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .errors import InputError
 
@@ -102,3 +105,22 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.claims.remove(self.use)
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Method = Callable[Concatenate[Any, Arguments], Result]
+
+
+def claims(to_read: bool = False) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
+    """A decorator for methods that claim their object, by its attribute `claims`, for as long as they run."""
+
+    def claiming(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
+        @wraps(method)
+        def claimed(owner: Any, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            with owner.claims.claim(to_read):
+                return method(owner, *args, **kwargs)
+
+        return claimed
+
+    return claiming

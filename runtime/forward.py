@@ -116,12 +116,13 @@ class Forward:
         return Cache(self.plan, batch_size, max_len, self.dtype, self.device, self.attention)
 
 
-def _shapes(plan: CachePlan) -> list[tuple[int, int, int, int | None]]:
+def _shapes(plan: CachePlan) -> tuple[Any, ...]:
     """What the model, not the plan, determines about every layer's cache."""
-    return [
+    shapes = [
         (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim, layer.sliding_window)
         for layer in plan.layers
     ]
+    return shapes, plan.places, plan.states
 
 
 def _own_columns(mask: Tensor) -> list[slice]:

@@ -26,7 +26,7 @@ import torch
 from .errors import ArtifactError
 from .plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "pmkvq.json"
 LARGEST_JSON = 64 << 20
 """A JSON file with more bytes is not read. The manifest of a model with 100,000 tensors has a tenth of this."""
@@ -337,7 +337,7 @@ def _check_names(manifest: Manifest) -> None:
         raise ArtifactError(f"{MANIFEST}: tensors must be those of the weights' files, each tensor once; {AGAIN}")
     if not 0 < manifest.vocab_size < 1 << 31:
         raise ArtifactError(f"{MANIFEST}: vocab_size {manifest.vocab_size} is not between 1 and 2^31 - 1; {AGAIN}")
-    if any(not 0 <= layer < len(manifest.plan.layers) for layer in manifest.key_rotations):
+    if not {*manifest.key_rotations} <= manifest.plan.places.keys():
         raise ArtifactError(f"{MANIFEST}: key_rotations names layers that the plan does not have; {AGAIN}")
 
 
@@ -355,8 +355,26 @@ def _check_plan(plan: CachePlan) -> None:
             fault = f"arena_bytes {layer.arena_bytes:,} cannot hold {plan.batch_size} x {plan.max_len:,} tokens"
         if fault is not None:
             raise ArtifactError(f"{MANIFEST}: plan: layers[{number}]: {fault}; {AGAIN}")
+    fault = _fault_of_states(plan, itemsize)
+    if fault is not None:
+        raise ArtifactError(f"{MANIFEST}: plan: {fault}; {AGAIN}")
     if plan.arena_bytes > plan.budget:
         raise ArtifactError(f"{MANIFEST}: plan: layers take more than the budget of {plan.budget:,} bytes; {AGAIN}")
+
+
+def _fault_of_states(plan: CachePlan, itemsize: int) -> str | None:
+    """What is wrong with the places of a plan's layers and states, if anything."""
+    indices = list(plan.attention_layers)
+    if indices and (len(indices) != len(plan.layers) or indices != sorted({*indices}) or indices[0] < 0):
+        return "attention_layers must be the rising indices of all its layers"
+    if len({(state.layer, state.index) for state in plan.states}) < len(plan.states):
+        return "states must each have a place of their own"
+    for state in plan.states:
+        if min(state.layer, state.index) < 0 or not state.shape or min(state.shape) < 1:
+            return "states must have a place and a shape"
+        if state.nbytes(itemsize) > LARGEST_INTEGER:
+            return "states must fit a machine's memory"
+    return None
 
 
 def _fault(layer: LayerPlan) -> str | None:

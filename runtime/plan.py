@@ -6,6 +6,7 @@ Everything that counts bytes is here, once: the planner chooses with these funct
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,10 +64,30 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class StatePlan:
+    """A state that an operation carries from token to token: a tensor of `shape` for each sequence, of any length.
+
+    It is the state `index` (from 0 on) of the model's layer `layer`. `float32` says that the model keeps it in float32;
+    otherwise it is in the model's own dtype.
+    """
+
+    layer: int
+    index: int
+    shape: tuple[int, ...]
+    float32: bool
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes for one sequence, where numbers of the model's own dtype take `itemsize` bytes."""
+        return math.prod(self.shape) * (max(4, itemsize) if self.float32 else itemsize)
+
+
+@dataclass(frozen=True)
 class CachePlan:
-    """The caches of all layers, made for `batch_size` sequences of `max_len` tokens within `budget` bytes.
+    """The caches of all attention layers, made for `batch_size` sequences of `max_len` tokens within `budget` bytes.
 
     `dtype` names the model's own dtype ("float32", "bfloat16", "float16"), in which sink and window are kept.
+    `attention_layers` are the indices in the model of the layers with attention; it is empty if all layers have one.
+    `states` are fixed in size and not part of the budget.
     """
 
     recipe: str
@@ -75,10 +96,22 @@ class CachePlan:
     batch_size: int
     dtype: str
     layers: tuple[LayerPlan, ...]
+    attention_layers: tuple[int, ...] = ()
+    states: tuple[StatePlan, ...] = ()
 
     @property
     def arena_bytes(self) -> int:
         return sum(layer.arena_bytes for layer in self.layers)
+
+    @property
+    def places(self) -> dict[int, int]:
+        """For the index in the model of each layer with attention, its place in `layers`."""
+        indices = self.attention_layers or range(len(self.layers))
+        return {index: place for place, index in enumerate(indices)}
+
+    def state_bytes(self, itemsize: int, batch_size: int | None = None) -> int:
+        """Bytes of all states of `batch_size` sequences (by default the plan's), for a model's dtype of `itemsize`."""
+        return (batch_size or self.batch_size) * sum(state.nbytes(itemsize) for state in self.states)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -88,7 +121,9 @@ class CachePlan:
         def layer(entry: dict[str, Any]) -> LayerPlan:
             return LayerPlan(**{**entry, "stages": tuple((key, value) for key, value in entry["stages"])})
 
-        return cls(**{**data, "layers": tuple(layer(entry) for entry in data["layers"])})
+        states = (StatePlan(**{**entry, "shape": tuple(entry["shape"])}) for entry in data.get("states", ()))
+        own = {"attention_layers": tuple(data.get("attention_layers", ())), "states": tuple(states)}
+        return cls(**{**data, "layers": tuple(layer(entry) for entry in data["layers"]), **own})
 
 
 def block_bytes(layer: LayerPlan, key_bits: int, value_bits: int) -> int:

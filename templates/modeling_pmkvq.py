@@ -106,9 +106,12 @@ class PmkvqCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether a crop restores the cache exactly: it undoes no lowering, and what left a sliding window is lost."""
+        """Whether a crop restores the cache exactly: it undoes no lowering, what left a sliding window is lost, and a
+        recurrent state is of all tokens at once."""
         plans = [layer.plan for layer in self.cache.layers]
-        return not any(plan.quantized or plan.sliding_window is not None for plan in plans)
+        return not self.cache.plan.states and not any(
+            plan.quantized or plan.sliding_window is not None for plan in plans
+        )
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -366,10 +369,11 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
     def _check_assisted(self, past: PmkvqCache | None) -> None:
         """Raises `ValueError` where drafted tokens that turn out wrong could not be taken back without a trace."""
         if not (self.new_cache(1, 1) if past is None else past).is_croppable:
+            advice = "" if self.compiled.plan.states else ", or compile with --recipe none"
             raise ValueError(
                 "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) requires a "
-                "cache that can be cropped, which one that quantizes or has a sliding window cannot; generate without "
-                "it, or compile with --recipe none"
+                "cache that can be cropped, which one that quantizes, or has a sliding window or a recurrent state, "
+                f"cannot; generate without it{advice}"
             )
 
 

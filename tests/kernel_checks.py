@@ -8,6 +8,7 @@ They run on a GPU, and anywhere in Triton's interpreter, for which Triton must b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from pmkvq_compiler.emit.kernel_source import kernel_source, tuning_table
@@ -248,14 +250,25 @@ SMALL = [
 
 
 def repair_interpreter() -> None:
-    """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses."""
-    original = interpreter._patch_lang_tensor
+    """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses, and keep it
+    from searching all of `triton.language` at each call of a function within a kernel: the kernel has patched it."""
+    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
 
     def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    @functools.cache
+    def languages(function: Any) -> list[ModuleType]:
+        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
+
+    def patch_once(function: Any) -> Any:
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
+
     interpreter._patch_lang_tensor = patch
+    interpreter._patch_lang = patch_once
 
 
 if __name__ == "__main__":

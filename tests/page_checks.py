@@ -227,6 +227,7 @@ SMALL = [
     PagedCase(Case(sliding_window=100, window=64, softcap=5.0, has_sinks=True), ((90, 240), (1, 1), (70, 1), (1, 60))),
     PagedCase(Case(sliding_window=70, head_dim=80), ((90, 1), (1, 65), (50, 1), (1, 1)), exact=True),
     PagedCase(Case(dtype=torch.float32, key_bits=8), ((100, 1), (1, 90))),
+    PagedCase(Case(sink=70, window=64, sliding_window=100), ((163, 20), (1, 143), (2, 1), (1, 2))),
 ]
 """For the interpreter, which is slow."""
 

@@ -24,7 +24,7 @@ pmkvq_compiler.explore
     explore(options: CompileOptions, budgets: Sequence[str], progress: Progress) -> list[Explored]
     Explored(budget: str, arena_bytes: int | None = None, true_bits: float | None = None, predicted_loss: float | None = None) -> None
 pmkvq_compiler.options
-    CompileOptions(model: str, output: Path, budget: str | None = None, max_len: int | None = None, batch_size: int = 1, recipe: str = best, bits: tuple[int, ...] | None = None, sink: int | None = None, window: int | None = None, block: int | None = None, calib: str = builtin, calib_samples: int = 4, calib_len: int = 1024, effective_len: int | None = None, device: str = auto, dtype: str = auto, aot: tuple[str, ...] = (), onnx: bool = False, dump_passes: Path | None = None, dry_run: bool = False, force: bool = False) -> None
+    CompileOptions(model: str, output: Path, budget: str | None = None, max_len: int | None = None, batch_size: int = 1, serve: bool = False, recipe: str = best, bits: tuple[int, ...] | None = None, sink: int | None = None, window: int | None = None, block: int | None = None, calib: str = builtin, calib_samples: int = 4, calib_len: int = 1024, effective_len: int | None = None, device: str = auto, dtype: str = auto, aot: tuple[str, ...] = (), onnx: bool = False, dump_passes: Path | None = None, dry_run: bool = False, force: bool = False) -> None
 pmkvq_compiler.cli
     main(argv: Sequence[str] | None = None) -> int
 pmkvq_compiler.errors
@@ -40,6 +40,7 @@ pmkvq_compiler.runtime
     Cache.bits: list[tuple[int, int]]
     Cache.bytes_reserved: int
     Cache.bytes_used: int
+    Cache.state_bytes: int
     Cache.device: torch.device
     Cache.length: list[int]
     Cache.crop(self, count: int) -> None
@@ -47,7 +48,7 @@ pmkvq_compiler.runtime
     Cache.reset(self) -> None
     Cache.select(self, sequences: Sequence[int]) -> Cache
     Cache.to(self, device: str | torch.device) -> Cache
-    CachePlan(recipe: str, budget: int, max_len: int, batch_size: int, dtype: str, layers: tuple[LayerPlan, ...]) -> None
+    CachePlan(recipe: str, budget: int, max_len: int, batch_size: int, dtype: str, layers: tuple[LayerPlan, ...], attention_layers: tuple[int, ...] = (), states: tuple[StatePlan, ...] = ()) -> None
     CachePlan.to_json(self) -> dict[str, Any]
     CachePlan.from_json(data: dict[str, Any]) -> CachePlan
     LayerPlan(num_key_value_heads: int, key_head_dim: int, value_head_dim: int, key_bits: int, value_bits: int, key_axis: KeyAxis, sink: int, window: int, block: int, sliding_window: int | None, stages: tuple[tuple[int, int], ...], arena_bytes: int) -> None
@@ -75,6 +76,7 @@ MODEL
 --budgets LIST = ()
 --max-len N
 --batch-size N = 1
+--serve
 -o --output OUT
 --force
 --recipe RECIPE = best

@@ -164,6 +164,7 @@ class Bench:
         program = capture(self.source.config)
         run_passes(program, [LocateAttention()])
         self.sites: list[AttentionSite] = program.sites
+        self.states = program.states
         self.calib = arguments.calib or self._own_calibration()
         self.items = sorted(self._items(), key=lambda item: len(item.prompt) + len(item.chain))[-arguments.count :]
         self.max_len = arguments.max_len or max(len(item.prompt) + len(item.chain) for item in self.items)
@@ -250,7 +251,7 @@ class Bench:
         """The plan that a compile with this recipe would choose, and the calibration that it is based on. Recipes that
         measure the same share a calibration. Raises `CompileError` where no plan fits the budget."""
         options = self._options(recipe, effective_len)
-        problem = resolve(replace(options, budget=budget), self.sites, self.max_len, self.source.dtype)
+        problem = resolve(replace(options, budget=budget), self.sites, self.max_len, self.source.dtype, self.states)
         check_feasible(problem)
         measured = replace(RECIPES[recipe], progressive=True, per_layer=True, exact_layers=True)
         if (measured, effective_len) not in self.calibrations:

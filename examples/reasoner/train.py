@@ -1,7 +1,8 @@
 """Train the small reasoner of the quality benchmark: `python examples/reasoner/train.py --minutes 5` on a GPU.
 
 A Llama of 3 million parameters learns to work out ledgers (`problems.py`). Longer ledgers are added when the longest
-ones so far are nearly learnt. Muon trains the matrices, AdamW everything else.
+ones so far are nearly learnt. Muon trains the matrices, AdamW everything else. `--architecture hybrid` trains another
+model, in which one layer in four has attention and the others have a gated delta rule.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import time
 from collections.abc import Iterator
 from multiprocessing import Value
 from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from problems import MODEL, character_tokenizer, ledger, most_entries, token_ids
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT = 4096
 TOKENS_A_BATCH = 16 * CONTEXT
@@ -27,6 +29,23 @@ LEARNT = 0.02
 """Longer ledgers are added when the loss of the longest ones so far is below this (nats a token)."""
 
 IGNORED = -100
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 6, "attention_bias": True}),
+    "hybrid": (
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 8,
+            "head_dim": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
+}
+"""The model type of each architecture, and its configuration beside what all of them share. Every fourth layer of the
+hybrid has attention."""
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
@@ -56,26 +75,27 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         return prompt + chain + [tokenizer.pad_token_id] * padding, labels
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast, architecture: str = "llama") -> PreTrainedModel:
     """The reasoner with random weights, float32."""
-    config = LlamaConfig(
+    model_type, own = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=384,
-        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
-        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **own,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def train(model: LlamaForCausalLM, minutes: float, workers: int) -> None:
+def train(model: PreTrainedModel, minutes: float, workers: int) -> None:
     started, seconds, level = time.time(), 60 * minutes, Value("i", 0)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -109,7 +129,7 @@ def train(model: LlamaForCausalLM, minutes: float, workers: int) -> None:
 
 
 @torch.no_grad()
-def exact(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
+def exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, entries: int, problems: int, seed: int) -> float:
     """The share of problems whose greedy chain is right in every character, found by teacher forcing."""
     rng, right = random.Random(seed), 0
     for _ in range(problems):
@@ -124,12 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--workers", type=int, default=12, help="processes that write ledgers (%(default)s)")
+    parser.add_argument("--architecture", default="llama", choices=ARCHITECTURES, help="(%(default)s)")
     parser.add_argument("--output", default=MODEL, help="folder to write (%(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = character_tokenizer()
-    model = new_model(tokenizer).to(device)
+    model = new_model(tokenizer, arguments.architecture).to(device)
     train(model, arguments.minutes, arguments.workers)
     model.to(torch.bfloat16).eval()
     for entries in (most_entries(length) for length in LENGTHS[-3:]):

@@ -42,11 +42,9 @@ class LayerOutputs:
 
 def layer_outputs(model: PreTrainedModel, sites: Sequence[AttentionSite], input_ids: Tensor) -> LayerOutputs:
     """Run `model` in float32 on the first tokens of `input_ids` [1, S]; it must be loaded with `ATTENTION`."""
-    modules = {site.layer: site.module for site in sites if site.module is not None}
+    modules = _layer_modules(model, sites)
     scores: dict[int, Tensor] = {}
     hidden: dict[int, Tensor] = {}
-    if len({*modules.values()}) < len(sites):
-        modules = {}
 
     def keep_scores(call: AttentionCall) -> None:
         if modules:
@@ -68,6 +66,17 @@ def layer_outputs(model: PreTrainedModel, sites: Sequence[AttentionSite], input_
             stack.callback(module.register_forward_hook(keep_hidden(layer)).remove)
         logits = run(model, input_ids, positions, QUERIES)[0].cpu()
     return LayerOutputs(logits, scores, hidden)
+
+
+def _layer_modules(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> dict[int, str]:
+    """The paths of the modules of all layers, with and without attention, by the layers' indices; empty if the model's
+    layers are not one list."""
+    paths = {site.module for site in sites if site.module is not None}
+    lists = {path.rpartition(".")[0] for path in paths}
+    if len(paths) < len(sites) or len(lists) != 1:
+        return {}
+    (path,) = lists
+    return {int(name): f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()}
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Turns a canonical graph into the lines of a Python function.
 
 A value that is read once is written where it is read, as long as the line stays short. Every other value gets a name,
-after the module whose result it is (`q_proj`, `input_layernorm`) or else after its op. Only attention has side effects,
-so any other expression may move down to its reader.
+after the module whose result it is (`q_proj`, `input_layernorm`) or else after its op. Only ops that use the cache have
+side effects, so any other expression may move down to its reader.
 """
 
 from __future__ import annotations
@@ -23,9 +23,18 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from pmkvq_compiler.passes.ops import cached_attention
+from pmkvq_compiler.passes.ops import cached_attention, uses_cache
+from pmkvq_compiler.runtime import recurrence
 
 aten = torch.ops.aten
+
+CACHE_OPS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    cached_attention: ("attended", ("query", "key", "value")),
+    recurrence.causal_conv1d: ("convolved", ("channels",)),
+    recurrence.gated_delta_rule: ("recalled", ("query", "key", "value", "decay", "beta")),
+    recurrence.selective_scan: ("scanned", ("inputs", "step", "rate", "key", "query")),
+}
+"""Names for the result and the operands of each op that uses the cache."""
 
 RESERVED = frozenset(
     {
@@ -45,7 +54,7 @@ RESERVED = frozenset(
         "Weights",
         "annotations",
         "bind",
-        "cached_attention",
+        *(operation.__name__ for operation in CACHE_OPS),
         "hidden_states",
         "logits",
         "partial",
@@ -122,6 +131,7 @@ FUNCTIONS: dict[Any, str] = {
     aten.cat.default: "torch.cat",
     aten.cos.default: "torch.cos",
     aten.empty_like.default: "torch.empty_like",
+    aten.exp.default: "torch.exp",
     aten.gelu.default: "F.gelu",
     aten.histc.default: "torch.histc",
     aten.linear.default: "F.linear",
@@ -132,6 +142,7 @@ FUNCTIONS: dict[Any, str] = {
     aten.silu.default: "F.silu",
     aten.sin.default: "torch.sin",
     aten.slice_scatter.default: "torch.slice_scatter",
+    aten.softplus.default: "F.softplus",
     aten.stack.default: "torch.stack",
     aten.tanh.default: "torch.tanh",
 }
@@ -224,24 +235,25 @@ def _size(node: Node, render: Render) -> Expression:
     return Expression(f"{render(node.args[0]).within(ATOM)}.shape[{node.args[1]}]")
 
 
-def _attention(node: Node, render: Render) -> Expression:
+def _cache_op(node: Node, render: Render) -> Expression:
     """`plan` is left out, because the cache has it."""
     kwargs = {name: value for name, value in node.kwargs.items() if name != "plan" and value is not None}
-    return Expression(f"cached_attention({_arguments(node.args, kwargs, render)})")
+    return Expression(f"{node.target.__name__}({_arguments(node.args, kwargs, render)})")
 
 
 SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
+    **dict.fromkeys(CACHE_OPS, _cache_op),
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,
     aten.mean.dim: _reduction("mean"),
     aten.neg.default: _negation,
+    operator.neg: _negation,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.sum.dim_IntList: _reduction("sum"),
     aten.sym_size.int: _size,
     aten.to.dtype: _cast,
-    cached_attention: _attention,
     operator.getitem: _getitem,
 }
 
@@ -287,7 +299,7 @@ class Body:
             expression = render_call(node, self.render)
         self.expressions[node] = expression
         self.waiting.add(node)
-        attends = any(one.target is cached_attention for one in (node, *node.users))
+        attends = uses_cache(node) or any(one.target is cached_attention for one in node.users)
         if attends or _reads(node) != 1:
             self.state(node)
 
@@ -305,10 +317,11 @@ class Body:
     def _hint(self, node: Node) -> str:
         """A name that a reader would expect for the value of `node`."""
         for user in node.users:
-            if user.target is cached_attention and node in user.args[:3]:
-                return ("query", "key", "value")[user.args.index(node)]
-        if node.target is cached_attention:
-            return "attended"
+            _, operands = CACHE_OPS.get(user.target, ("", ()))
+            if node in user.args[: len(operands)]:
+                return operands[user.args.index(node)]
+        if uses_cache(node):
+            return CACHE_OPS[node.target][0]
         if node.target is aten.sym_size.int:
             return ("batch", "sequence")[node.args[1]]
         if isinstance(node.meta["val"], torch.SymInt):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from pmkvq_compiler.emit.expressions import LINE, MODEL_DTYPE, Body, Expression, wrap
+from pmkvq_compiler.passes.ops import STATE_OPS
 from pmkvq_compiler.passes.outline_layers import LAYER, layer_module
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.templates import render
@@ -59,6 +60,7 @@ def model_source(program: Program) -> str:
         vocab_size=vocab_size(program),
         uses_math="math." in text,
         uses_torch="torch." in text,
+        state_ops=[name for name in sorted(one.__name__ for one in STATE_OPS.values()) if f"{name}(" in text],
     )
 
 

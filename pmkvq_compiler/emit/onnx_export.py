@@ -73,6 +73,11 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> l
 
 def check_expressible(program: Program) -> None:
     """Raises `CompileError` if a captured program has an op that is known to have no equivalent in ONNX."""
+    if program.states:
+        raise CompileError(
+            "the model has layers with a recurrent state (a short convolution or a linear recurrence), which this "
+            "compiler does not write into ONNX models; compile it without --onnx"
+        )
     if program.graph.find_nodes(op="call_function", target=torch.ops.aten._grouped_mm.default):
         raise CompileError(
             "the model multiplies each token by the matrices of its experts (aten::_grouped_mm), for which ONNX has no "

@@ -20,7 +20,7 @@ from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.names import in_markdown, one_line, project_name
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.runtime.manifest import MANIFEST
+from pmkvq_compiler.runtime.manifest import DTYPES, MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
 from pmkvq_compiler.source.source import Source
 from pmkvq_compiler.templates import read, render
@@ -45,6 +45,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "metadata": _card_metadata(source),
         "architecture": _architecture(source),
         "plan": plan,
+        "state_bytes": plan.state_bytes(DTYPES[plan.dtype].itemsize),
     }
     target = folder / package
     target.mkdir(parents=True)

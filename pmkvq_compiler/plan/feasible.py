@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.plan.charged import charged_bytes, share_of
 from pmkvq_compiler.plan.layer_plans import candidate_plans
 from pmkvq_compiler.problem import Problem
-from pmkvq_compiler.runtime.plan import LayerPlan
 
 
 def check_feasible(problem: Problem) -> None:
     """Raises `CompileError` if even the smallest plan is over the budget. This needs no calibration."""
-    smallest = smallest_bytes(candidate_plans(problem), problem.recipe.per_layer)
+    smallest = smallest_bytes(problem)
     if problem.budget is not None and problem.budget < smallest:
         mebibytes = math.ceil(smallest / 2**20 * 100) / 100
         raise CompileError(
@@ -23,8 +23,9 @@ def check_feasible(problem: Problem) -> None:
         )
 
 
-def smallest_bytes(layers: Sequence[Sequence[LayerPlan]], per_layer: bool) -> int:
+def smallest_bytes(problem: Problem) -> int:
     """The bytes of the smallest plan. Unless layers may differ (`per_layer`), all of them take the same choice."""
-    if per_layer:
-        return sum(min(plan.arena_bytes for plan in layer) for layer in layers)
-    return min(sum(plan.arena_bytes for plan in row) for row in zip(*layers, strict=True))
+    layers = candidate_plans(problem)
+    if problem.recipe.per_layer:
+        return charged_bytes(problem, [min(layer, key=partial(share_of, problem)) for layer in layers])
+    return min(charged_bytes(problem, row) for row in zip(*layers, strict=True))

@@ -7,7 +7,7 @@ which CBC solves as an integer program through PuLP.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pulp
@@ -20,27 +20,32 @@ SOLVER_SECONDS, GAP = 20, 1e-7
 OBJECTIVE_SCALE = 1e6
 
 
-def choose(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate]:
-    """Choose one candidate for each layer, of least total sensitivity, with at most `budget` bytes in total.
+def choose(
+    layers: Sequence[Sequence[Candidate]], budget: int, taken: Callable[[Sequence[Candidate]], int]
+) -> list[Candidate]:
+    """Choose one candidate for each layer, of least total sensitivity, that have `taken` at most `budget` bytes.
 
-    Bytes are divided by their common divisor, so that the program has small exact integers. The solver has a tolerance,
-    so the sum is checked afterwards; if it is over the budget, the program is solved again for a smaller one.
+    The program adds up sizes, divided by their common divisor, so that it has small exact integers. The solver has a
+    tolerance, and what is taken need not be the sum. So the choice is counted afterwards; while it is over the
+    budget, the program is solved again for less, by half of what was too much.
 
     Raises `CompileError` if the solver is missing or finds no solution.
     """
-    unit = math.gcd(*(candidate.plan.arena_bytes for layer in layers for candidate in layer))
+    unit = math.gcd(*(candidate.size for layer in layers for candidate in layer))
     alone = [
         Group(
-            np.array([candidate.plan.arena_bytes // unit for candidate in layer]),
+            np.array([candidate.size // unit for candidate in layer]),
             np.array([candidate.sensitivity for candidate in layer]),
             np.arange(len(layer), dtype=np.int32)[:, None],
         ).undominated()
         for layer in layers
     ]
-    capacity = budget // unit
-    groups = joined(alone, capacity)
-    while total_bytes(chosen := _chosen(layers, _solve_program(groups, capacity))) > budget:
-        capacity -= 1
+    smallest = sum(int(one.units.min()) for one in alone)
+    capacity = max(smallest, budget // unit)
+    while (found := taken(chosen := _chosen(layers, _solve_program(joined(alone, capacity), capacity)))) > budget:
+        if capacity <= smallest:
+            raise CompileError(f"no plan was found that takes {budget:,} bytes or less; give a larger --budget")
+        capacity = max(smallest, capacity - max(1, (found - budget) // 2 // unit))
     return chosen
 
 
@@ -90,11 +95,11 @@ def _solve_program(groups: Sequence[Group], capacity: int) -> list[int]:
 def undominated(layer: Sequence[Candidate]) -> list[Candidate]:
     """The candidates for which no other one is at most as large and at most as sensitive, smallest first."""
     kept: list[Candidate] = []
-    for candidate in sorted(layer, key=lambda c: (c.plan.arena_bytes, c.sensitivity)):
+    for candidate in sorted(layer, key=lambda c: (c.size, c.sensitivity)):
         if not kept or candidate.sensitivity < kept[-1].sensitivity:
             kept.append(candidate)
     return kept
 
 
 def total_bytes(chosen: Iterable[Candidate]) -> int:
-    return sum(candidate.plan.arena_bytes for candidate in chosen)
+    return sum(candidate.size for candidate in chosen)

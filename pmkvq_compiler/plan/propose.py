@@ -6,16 +6,18 @@ integer program is solved with several weightings of the losses, and each soluti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from numpy import interp
 
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.formats import Losses, by_code
-from pmkvq_compiler.plan.candidates import candidates
+from pmkvq_compiler.passes.program import attention_layers
+from pmkvq_compiler.plan.candidates import Candidate, candidates
+from pmkvq_compiler.plan.charged import charged_bytes
 from pmkvq_compiler.plan.feasible import check_feasible, smallest_bytes
 from pmkvq_compiler.plan.knapsack import choose, total_bytes, undominated
-from pmkvq_compiler.plan.layer_plans import candidate_plans
 from pmkvq_compiler.plan.solution import Solution
 from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.runtime.plan import CachePlan
@@ -78,12 +80,16 @@ def solve(problem: Problem, calibration: Calibration) -> Solution:
     check_feasible(problem)
     per_layer, budget = problem.recipe.per_layer, problem.budget
     if budget is None:
-        budget = smallest_bytes(candidate_plans(problem), per_layer)
+        budget = smallest_bytes(problem)
     layers = candidates(problem, calibration)
+
+    def taken(chosen: Sequence[Candidate]) -> int:
+        return charged_bytes(problem, [candidate.plan for candidate in chosen])
+
     if per_layer:
-        chosen = tuple(choose([undominated(layer) for layer in layers], budget))
+        chosen = tuple(choose([undominated(layer) for layer in layers], budget, taken))
     else:
-        chosen = max((row for row in zip(*layers, strict=True) if total_bytes(row) <= budget), key=total_bytes)
+        chosen = max((row for row in zip(*layers, strict=True) if taken(row) <= budget), key=total_bytes)
     plan = CachePlan(
         recipe=problem.recipe_name,
         budget=budget,
@@ -91,5 +97,7 @@ def solve(problem: Problem, calibration: Calibration) -> Solution:
         batch_size=problem.batch_size,
         dtype=str(problem.dtype).removeprefix("torch."),
         layers=tuple(candidate.plan for candidate in chosen),
+        attention_layers=attention_layers(problem.sites),
+        states=problem.states,
     )
     return Solution(plan, tuple((candidate.key, candidate.value) for candidate in chosen))

@@ -23,12 +23,14 @@ class Solution:
     @property
     def key_transforms(self) -> dict[int, Transform]:
         """The transforms of K, in the layers that have one."""
-        return {n: key.transform for n, (key, _) in enumerate(self.formats) if key and key.transform != "none"}
+        formats = zip(self.plan.places, self.formats, strict=True)
+        return {layer: key.transform for layer, (key, _) in formats if key and key.transform != "none"}
 
     @property
     def value_transforms(self) -> dict[int, Transform]:
         """The transforms of V, in the layers that have one."""
-        return {n: value.transform for n, (_, value) in enumerate(self.formats) if value and value.transform != "none"}
+        formats = zip(self.plan.places, self.formats, strict=True)
+        return {layer: value.transform for layer, (_, value) in formats if value and value.transform != "none"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Folds:
     @classmethod
     def of(cls, solution: Solution, calibration: Calibration) -> Folds:
         """The matrices that a plan's formats ask for."""
-        keys = {layer: key.transform for layer, (key, _) in enumerate(solution.formats) if key}
-        values = {layer: value.transform for layer, (_, value) in enumerate(solution.formats) if value}
+        formats = dict(zip(solution.plan.places, solution.formats, strict=True))
+        keys = {layer: key.transform for layer, (key, _) in formats.items() if key}
+        values = {layer: value.transform for layer, (_, value) in formats.items() if value}
         return cls(_chosen(calibration.key_matrices, keys), _chosen(calibration.value_matrices, values))
 
 

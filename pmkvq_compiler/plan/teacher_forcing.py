@@ -28,10 +28,10 @@ def progressive(
     Row b of a call's batch is a text that begins with a prompt of `prompt_lengths[b]` tokens, without padding.
     Quantization errors are multiplied by `magnified`.
     """
-    prompts = torch.tensor(prompt_lengths)
+    prompts, places = torch.tensor(prompt_lengths), plan.places
 
     def attention(call: AttentionCall) -> Tensor:
-        layer = plan.layers[call.layer]
+        layer = plan.layers[places[call.layer]]
         if not layer.quantized:
             return call.output()
         return _Layer(call, layer, plan, folds, magnified).attend(prompts.to(call.key.device))

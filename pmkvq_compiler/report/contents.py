@@ -15,6 +15,7 @@ from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.fold_value_transform import can_transform
 from pmkvq_compiler.passes.program import AttentionSite
+from pmkvq_compiler.plan.charged import FED_AT_ONCE
 from pmkvq_compiler.plan.rerank import Tried
 from pmkvq_compiler.plan.solution import Folds, PlanRow, plan_table
 from pmkvq_compiler.problem import Problem
@@ -35,9 +36,10 @@ class ReportRow(PlanRow):
 
 @dataclass(frozen=True)
 class Serving:
-    """What sequences of the longest length take in vLLM on one device, at the final bits: the bytes of a block, blocks
-    a sequence, and how much of that a GiB holds."""
+    """What sequences of the longest length take in vLLM on one device, at the final bits: the bytes of a cache that
+    holds the plan's sequences, those of a block, blocks a sequence, and how much of that a GiB holds."""
 
+    cache_bytes: int
     block_bytes: int
     blocks_per_sequence: int
     tokens_per_gib: int
@@ -71,6 +73,8 @@ class Report:
     serving: Serving | None
     """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
+    state_bytes: int | None = None
+    """What states of fixed size take beside the budget, in a model that has them."""
     check: dict[str, float] | None = None
     """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
@@ -114,23 +118,22 @@ def report_contents(
         original_bytes=problem.original_bytes,
         true_bits=16 * plan.arena_bytes / problem.original_bytes,
         predicted_loss=tried.loss,
-        serving=serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
+        serving=None if source.has_latent_attention else serving(plan),
         bytes_over_tokens=bytes_over_tokens(plan),
+        state_bytes=plan.state_bytes(problem.dtype.itemsize) if plan.states else None,
     )
-
-
-FED_AT_ONCE = 8192
-"""Tokens that vLLM feeds in a step unless told otherwise; only pages of sliding windows depend on it."""
 
 
 def serving(plan: CachePlan) -> Serving | None:
     """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
-    where nothing is quantized (and its caller knows the other case, latent attention)."""
+    where nothing is quantized, and in models with recurrent states (its caller knows a third case, latent
+    attention)."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
-    if all(layer.exact for layer in layers):
+    if plan.states or all(layer.exact for layer in layers):
         return None
     pool = pool_of(layers, plan.max_len)
     return Serving(
+        cache_bytes=pool.bytes_needed(plan.batch_size, plan.max_len, FED_AT_ONCE),
         block_bytes=pool.block_bytes,
         blocks_per_sequence=pool.blocks_per_sequence(plan.max_len, FED_AT_ONCE),
         tokens_per_gib=pool.tokens(1 << 30, plan.max_len, FED_AT_ONCE),

@@ -97,7 +97,11 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
             "nats a token at the final bits, with errors doubled; use it to compare budgets",
         ),
     ]
+    if report.state_bytes is not None:
+        states = f"for {report.batch_size} sequence(s) of any length, beside the budget"
+        found.append(("recurrent states", readable_bytes(report.state_bytes), states))
     if report.serving is not None:
+        found.append(("vLLM's cache", readable_bytes(report.serving.cache_bytes), f"for {tokens}, in whole blocks"))
         sequences = f"{report.serving.sequences_per_gib:,.1f} sequences of {report.max_len:,}, at the final bits"
         found.append(("tokens in a GiB of vLLM", f"{report.serving.tokens_per_gib:,}", sequences))
     return found

@@ -1,4 +1,5 @@
-"""Captures the model of a configuration as one FX graph, without weights, with a marker in place of each attention."""
+"""Captures the model of a configuration as one FX graph, without weights, with a marker in place of each attention and
+of each other op that carries a state from token to token."""
 
 from __future__ import annotations
 
@@ -22,11 +23,17 @@ from transformers import (
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.ops import MARKER
 from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
+from pmkvq_compiler.source.state_functions import has_state_functions, state_markers
+from pmkvq_compiler.source.token_mixing import check_mixing, number_states
 
 IMPLEMENTATION = "pmkvq"
 INPUTS = ("input_ids", "position_ids")
 HEAD_DIM_MULTIPLE = 8
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"})
+STATE_LAYERS = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
+OTHER_LAYERS = frozenset({"mlp", "moe"})
+"""The types of layers, by transformers' names for them, with attention, with another state, and with neither."""
+KNOWN = "causal or sliding-window attention, short convolutions, gated delta rule or Mamba"
 ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
 POSITIONS_TRIED = 1 << 20
 """The most positions at which an attention mask is compared with a plain sliding window."""
@@ -47,7 +54,8 @@ def capture(config: PretrainedConfig) -> Program:
     recorder = _AttentionRecorder()
     exported = _export(model.to("meta"), recorder)  # type: ignore[arg-type]
     program = _to_program(exported, model, buffers)
-    _check_graph(program.graph_module.graph, config)
+    program.states = number_states(program.graph, config.model_type)
+    _check_graph(program, config)
     _set_sliding_windows(program.graph_module.graph, recorder, config)
     return program
 
@@ -62,11 +70,11 @@ def _check_config(config: PretrainedConfig) -> None:
             f"{config.model_type} has layers with chunked attention, which the cache cannot represent; choose a "
             f"model with causal or sliding-window attention"
         )
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    others = sorted(set(_layer_types(config)) - ATTENTION_LAYERS - STATE_LAYERS - OTHER_LAYERS)
     if others:
         raise CompileError(
-            f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the keys and "
-            f"values of each token; choose a model in which all layers are attention layers"
+            f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the cache can "
+            f"hold; choose a model whose layers are {KNOWN}"
         )
     shared = getattr(text, "num_kv_shared_layers", None)
     if shared:
@@ -80,6 +88,12 @@ def _check_config(config: PretrainedConfig) -> None:
             f"{config.model_type} has RoPE of type {moving.pop()}, whose frequencies change with the length of the "
             f"text, so keys that are already cached would become wrong; choose another rope_type in config.json"
         )
+
+
+def _layer_types(config: PretrainedConfig) -> tuple[str, ...]:
+    """The types of the model's layers by transformers' names for them; empty if the configuration names none."""
+    text = config.get_text_config()
+    return tuple((getattr(text, "layer_types", None) or ())[: text.num_hidden_layers])
 
 
 def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
@@ -111,15 +125,10 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise CompileError(
             f"{config.model_type} cannot be built as a causal language model: {_brief(error)}; choose another model"
         ) from error
-    if model._is_stateful:
+    if (model._is_stateful or STATE_LAYERS & {*_layer_types(config)}) and not has_state_functions(model):
         raise CompileError(
-            f"{config.model_type} carries a recurrent state from token to token, which a KV cache cannot hold; choose "
-            f"a model in which all layers are attention layers"
-        )
-    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in _language_modules(model)):
-        raise CompileError(
-            f"{config.model_type} mixes neighbouring tokens with convolutions, whose state a KV cache cannot hold; "
-            f"choose a model in which all layers are attention layers"
+            f"{config.model_type} carries a recurrent state from token to token that the cache cannot hold; choose a "
+            f"model whose layers are {KNOWN}"
         )
     model.tie_weights()
     kept = set(model._keep_in_fp32_modules_strict or ())
@@ -165,7 +174,12 @@ class _AttentionRecorder:
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = module.layer_idx
+        if not isinstance(layer, int) or layer < 0:
+            raise CompileError(
+                f"the module {type(module).__name__} computes the attention of several layers, whose caches cannot be "
+                f"told apart; choose another model"
+            )
         unknown = sorted(
             name for name, value in others.items() if name not in self.IGNORED and value not in (None, False)
         )
@@ -199,7 +213,7 @@ def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedPro
     # A size of 1 would become a constant of the graph, and one tensor given twice would become one input.
     examples = tuple(torch.zeros(2, 7, dtype=torch.long, device="meta") for _ in INPUTS)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), state_markers(model):
             return torch.export.export(_LanguageModel(model), examples, strict=False, dynamic_shapes=(shape, shape))
     except CompileError:
         raise
@@ -259,22 +273,12 @@ def _literal(exported: ExportedProgram, name: str) -> Tensor:
     return value
 
 
-def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
-    """Refuse graphs that cannot work over a cache, because they mix tokens outside of attention or do not take their
-    positions from `position_ids`."""
-    model_type, count = config.model_type, config.get_text_config().num_hidden_layers
+def _check_graph(program: Program, config: PretrainedConfig) -> None:
+    """Refuse graphs that cannot work over a cache, because they mix tokens outside of attention and of known states, or
+    do not take their positions from `position_ids`."""
+    model_type, graph = config.model_type, program.graph
     markers = graph.find_nodes(op="call_function", target=MARKER)
-    layers = [marker.args[5] for marker in markers]
-    if len(set(layers)) < len(layers):
-        raise CompileError(
-            f"{model_type} computes attention {len(layers)} times in {count} layers, but the cache keeps the keys and "
-            f"values of one attention in each layer; choose another architecture"
-        )
-    if layers != list(range(count)):
-        raise CompileError(
-            f"{model_type} has {count} layers, but only {len(markers)} of them (layers {layers}) route their attention "
-            f"through transformers' AttentionInterface; choose a model in which all layers do"
-        )
+    _check_layers(program, [marker.args[5] for marker in markers], config)
     for marker in markers:
         for name, tensor in zip(("query and key", "value"), (marker.args[1], marker.args[2]), strict=True):
             head_dim = tensor.meta["val"].shape[-1]
@@ -284,18 +288,40 @@ def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
                     f"{HEAD_DIM_MULTIPLE}, so its codes cannot be packed; choose another model"
                 )
     sequence = markers[0].meta["val"].shape[2]
+    check_mixing(graph, model_type, sequence)
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if "conv" in str(node.target):
-            raise CompileError(
-                f"{model_type} mixes tokens outside of attention ({node.target}), whose state a KV cache cannot hold; "
-                f"choose another model"
-            )
         if node.target in ARANGES and str(node.meta["val"].shape[0]) == str(sequence):
             raise CompileError(
                 f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
                 f"continue from a cache; choose another model"
+            )
+
+
+def _check_layers(program: Program, layers: list[int], config: PretrainedConfig) -> None:
+    """Refuse graphs in which a layer with attention or with another state, by the configuration, has no marker."""
+    model_type, types = config.model_type, dict(enumerate(_layer_types(config)))
+    count = config.get_text_config().num_hidden_layers
+    attending = [layer for layer, kind in types.items() if kind in ATTENTION_LAYERS] if types else [*range(count)]
+    if len(set(layers)) < len(layers):
+        raise CompileError(
+            f"{model_type} computes attention {len(layers)} times in {len(attending)} layers, but the cache keeps the "
+            f"keys and values of one attention in each layer; choose another architecture"
+        )
+    if not attending:
+        raise CompileError(
+            f"{model_type} has no layer with attention, so it has no KV cache to quantize; choose a model that has one"
+        )
+    if layers != attending:
+        raise CompileError(
+            f"{model_type} has {len(attending)} layers, but only {len(layers)} of them (layers {layers}) route their "
+            f"attention through transformers' AttentionInterface; choose a model in which all layers do"
+        )
+    known = {state.layer for state in program.states}
+    for layer, kind in types.items():
+        if kind in STATE_LAYERS and layer not in known:
+            raise CompileError(
+                f"layer {layer} of {model_type} is of type {kind}, but carries its state through functions that this "
+                f"compiler does not know; choose another model"
             )
 
 
@@ -316,11 +342,6 @@ def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: Pre
                     f"window, so the cache cannot represent it: {reason}; choose another model"
                 ) from error
         marker.update_arg(6, windows[id(mask)])
-
-
-def _language_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules that process text, without towers for images or sound."""
-    return (model.get_decoder() or model).modules()
 
 
 def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:

@@ -44,11 +44,11 @@ def _same(value: Tensor, code: Tensor) -> bool:
     if value.shape != code.shape:
         return False
     shared = value.stride()[1:] == code.stride()[1:] or value.dtype != code.dtype
-    value, code = _first_column(value), _first_column(code)
-    return shared and torch.equal(value.to(code.dtype), code.to(value.dtype).to(code.dtype))
+    return shared and torch.equal(_rows(value).to(code.dtype), _rows(code).to(value.dtype).to(code.dtype))
 
 
-def _first_column(tensor: Tensor) -> Tensor:
+def _rows(tensor: Tensor) -> Tensor:
+    """The first number of each row, without a copy of the others."""
     while tensor.dim() > 1:
-        tensor = tensor[..., 0]
+        tensor = tensor[:, 0]
     return tensor

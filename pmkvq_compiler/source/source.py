@@ -167,6 +167,11 @@ class Source:
         """The number of positions that the model supports; None if its config sets no limit."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether vLLM would keep the model's latents, from which keys and values are made, and not these."""
+        return getattr(self.config, "kv_lora_rank", None) is not None
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer; None if the checkpoint has none. It is loaded at first use.

@@ -143,8 +143,7 @@ class Served:
         """
         if self.cache.num_gpu_blocks != blocks:
             return
-        needed = 1 + self.pool.blocks_per_sequence(self.max_len, self.in_flight)
-        needed += sum(group.blocks(self.max_len, 0) for group in self.pool.groups if group.kind == "rows")
+        needed = self.pool.bytes_needed(1, self.max_len, self.in_flight) // self.pool.block_bytes
         if blocks < needed:
             raise InputError(
                 f"a cache of {blocks:,} blocks of {self.pool.block_bytes:,} bytes does not hold the {needed:,} that a "

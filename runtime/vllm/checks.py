@@ -59,8 +59,13 @@ def prepare(config: VllmConfig) -> None:
     _check_vllm()
     artifact = artifact_of(config)
     artifact.check_files()
-    rotations_of(artifact)
     plan = artifact.manifest.plan
+    if plan.states and is_paged(plan):
+        raise InputError(
+            f"{artifact.folder} has layers with a recurrent state beside its attention, which the plan's pages in vLLM "
+            f"have no place for; serve the original model, or run the artifact by itself"
+        )
+    rotations_of(artifact)
     if not is_paged(plan):
         return
     _check_model(config, artifact)

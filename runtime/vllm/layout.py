@@ -126,6 +126,12 @@ class Pool:
     def blocks_per_sequence(self, max_len: int, in_flight: int) -> int:
         return sum(group.blocks(max_len, in_flight) for group in self.groups)
 
+    def bytes_needed(self, sequences: int, max_len: int, in_flight: int) -> int:
+        """Bytes in which so many sequences of `max_len` tokens fit at once, the last of which is being read: its rows
+        take their place twice. Block 0 is nobody's."""
+        rows = sum(group.blocks(max_len, 0) for group in self.groups if group.kind == "rows")
+        return self.block_bytes * (1 + sequences * self.blocks_per_sequence(max_len, in_flight) + rows)
+
     def sequences(self, pool_bytes: int, max_len: int, in_flight: int) -> float:
         """How many sequences of `max_len` tokens a pool of so many bytes holds while they decode."""
         return pool_bytes // self.block_bytes / self.blocks_per_sequence(max_len, in_flight)

@@ -207,13 +207,13 @@ class LayerPages:
         flat, end = queries.flatten(1, 2), first + count
         seen = 0 if plan.sliding_window is None else max(0, first - plan.sliding_window + 1)
         if layer.exact:
-            sink, blocks, recent = 0, range(0), seen
+            sink, blocks, recent = range(0), range(0), seen
         else:
-            sink = min(plan.sink, end) if seen < plan.sink else 0
+            sink = range(min(seen, plan.sink), min(plan.sink, end))  # a page that nobody sees may be another's
             quantized = (layer.quantized_until(end - 1) - plan.sink) // plan.block
             blocks = range(min(quantized, max(0, seen - plan.sink) // plan.block), quantized)
             recent = min(end, max(seen, layer.quantized_until(first)))  # a sink's own tokens are the sink
-        old = self._take(self.exact, step.page_table, plan.block, 0, sink) if sink else None
+        old = self._take(self.exact, step.page_table, plan.block, sink.start, sink.stop) if sink else None
         near_keys, near_values = self._as_they_are(step, recent, end)
         chunks = self._chunks(step, blocks)
         pieces = [] if old is None else [flat @ old[0].to(flat.dtype).transpose(1, 2)]
@@ -224,17 +224,17 @@ class LayerPages:
         weights = softmax(scores, visible, softcap, sinks).flatten(1, 2)
         out: Tensor = weights[..., weights.shape[-1] - near_values.shape[1] :] @ near_values.to(flat.dtype)
         if old is not None:
-            out += weights[..., :sink] @ old[1].to(flat.dtype)
-        done = sink
+            out += weights[..., : len(sink)] @ old[1].to(flat.dtype)
+        done = len(sink)
         for records in chunks:
             tokens = records.value_parameters.shape[1] * plan.block
             out += value_sums(weights[..., done : done + tokens], records)
             done += tokens
         return out.unflatten(1, (group, count))
 
-    def _visible(self, first: int, count: int, sink: int, blocks: range, recent: int) -> Tensor | None:
-        """Mask [count, T] of what each query sees of the sink, the blocks and the tokens from `recent` on; None where
-        all see all."""
+    def _visible(self, first: int, count: int, sink: range, blocks: range, recent: int) -> Tensor | None:
+        """Mask [count, T] of what each query sees of these tokens of the sink, the blocks and the tokens from `recent`
+        on; None where all see all."""
         plan, device = self.plan, self.pages.device
         if count == 1 and plan.sliding_window is None:
             return None
@@ -243,8 +243,8 @@ class LayerPages:
         near = torch.arange(recent, first + count, device=device)
         limits = [0 if self.layer.exact else self.layer.quantized_until(first + one) for one in range(count)]
         limit = torch.tensor(limits, device=device).unsqueeze(-1)
-        allowed = [torch.ones(count, sink, dtype=torch.bool, device=device), codes < limit, near >= limit]
-        positions = torch.cat([torch.arange(sink, device=device), codes, near])
+        allowed = [torch.ones(count, len(sink), dtype=torch.bool, device=device), codes < limit, near >= limit]
+        positions = torch.cat([torch.arange(sink.start, sink.stop, device=device), codes, near])
         visible = torch.cat(allowed, dim=1) & (positions <= queries.unsqueeze(-1))
         if plan.sliding_window is None:
             return visible

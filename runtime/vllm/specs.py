@@ -81,7 +81,6 @@ def spec_of(pool: Pool, number: int) -> KVCacheSpec:
         "head_size": width // 2,
         "head_size_v": width - width // 2,
         "dtype": torch.uint8,
-        "dcp_sharded": False,
         "group": number,
     }
     if group.kind == "rows":
@@ -125,10 +124,10 @@ class RowsManager(SlidingWindowManager):
         total_computed_tokens: int,
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-        prefill_end: int = 0,
+        **others: Any,
     ) -> int:
-        if apply_admission_cap:  # the whole request is asked about, not one step
+        """`others` are those that versions of vLLM differ in; they are passed by keyword."""
+        if others.get("apply_admission_cap"):  # the whole request is asked about, not one step
             return super().get_num_blocks_to_allocate(
                 request_id,
                 num_tokens,
@@ -136,8 +135,7 @@ class RowsManager(SlidingWindowManager):
                 total_computed_tokens,
                 num_local_computed_tokens,
                 num_tokens_main_model,
-                apply_admission_cap,
-                prefill_end,
+                **others,
             )
         required = -(-num_tokens // self.block_size)
         held, adopted = len(self.req_to_blocks.get(request_id, ())), 0

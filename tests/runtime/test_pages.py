@@ -15,7 +15,7 @@ from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, blocks_needed, sequence_bytes
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer, pool_of
-from pmkvq_compiler.runtime.vllm.pages import LayerPages, Step
+from pmkvq_compiler.runtime.vllm.pages import NOBODY, LayerPages, Step
 
 HEADS, GROUP, LENGTH = 2, 3, 233
 
@@ -51,6 +51,8 @@ PLANS = {
     "a window that is no multiple": layer_plan(window=50, sink=5, key_axis="channel"),
     "a sliding window": layer_plan(sliding_window=100, sink=0),
     "a sliding window with a sink": layer_plan(sliding_window=100, sink=6, window=40),
+    "a sliding window with a sink longer than a block": layer_plan(sliding_window=70, sink=70, window=40),
+    "a sliding window and channels": layer_plan(sliding_window=90, sink=33, window=40, key_axis="channel"),
     "a sliding window within the window": layer_plan(sliding_window=30, sink=0),
     "never quantized": layer_plan(stages=(), key_bits=32, value_bits=32, sink=0, window=LENGTH),
     "never quantized, sliding": layer_plan(
@@ -59,20 +61,25 @@ PLANS = {
 }
 
 
+POISON = 0xFF
+"""Of these bytes every number is a NaN."""
+
+
 class Paged:
-    """One layer in a pool whose blocks are handed out in a random order, for sequences of tables."""
+    """One layer in a pool whose blocks are handed out in a random order, for sequences of tables. Blocks are poisoned
+    until something is written into them, and again when no later token sees what they hold."""
 
     def __init__(self, plan: LayerPlan, sequences: int, seed: int = 0) -> None:
         self.layer = PagedLayer(plan, plan.num_key_value_heads, 4)
         self.pool = pool_of([self.layer], LENGTH)
         needed = [sequences * -(-LENGTH // group.block) for group in self.pool.groups]
-        memory = torch.randint(0, 256, (1 + sum(needed), self.pool.block_bytes), dtype=torch.uint8)
+        self.memory = torch.full((1 + sum(needed), self.pool.block_bytes), POISON, dtype=torch.uint8)
         handed = (torch.randperm(sum(needed), generator=torch.Generator().manual_seed(seed)) + 1).split(needed)
         tables = {g.kind: ids.chunk(sequences) for g, ids in zip(self.pool.groups, handed, strict=True)}
         self.page_tables, self.row_tables = tables["pages"], tables.get("rows", tables["pages"])
         rows = [group for group in self.pool.groups if group.kind == "rows"]
-        placed = (memory, 0, rows[0].block) if rows else ()
-        self.pages = LayerPages.of(self.layer, torch.float32, memory, 0, *placed)
+        placed = (self.memory, 0, rows[0].block) if rows else ()
+        self.pages = LayerPages.of(self.layer, torch.float32, self.memory, 0, *placed)
         self.lengths = [0] * sequences
 
     def step(self, tokens: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[int, Tensor]:
@@ -87,9 +94,20 @@ class Paged:
             self.pages.write_blocks(step)
         for sequence, step in steps.items():
             self.lengths[sequence] = step.end
-        return {
+        found = {
             sequence: self.pages.attend(tokens[sequence][0], step, 0.3, **ATTENTION) for sequence, step in steps.items()
         }
+        for sequence in steps:
+            self.take_back(sequence)
+        return found
+
+    def take_back(self, sequence: int) -> None:
+        """Blocks of what no later token of a sequence sees are somebody else's from now on."""
+        for group in self.pool.groups:
+            table = (self.page_tables if group.kind == "pages" else self.row_tables)[sequence]
+            gone = 0 if group.window is None else max(0, self.lengths[sequence] - group.window + 1) // group.block
+            self.memory[table[:gone]] = POISON
+            table[:gone] = NOBODY
 
 
 def fed(paged: Paged, q: Tensor, k: Tensor, v: Tensor, chunks: list[int]) -> Tensor:

@@ -17,10 +17,24 @@ from pmkvq_compiler.options import CompileOptions
 from tests.conftest import silent, token_lines
 from tests.models import tiny_folder
 
-from .engines import REASONER, SETTINGS, SHAPE, Served, ledger, most_entries, token_ids
+from .engines import (
+    REASONER,
+    SETTINGS,
+    SHAPE,
+    Alone,
+    Served,
+    all_free,
+    engine,
+    greedy,
+    ledger,
+    most_entries,
+    token_ids,
+)
 
-# One process, so that the scheduler can be looked at; the tests of servers start others.
+# One process, so that the scheduler can be looked at; the tests of servers start others. oneDNN would keep the last
+# 1,024 matrix products that it has compiled, 0.2 MB each, and memory would grow for an hour, whoever served.
 os.environ |= {**SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +62,23 @@ def served_tiny(tmp_path_factory: pytest.TempPathFactory) -> Served:
         return made[key]
 
     return compile_once
+
+
+@pytest.fixture(scope="session")
+def alone() -> Alone:
+    """`alone(artifact, prompts, new=24)`: what each prompt gives when it is the only one, fed at once."""
+    known: dict[str, list[int]] = {}
+
+    def ask(artifact: Path, prompts: list[list[int]], new: int = 24) -> list[list[int]]:
+        keys = [json.dumps([str(artifact), prompt, new]) for prompt in prompts]
+        unknown = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+        if unknown:
+            with engine(artifact, max_num_batched_tokens=2048) as llm:
+                known.update(zip(unknown, greedy(llm, [*unknown.values()], new, together=False), strict=True))
+                assert all_free(llm)
+        return [known[key] for key in keys]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from examples.reasoner.problems import ledger, most_entries, token_ids
 SETTINGS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 REASONER = Path(__file__).parent.parent.parent / "examples" / "reasoner"
 Served = Callable[..., Path]
+Alone = Callable[..., list[list[int]]]
 
 SHAPE = {
     "vocab_size": 192,

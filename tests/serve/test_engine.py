@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 from .engines import (
     ENGINE,
     REASONER,
+    Alone,
     Served,
     all_free,
     block_pool,
@@ -42,35 +43,65 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def alone(artifact: Path, prompts: list[list[int]], new: int = 24) -> list[list[int]]:
-    """What each prompt gives when it is the only one, fed at once."""
-    with engine(artifact, max_num_batched_tokens=2048) as llm:
-        found = greedy(llm, prompts, new, together=False)
-        assert all_free(llm)
-    return found
+CHUNKED = random_prompts((7, 40, 130, 513, 777, 64))
+FIRST = random_prompts((300, 513, 777, 64))
+LONGER = [[*prompt, *extra] for prompt, extra in zip(FIRST, random_prompts((40, 7, 130, 200)), strict=True)]
+BRANCHED = [prompt[:200] + extra for prompt, extra in zip(FIRST, random_prompts((90, 91, 92, 93)), strict=True)]
+SHARED = random_prompts((400,))[0]
+PROMPTS = [*CHUNKED, *FIRST, *LONGER, *BRANCHED, SHARED]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_chunks_and_company_do_not_change_the_text(served_tiny: Served, name: str) -> None:
-    artifact, prompts = served_tiny(**MODELS[name]), random_prompts((7, 40, 130, 513, 777, 64))
-    expected = alone(artifact, prompts)
-    for tokens_a_step in (64, 100, 512) if name == "narrow, K by token or channel" else (100,):
+def test_chunks_and_company_do_not_change_the_text(served_tiny: Served, alone: Alone, name: str) -> None:
+    artifact = served_tiny(**MODELS[name])
+    narrow = name == "narrow, K by token or channel"
+    expected = alone(artifact, PROMPTS if narrow else CHUNKED)[: len(CHUNKED)]
+    for tokens_a_step in (64, 100, 512) if narrow else (100,):
         with engine(artifact, max_num_batched_tokens=tokens_a_step) as llm:
-            assert greedy(llm, prompts) == expected, tokens_a_step
+            assert greedy(llm, CHUNKED) == expected, tokens_a_step
             assert all_free(llm)
 
 
-def test_prefix_hits_do_not_change_the_text(served_tiny: Served) -> None:
-    artifact = served_tiny()
-    first = random_prompts((300, 513, 777, 64))
-    longer = [[*prompt, *extra] for prompt, extra in zip(first, random_prompts((40, 7, 130, 200)), strict=True)]
-    branched = [prompt[:200] + extra for prompt, extra in zip(first, random_prompts((90, 91, 92, 93)), strict=True)]
-    expected = [alone(artifact, prompts) for prompts in (first, longer, branched)]
-    with engine(artifact, enable_prefix_caching=True) as llm:
-        for prompts, texts in zip((first, longer, branched, first), (*expected, expected[0]), strict=True):
-            assert greedy(llm, prompts) == texts
+class TestPrefixCache:
+    """One engine, whose cache is empty when a test begins."""
+
+    @pytest.fixture(scope="class")
+    def shared(self, served_tiny: Served) -> Iterator[Any]:
+        with engine(served_tiny(), enable_prefix_caching=True, max_num_batched_tokens=512) as llm:
+            yield llm
+
+    @pytest.fixture
+    def llm(self, shared: Any) -> Any:
+        assert shared.reset_prefix_cache()
+        return shared
+
+    def test_prefix_hits_do_not_change_the_text(self, llm: Any, served_tiny: Served, alone: Alone) -> None:
+        for prompts in (FIRST, LONGER, BRANCHED, FIRST):
+            assert greedy(llm, prompts) == alone(served_tiny(), prompts)
         assert all_free(llm)
-        assert hits(llm, branched) >= 3 * 128, "a prefix that ends inside of a prompt is found, too"
+        assert hits(llm, BRANCHED) >= 3 * 128, "a prefix that ends inside of a prompt is found, too"
+
+    def test_same_prompts_in_one_step_share_pages_that_are_filled_in_it(
+        self, llm: Any, served_tiny: Served, alone: Alone
+    ) -> None:
+        assert greedy(llm, [SHARED] * 4) == alone(served_tiny(), [SHARED]) * 4
+        assert all_free(llm)
+
+    def test_requests_that_are_aborted_leave_no_block_behind(self, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        core = llm.llm_engine
+        sampling = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, detokenize=False)
+        for number, prompt in enumerate(random_prompts()):
+            core.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        for step in range(6):
+            core.step()
+            core.abort_request([str(step)])
+        core.abort_request([str(number) for number in range(8)])
+        while core.has_unfinished_requests():
+            core.step()
+        core.step()
+        assert all_free(llm)
 
 
 def hits(llm: Any, prompts: list[list[int]]) -> int:
@@ -82,15 +113,7 @@ def hits(llm: Any, prompts: list[list[int]]) -> int:
     return sum(one.num_cached_tokens or 0 for one in llm.generate(asked, sampling, use_tqdm=False))
 
 
-def test_same_prompts_in_one_step_share_pages_that_are_filled_in_it(served_tiny: Served) -> None:
-    artifact, prompt = served_tiny(), random_prompts((400,))[0]
-    expected = alone(artifact, [prompt])[0]
-    with engine(artifact, enable_prefix_caching=True, max_num_batched_tokens=2048) as llm:
-        assert greedy(llm, [prompt] * 4) == [expected] * 4
-        assert all_free(llm)
-
-
-def test_preemption_does_not_change_the_text(served_tiny: Served) -> None:
+def test_preemption_does_not_change_the_text(served_tiny: Served, alone: Alone) -> None:
     """A pool that takes two short prompts, one while it is read, but not their answers."""
     artifact, prompts = served_tiny(window=64), random_prompts((150, 170))
     expected = alone(artifact, prompts, new=1000)
@@ -109,24 +132,6 @@ def preemptions(llm: Any) -> int:
     return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
 
 
-def test_requests_that_are_aborted_leave_no_block_behind(served_tiny: Served) -> None:
-    from vllm import SamplingParams
-
-    with engine(served_tiny(), enable_prefix_caching=True) as llm:
-        core = llm.llm_engine
-        sampling = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, detokenize=False)
-        for number, prompt in enumerate(random_prompts()):
-            core.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-        for step in range(6):
-            core.step()
-            core.abort_request([str(step)])
-        core.abort_request([str(number) for number in range(8)])
-        while core.has_unfinished_requests():
-            core.step()
-        core.step()
-        assert all_free(llm)
-
-
 def test_reported_capacity_is_what_the_plan_promised(served_tiny: Served) -> None:
     for name in ("narrow, K by token or channel", "sliding layers, soft cap"):
         artifact = served_tiny(**MODELS[name])
@@ -140,20 +145,48 @@ def test_reported_capacity_is_what_the_plan_promised(served_tiny: Served) -> Non
 
 
 def test_another_model_is_served_as_without_the_plugin(served_tiny: Served) -> None:
+    """And a plan that quantizes nothing as another model."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    with engine(served_tiny().parent / "source") as llm:
-        groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-        assert [type(group.kv_cache_spec) for group in groups] == [FullAttentionSpec]
-        greedy(llm, random_prompts((7, 40)))
+    artifact, found = served_tiny(recipe="none", budget=None), []
+    for model in (artifact.parent / "source", artifact):
+        with engine(model) as llm:
+            groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+            assert [type(group.kv_cache_spec) for group in groups] == [FullAttentionSpec]
+            found.append(greedy(llm, random_prompts((7, 130))))
+    assert found[0] == found[1]
 
 
-def test_a_plan_that_quantizes_nothing_is_served_as_another_model(served_tiny: Served) -> None:
-    artifact, prompts = served_tiny(recipe="none", budget=None), random_prompts((7, 130))
-    with engine(artifact) as llm:
-        found = greedy(llm, prompts)
-    with engine(artifact.parent / "source") as llm:
-        assert found == greedy(llm, prompts)
+def test_sequences_that_a_server_was_planned_for_decode_at_once_in_its_budget(served_tiny: Served) -> None:
+    """vLLM counts as the planner did: they all fit, and of one more it says that it does not."""
+    count, length = 5, 1000
+    artifact = served_tiny(budget="60%", max_len=length, batch_size=count, serve=True)
+    plan = runtime.open_artifact(artifact).manifest.plan
+    pool = pool_of(paged_layers(plan, 4), length)
+    needed = pool.bytes_needed(count, length, ENGINE["max_num_batched_tokens"])
+    assert plan.arena_bytes < needed <= plan.budget
+    options = {"max_model_len": length, "kv_cache_memory_bytes": needed, "disable_log_stats": False}
+    with engine(artifact, **options) as llm:
+        config = llm.llm_engine.vllm_config.cache_config
+        assert config.num_gpu_blocks * pool.block_bytes == needed
+        assert count * length <= config.kv_cache_size_tokens < (count + 1) * length
+        assert at_once(llm, random_prompts((length - 40,) * count), 40) == count
+        assert preemptions(llm) == 0
+        assert at_once(llm, random_prompts((length - 40,) * (count + 1)), 40) == count
+
+
+def at_once(llm: Any, prompts: list[list[int]], new: int) -> int:
+    """The most prompts that ran in one step and stayed, until all had `new` tokens."""
+    from vllm import SamplingParams
+
+    core, most = llm.llm_engine, 0
+    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts):
+        core.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    while core.has_unfinished_requests():
+        core.step()
+        most = max(most, len(core.engine_core.engine_core.scheduler.running))
+    return most
 
 
 # ---- the project's own reasoner, whose text means something ----

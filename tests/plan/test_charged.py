@@ -1,0 +1,35 @@
+"""Plans for a server, from the command line on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.errors import UsageError
+from pmkvq_compiler.options import CompileOptions
+from tests.conftest import silent, token_lines
+from tests.emit.test_emit import LATENT_ATTENTION
+from tests.models import tiny_folder
+
+
+def test_a_report_says_what_the_planned_sequences_take_in_vllm(tmp_path: Path) -> None:
+    source, calib = tiny_folder(tmp_path / "source", "llama"), token_lines(tmp_path / "tokens.jsonl")
+    options = CompileOptions(
+        str(source), tmp_path / "out", budget="60%", max_len=500, batch_size=4, serve=True, calib=str(calib),
+        calib_samples=2, calib_len=128, dry_run=True,
+    )  # fmt: skip
+    report = compile_model(options, silent).report
+    assert report.serving is not None
+    assert report.arena_bytes < report.serving.cache_bytes <= report.budget
+    assert "--serve" in report.command
+    assert json.loads(json.dumps(report.to_json()))["serving"]["cache_bytes"] == report.serving.cache_bytes
+
+
+def test_a_server_of_latents_is_not_planned(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "source", "deepseek_v3", **LATENT_ATTENTION)
+    options = CompileOptions(str(source), tmp_path / "out", budget="60%", max_len=100, serve=True, dry_run=True)
+    with pytest.raises(UsageError, match="latent attention"):
+        compile_model(options, silent)
