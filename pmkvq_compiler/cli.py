@@ -44,8 +44,8 @@ the budget
   It is the memory for the caches of all layers together, for --batch-size
   sequences of --max-len tokens each. Everything counts: codes, the parameters
   of every group, and the first and most recent tokens, which stay in the
-  model's own dtype. In float32, which GGUF files are read as, those tokens
-  take twice as much as with --dtype bfloat16.
+  model's own dtype. In float32, which small GGUF files are read as, those
+  tokens take twice as much as with --dtype bfloat16.
     512MiB    bytes (KiB, MiB, GiB; KB, MB, GB)
     25%       a share of what the cache takes at 16 bits a number
     3.2bits   bits that a number takes on average, with everything counted
@@ -277,14 +277,15 @@ def _add_calibration(parser: argparse.ArgumentParser, defaults: CompileOptions) 
         "--device",
         default=defaults.device,
         metavar="NAME",
-        help="device to measure on: cpu, cuda, cuda:1 ... (default: %(default)s, the GPU if there is one)",
+        help="device to measure on: cpu, cuda, cuda:1 ... (default: %(default)s, the GPU if there is one). cuda is all "
+        "GPUs if the model does not fit one; a model that fits nowhere is read layer by layer",
     )
     calibration.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default=defaults.dtype,
         help="dtype of the artifact's weights and of its unquantized tokens (default: %(default)s, the checkpoint's "
-        "own; float32 for .gguf files)",
+        "own; for .gguf files float32, or bfloat16 above 1 billion parameters unless the file is in float32)",
     )
 
 

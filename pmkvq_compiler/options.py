@@ -44,9 +44,11 @@ class CompileOptions:
     effective_len: int | None = None
     """Positions that a piece is spread over while PM-KVQ's scales and gradients are measured."""
     device: str = "auto"
-    """Device that the model is measured on: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`."""
+    """Device that the model is measured on: `auto` (`cuda` if there is a GPU), `cpu`, `cuda:1`, or `cuda`, which
+    is all GPUs if the model does not fit one."""
     dtype: str = "auto"
-    """What the artifact stores: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own."""
+    """What the artifact stores: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own. For a GGUF file,
+    `auto` is float32, or bfloat16 above a billion parameters unless they are stored in float32."""
     aot: tuple[str, ...] = ()
     """Members of `TARGETS` to compile the kernels for."""
     onnx: bool = False

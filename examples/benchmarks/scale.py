@@ -1,14 +1,15 @@
 """What a compile takes: seconds of each step, and the memory of the GPU and of the host, for models of known shapes.
 
     python examples/benchmarks/scale.py --shapes qwen2.5-1.5b,qwen2.5-7b
-    python examples/benchmarks/scale.py --shapes llama3-70b --layers 8 --disk /tmp     # a part of the layers
+    python examples/benchmarks/scale.py --shapes llama3-70b --layers 8 --memory 24GiB  # a part of the layers, streamed
     python examples/benchmarks/scale.py --shapes tiny --device cpu                     # a trial of the script
 
 The models have the shapes of the named ones, random weights in bfloat16, and no tokenizer; the calibration texts are
 random tokens, 8 of 2,048 unless told otherwise. Weights are written to `--disk` and removed at the end. Every compile
 runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of the process
 which loads the artifact and checks it; both count the pages of files that are mapped. Where `--layers` leaves layers
-out, a second row extrapolates the seconds of the whole model per layer.
+out, a second row extrapolates the seconds of the whole model per layer. With `--memory`, no more of the device's memory
+is used, so that larger models are read layer by layer.
 
 Writes DIR/scale.csv and scale.md.
 """
@@ -32,6 +33,8 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from pmkvq_compiler.budget import parse_budget
+from pmkvq_compiler.calibrate import opened
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.emit.tensor_file import TensorSpec, write_tensors
 from pmkvq_compiler.options import CompileOptions
@@ -100,6 +103,8 @@ def drawn(spec: TensorSpec, device: str) -> Tensor:
 def compile_once(arguments: argparse.Namespace) -> None:
     """Compile the model in `--model` and print the figures as JSON; `main` starts a process for this."""
     folder = Path(arguments.model)
+    if arguments.memory is not None:
+        limit_memory(parse_budget(arguments.memory, 0))
     options = CompileOptions(
         model=str(folder),
         output=folder.parent / "artifact",
@@ -116,6 +121,14 @@ def compile_once(arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": result.report.seconds, "host": host, "check": check, "gpu": max(gpus, default=0)}))
 
 
+def limit_memory(limit: int) -> None:
+    """Use no more than `limit` bytes of a GPU; on the CPU, only say that no more is free."""
+    free = opened.free_bytes
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    opened.free_bytes = lambda device: min(free(device), limit)
+
+
 def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of a shape: the measured one, and the extrapolated one if layers were left out."""
     config = config_of(name, arguments.layers)
@@ -129,12 +142,14 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         command = [sys.executable, __file__, "--model", str(Path(place, "model")), "--device", arguments.device]
         command += ["--max-len", str(arguments.max_len), "--texts", str(arguments.texts)]
         command += ["--text-len", str(arguments.text_len)]
+        command += [] if arguments.memory is None else ["--memory", arguments.memory]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             print(f"{name}: the compile failed", flush=True)
             return []
         found = json.loads(done.stdout.splitlines()[-1])
     row = {"model": name, "layers": config.num_hidden_layers, "device": device_name(device)}
+    row["device"] += "" if arguments.memory is None else f", {arguments.memory}"
     row |= {step: found["seconds"].get(step, 0.0) for step in STEPS}
     row |= {"total": sum(found["seconds"].values())}
     row |= {f"{what}_gib": round(found[what] / 2**30, 2) for what in ("gpu", "host", "check")}
@@ -182,6 +197,9 @@ def main() -> None:
     parser.add_argument("--max-len", type=int, default=32768, help="tokens that plans are made for (%(default)s)")
     parser.add_argument("--texts", type=int, default=8, help="calibration texts (%(default)s)")
     parser.add_argument("--text-len", type=int, default=2048, help="tokens of a text (%(default)s)")
+    parser.add_argument(
+        "--memory", help="bytes of the device that a compile may use, such as 24GiB (all that are free)"
+    )
     parser.add_argument("--disk", type=Path, help="folder with room for two copies of the weights (the system's)")
     parser.add_argument("--output", type=Path, default=Path("out/scale"))
     parser.add_argument("--model", help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from pmkvq_compiler.source.source import Source
 Matrices = dict[int, dict[Transform, Tensor]]
 """For each layer and transform, the matrices that its heads are multiplied by."""
 
-MEASURES = 6
+MEASURES = 7
 """Raise this number whenever the measurements change, so that no calibration of an older version is used."""
 
 CHECK_TOKENS, CHECK_LOGITS = 512, 16

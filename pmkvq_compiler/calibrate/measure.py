@@ -8,15 +8,17 @@ transforms are matched to, and last the cost of each format; these need a backwa
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.calibrate.calibration import (
     CHECK_LOGITS,
     CHECK_TOKENS,
@@ -27,11 +29,14 @@ from pmkvq_compiler.calibrate.calibration import (
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.key_scales import ScaleSearch
 from pmkvq_compiler.calibrate.matrices import key_matrices_of, key_powers, normalized, value_matrices_of, value_powers
+from pmkvq_compiler.calibrate.opened import opened
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
 from pmkvq_compiler.calibrate.ranges import Ranges
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.calibrate.streamed_walk import walk_model
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.calibrate.transforms import Moments
-from pmkvq_compiler.calibrate.walk import reference_logits, sampled_loss, text_loss, walk_texts
+from pmkvq_compiler.calibrate.walk import reference_logits, sampled_loss, text_loss
 from pmkvq_compiler.calibrate.watch_layers import layer_outputs
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.formats import Losses, key_formats, value_formats
@@ -41,15 +46,18 @@ from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.source import Source
 
 
-def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibration:
+def calibrate(source: Source, problem: Problem, progress: Progress, notes: Path | None = None) -> Calibration:
     """Run the source model on the calibration texts.
 
-    If the recipe quantizes nothing, only the reference outputs for the check are computed. Raises `CompileError` if the
-    texts are too short or the model's numbers are not finite.
+    If the recipe quantizes nothing, only the reference outputs for the check are computed. A model that is read layer
+    by layer leaves notes of what is done in the folder `notes`, or in a temporary one.
+
+    Raises `CompileError` if the texts are too short or the model's numbers are not finite.
     """
     samples = read_samples(source, problem)
     stretch = Fraction(effective_length(source, problem), problem.calib_len)
-    model = source.load_model(ATTENTION, problem.device).requires_grad_(False)
+    model = opened(source, problem)
+    body = model.model if isinstance(model, StreamedModel) else model
     check_ids = samples[0][None, : min(CHECK_TOKENS, problem.max_len)]
     calibration = Calibration(
         fingerprint=calibration_fingerprint(source, problem),
@@ -63,16 +71,23 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
         key_gradient={},
         value_gradient={},
         check_ids=check_ids,
-        check_logits=reference_logits(model, check_ids, CHECK_LOGITS),
-        check_layers=layer_outputs(model, problem.sites, check_ids),
+        check_logits=reference_logits(body, check_ids, CHECK_LOGITS),
+        check_layers=layer_outputs(body, problem.sites, check_ids),
     )
     if not problem.recipe.quantizes:
         return calibration
-    walk = partial(walk_texts, model, samples, progress)
-    if "scale" in problem.recipe.key_transforms:
-        calibration = _with_scales(calibration, problem, walk, stretch)
-    calibration = _with_matrices(calibration, source, problem, walk, partial(walk_texts, model, samples[:1], progress))
-    return _with_losses(calibration, problem, walk, stretch, len(samples))
+    if isinstance(model, StreamedModel) and problem.recipe.measure == "gradient":
+        raise CompileError(
+            f"{source.name} is too large for the memory that is free, and recipe {problem.recipe_name!r} compares "
+            f"layers that are far apart, so it needs the whole model; choose another recipe or more memory"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        walk = partial(walk_model, model, Path(place) if notes is None else notes)
+        if "scale" in problem.recipe.key_transforms:
+            calibration = _with_scales(calibration, problem, partial(walk, samples, progress), stretch)
+        walk_one = partial(walk, samples[:1], progress)
+        calibration = _with_matrices(calibration, source, problem, partial(walk, samples, progress), walk_one)
+        return _with_losses(calibration, problem, partial(walk, samples, progress), stretch, len(samples))
 
 
 def _with_scales(

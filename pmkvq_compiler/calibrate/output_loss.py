@@ -51,15 +51,27 @@ class OutputLoss:
         self.sink, self.block = sink, block
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
-        self.generator = torch.Generator().manual_seed(0)
+        self.texts: dict[int, int] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         output = call.output()
         length = call.key.shape[-2]
-        positions = length // 2 + torch.randperm(length - length // 2, generator=self.generator)[:QUERIES]
+        text = self.texts[call.layer] = self.texts.get(call.layer, 0) + 1
+        generator = torch.Generator().manual_seed(call.layer << 32 | text)  # whatever the order of layers and texts
+        positions = length // 2 + torch.randperm(length - length // 2, generator=generator)[:QUERIES]
         sampled = call.detached().at(positions.to(call.key.device))
         output.register_hook(partial(self._add, sampled, positions.to(call.key.device)))
         return output
+
+    def measured(self, layer: int) -> dict[str, Tensor]:
+        """The losses of a layer so far, for each format."""
+        losses = {"key": self.key[layer], "value": self.value[layer]}
+        return {name: torch.tensor([*each.values()], dtype=torch.float64) for name, each in losses.items()}
+
+    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `measured`."""
+        for losses, name in ((self.key[layer], "key"), (self.value[layer], "value")):
+            losses.update(zip(losses, tensors[name].tolist(), strict=True))
 
     @torch.no_grad()
     def _add(self, call: AttentionCall, positions: Tensor, gradient: Tensor) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +39,9 @@ def load_or_calibrate(
     source: Source, problem: Problem, output: Path, progress: Progress, dry_run: bool = False
 ) -> Calibration:
     """The calibration for the problem. It is read from the file beside an artifact at `output` if that file matches.
-    Otherwise it is measured and, unless this is a dry run, written there. A damaged file is replaced with a warning."""
+    Otherwise it is measured and, unless this is a dry run, written there. A damaged file is replaced with a warning.
+    What an interrupted calibration of a model that is read layer by layer has noted beside that file is not done again.
+    """
     fingerprint = calibration_fingerprint(source, problem)
     path = calibration_path(output, source.name, fingerprint)
     if path.is_file():
@@ -49,9 +52,12 @@ def load_or_calibrate(
             logger.warning("%s belongs to another calibration; calibrating again", path)
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); calibrating again", path, error)
-    calibration = calibrate(source, problem, progress)
-    if not dry_run:
-        save_calibration(calibration, path)
+    if dry_run:
+        return calibrate(source, problem, progress)
+    notes = path.with_name(f".{path.name.removesuffix('.safetensors')}")
+    calibration = calibrate(source, problem, progress, notes)
+    save_calibration(calibration, path)
+    shutil.rmtree(notes, ignore_errors=True)
     return calibration
 
 

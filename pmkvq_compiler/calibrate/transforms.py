@@ -59,6 +59,25 @@ class Moments:
         by_head = gradient[0].unflatten(0, (heads, -1)).flatten(1, 2).to(torch.float64)
         _add(self.gradient_square, layer, by_head.transpose(1, 2) @ by_head)
 
+    def measured(self, layer: int) -> dict[str, Tensor]:
+        """The moments of a layer, by their names."""
+        found = {name: sums[layer] for name, sums in self._sums().items()}
+        return found | {"tokens": torch.tensor(self.tokens[layer])}
+
+    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `measured`."""
+        self.tokens[layer] = int(tensors["tokens"])
+        for name, sums in self._sums().items():
+            sums[layer] = tensors[name]
+
+    def _sums(self) -> dict[str, dict[int, Tensor]]:
+        return {
+            "key": self.key,
+            "value": self.value,
+            "value_square": self.value_square,
+            "gradient_square": self.gradient_square,
+        }
+
     def key_rotations(self) -> dict[int, Tensor]:
         """For each layer, the rotations [Hkv, dk, dk] (float64, CPU) of K."""
         return {layer: _spreading(total.cpu()) for layer, total in self.key.items()}

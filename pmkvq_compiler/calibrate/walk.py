@@ -16,7 +16,7 @@ from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed, run
 from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.progress import Progress
-from pmkvq_compiler.source.source import check_finite
+from pmkvq_compiler.source.finite import check_finite
 
 DOUBT = 0.1
 """The share of drawn labels that are not the likeliest token, at least. See `sampled_loss`."""

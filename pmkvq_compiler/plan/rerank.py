@@ -15,15 +15,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.calibrate.calibration import Calibration
-from pmkvq_compiler.calibrate.logits import Logits, logits_of
+from pmkvq_compiler.calibrate.logits import Logits
+from pmkvq_compiler.calibrate.opened import opened
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.calibrate.streamed_walk import observed_together
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.divergence import divergences
 from pmkvq_compiler.plan.propose import propose
@@ -57,8 +61,7 @@ def best_plans(
     proposals = [propose(problem, calibration) for problem in problems]
     if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
-    model = source.load_model(ATTENTION, problems[0].device).requires_grad_(False)
-    return try_plans(model, read_samples(source, problems[0]), proposals, calibration, progress)
+    return try_plans(opened(source, problems[0]), read_samples(source, problems[0]), proposals, calibration, progress)
 
 
 def _quantizes(plan: CachePlan) -> bool:
@@ -68,7 +71,7 @@ def _quantizes(plan: CachePlan) -> bool:
 
 @torch.no_grad()
 def try_plans(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     samples: Sequence[Tensor],
     proposals: Sequence[Sequence[Solution]],
     calibration: Calibration,
@@ -83,12 +86,13 @@ def try_plans(
     changes = losses.copy()
     for number, sample in enumerate(samples):
         progress("Trying plans", number, len(samples))
-        ids = sample.unsqueeze(0).to(model.device)
-        expected = _second_half(model, ids, AttentionCall.output)
-        for solution in dict.fromkeys(itertools.chain(*racing)):
-            plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
-            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
-            moved = torch.cat([divergences(found[part], expected[part], torch.float32) for part in expected.parts()])
+        solutions = list(dict.fromkeys(itertools.chain(*racing)))
+        plans = [_at_final_widths(solution.plan, len(sample)) for solution in solutions]
+        folds = [Folds.of(solution, calibration) for solution in solutions]
+        attends = [progressive(plan, fold, [1], MAGNIFIED) for plan, fold in zip(plans, folds, strict=True)]
+        expected, *found = _second_halves(model, sample.unsqueeze(0), [AttentionCall.output, *attends])
+        for solution, logits in zip(solutions, found, strict=True):
+            moved = torch.cat([divergences(logits[part], expected[part], torch.float32) for part in expected.parts()])
             losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
             changes[solution] += moved.sqrt().mean().item()
         racing = [sorted(field, key=changes.__getitem__)[: (len(field) + 1) // 2] for field in racing]
@@ -96,12 +100,20 @@ def try_plans(
     return [Tried(field[0], losses[field[0]]) for field in racing]
 
 
-def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Logits:
-    """Logits of a text's second half, whose tokens have old tokens to attend to. Attention is computed in float32."""
-    length = ids.shape[1]
-    positions = torch.arange(length, device=ids.device).unsqueeze(0)
-    with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
-        return logits_of(model, ids, positions).last(length - length // 2)
+def _second_halves(
+    model: PreTrainedModel | StreamedModel, ids: Tensor, attends: Sequence[Callable[[AttentionCall], Tensor]]
+) -> list[Logits]:
+    """Logits of a text's second half, whose tokens have old tokens to attend to, for each way to attend.
+
+    Attention is computed in float32.
+    """
+    observers = [partial(_attend_in_float32, attend) for attend in attends]
+    second = ids.shape[1] - ids.shape[1] // 2
+    return [logits.last(second) for logits in observed_together(model, ids, observers)]
+
+
+def _attend_in_float32(attend: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:
+    return attend(call.detached()).to(call.query.dtype)
 
 
 def _at_final_widths(plan: CachePlan, length: int) -> CachePlan:

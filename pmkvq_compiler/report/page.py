@@ -89,6 +89,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     found = [
         ("reserved", readable_bytes(reserved), f"{reserved / budget:.1%} of a budget of {readable_bytes(budget)}"),
         ("16-bit cache", readable_bytes(original), f"for {tokens}, {original / reserved:.1f} times as much"),
+        ("dtype", report.dtype, "of the weights, and of the tokens in sink and window"),
         ("true bits a number", f"{report.true_bits:.2f}", "on average, with parameters, sink and window"),
         (
             "predicted loss",

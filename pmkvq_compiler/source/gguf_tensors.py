@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.gguf_header import GgufHeader
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
 """The tensor that RoPE's frequencies are divided by. The configuration has the same information."""
+
+LARGEST_IN_FLOAT32 = 10**9
+"""With more numbers than this, a model is stored in 16 bits unless the user chooses otherwise."""
 
 EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up)_exps\.weight")
 """Tensors that are joined while loading. No tensor of the model has their names."""
@@ -51,6 +57,16 @@ def check_tensors(path: Path, header: GgufHeader, shapes: Mapping[str, Sequence[
             f"{path} cannot be compiled as it is: its architecture {architecture} takes no tensor {more[0]}, which "
             f"would be left out; compile the model's safetensors checkpoint instead"
         )
+
+
+def default_dtype(header: GgufHeader) -> torch.dtype:
+    """The dtype that `auto` stands for: float32 for small models and for those whose weights are stored in float32, and
+    bfloat16 for all others, which would take twice the memory for digits that were never stored."""
+    counts: Counter[bool] = Counter()
+    for tensor in header.tensors.values():
+        counts[tensor.type == GGMLQuantizationType.F32] += math.prod(tensor.shape)
+    small = counts.total() <= LARGEST_IN_FLOAT32
+    return torch.float32 if small or counts[True] > counts[False] else torch.bfloat16
 
 
 def _layer_count(header: GgufHeader) -> int:

@@ -9,7 +9,6 @@ numbers are compared with these tensors. Nothing is unpickled and no code of a c
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,10 +34,11 @@ from pmkvq_compiler.errors import CompileError, UsageError, first_line
 from pmkvq_compiler.source.checkpoint import PLAIN, Checkpoint
 from pmkvq_compiler.source.coded import changed_tensors, coded_tensors
 from pmkvq_compiler.source.fingerprint import fingerprint
+from pmkvq_compiler.source.finite import check_finite, check_fits
 from pmkvq_compiler.source.generation_defaults import generation_defaults, save_generation_defaults
 from pmkvq_compiler.source.gguf_config import gguf_config
 from pmkvq_compiler.source.gguf_header import read_header
-from pmkvq_compiler.source.gguf_tensors import check_tensors
+from pmkvq_compiler.source.gguf_tensors import check_tensors, default_dtype
 from pmkvq_compiler.source.model_card import read_card
 from pmkvq_compiler.source.model_config import check_causal_lm, check_sizes, read_config, read_json, settle
 from pmkvq_compiler.source.stored_names import model_class, skeleton, stored_names
@@ -54,7 +54,8 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def open_source(name: str, dtype: str = "auto") -> Source:
     """Open the model called `name`: a local folder, a `.gguf` file, `demo` or a hub id, looked for in this order.
 
-    `dtype` is the dtype that the artifact stores: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+    `dtype` is the dtype that the artifact stores: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own
+    (for a GGUF file, what `default_dtype` says).
     Raises `UsageError` for another dtype, and `CompileError` if there is no such model or if it is not a causal
     language model in safetensors or GGUF.
     """
@@ -114,33 +115,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def check_finite(name: str, value: Tensor) -> None:
-    """Raises `CompileError` if a weight has NaN or infinite numbers."""
-    if not math.isfinite(_reach(value)):
-        small = " or holds more than float16 does: try --dtype bfloat16, or" if value.dtype == torch.float16 else ","
-        raise CompileError(
-            f"weight {name} has NaN or infinite numbers; the checkpoint is damaged{small} fetch it again"
-        )
-
-
-def _check_fits(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raises `CompileError` if a weight is not finite, or would not be finite in `dtype`."""
-    check_finite(name, value)
-    if _reach(value) > torch.finfo(dtype).max:
-        raise CompileError(
-            f"weight {name} reaches {_reach(value):.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
-            f"choose --dtype bfloat16 or float32"
-        )
-
-
-def _reach(value: Tensor) -> float:
-    """The largest absolute value, or NaN if there is one. This reads the numbers once and does not copy them."""
-    if not value.is_floating_point() or value.numel() == 0:
-        return 0.0
-    low, high = value.aminmax()
-    return max(-float(low), float(high))
 
 
 class Source:
@@ -264,24 +238,30 @@ class Source:
         return torch.float32 if torch.device(device).type == "cpu" else self.dtype
 
     def load_model(
-        self, attn_implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        attn_implementation: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        spread: bool = False,
     ) -> PreTrainedModel:
         """The real model in eval mode. Unless a `dtype` is given, it computes in `running_dtype(device)`.
+
+        With `spread`, accelerate spreads it over all GPUs, unless it comes from a GGUF file.
 
         Raises `CompileError` if the model cannot be loaded. The first model that is loaded is compared with the tensors
         that `read` yields, and a difference raises `CompileError`, too.
         """
-        dtype = dtype or self.running_dtype(device)
-        if self._checkpoint_names is None and dtype == self.dtype:
+        dtype, spread = dtype or self.running_dtype(device), spread and self._checkpoint is not None
+        if self._checkpoint_names is None and dtype == self.dtype and not spread:
             model = self._converted_model()
         else:
             self._model = None
-            model = self._from_pretrained(dtype, device)
+            model = self._from_pretrained(dtype, "auto" if spread else device)
         if not self._compared:
             self._compare(model)
             self._compared = True
         model.set_attn_implementation(attn_implementation)
-        return model.to(device)  # type: ignore[arg-type]
+        return model if spread else model.to(device)  # type: ignore[arg-type]
 
     def unread_model(self, attn_implementation: str) -> PreTrainedModel:
         """The model in eval mode on the CPU, with all its buffers, but with parameters that hold no weights.
@@ -300,6 +280,11 @@ class Source:
             )
         model.set_attn_implementation(attn_implementation)
         return model
+
+    @property
+    def has_plain_tensors(self) -> bool:
+        """Whether every tensor of the model is stored as it is, so that it can be read without the others."""
+        return self._checkpoint_names is not None
 
     def stored_bytes(self, dtype: torch.dtype) -> int:
         """The bytes that the model's tensors take in `dtype`."""
@@ -336,7 +321,7 @@ class Source:
 
     def _stored_dtype(self) -> torch.dtype:
         if self._checkpoint is None:
-            return torch.float32
+            return default_dtype(read_header(self._gguf_path))
         plain = (name for name, tensor in self._checkpoint.tensors.items() if tensor.dtype in PLAIN)
         dtype: Any = self.config.dtype or next((self._checkpoint.read(name).dtype for name in plain), None)
         if dtype not in DTYPES.values():
@@ -350,7 +335,7 @@ class Source:
             if value.data_ptr() in tied:
                 continue
             tied.add(value.data_ptr())
-            _check_fits(name, value, self.dtype)
+            check_fits(name, value, self.dtype)
             if self._checkpoint_names is None:
                 continue
             own = self._read(name)
@@ -368,12 +353,15 @@ class Source:
     def _from_pretrained(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", slices: Mapping[str, Any] | None = None
     ) -> PreTrainedModel:
+        """The model on a device, or on all GPUs ("auto"), with the checkpoint's tensors or others (`slices`)."""
         options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": "eager",
             "ignore_mismatched_sizes": True,
             "output_loading_info": True,
         }
+        if self._checkpoint is not None and str(device) != "cpu":
+            options["device_map"] = device if device == "auto" else {"": device}
         try:
             with _quiet(), self._transformers_folder() as (folder, gguf_file):
                 if self._checkpoint is None:
@@ -382,9 +370,8 @@ class Source:
                     )
                 else:
                     own_class, config = model_class(self.config)
-                    place = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
                     loaded = own_class.from_pretrained(
-                        None, config=config, state_dict=dict(slices or self._checkpoint.slices()), **place, **options
+                        None, config=config, state_dict=dict(slices or self._checkpoint.slices()), **options
                     )
         except Exception as error:  # damaged files cause many kinds of errors
             raise CompileError(

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.source import source as source_module
 from pmkvq_compiler.source.gguf_config import LLAMA3, llama3_factors
+from pmkvq_compiler.source.gguf_header import GgufHeader, GgufTensor
+from pmkvq_compiler.source.gguf_tensors import default_dtype
 from pmkvq_compiler.source.source import open_source
 from tests.gguf_files import gguf_file, logits
 from tests.refusals import is_one_sentence, refusal
@@ -288,3 +292,30 @@ def test_files_beside_a_gguf_file_or_in_the_current_folder_are_not_read(
     assert source.fingerprint == fingerprint
     loaded = source.load_model("eager", dtype=torch.float64)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "billions", "expected"),
+    [
+        (GGMLQuantizationType.Q4_K, 1.5, torch.bfloat16),
+        (GGMLQuantizationType.F16, 7, torch.bfloat16),
+        (GGMLQuantizationType.Q4_0, 0.9, torch.float32),
+        (GGMLQuantizationType.F32, 7, torch.float32),
+    ],
+)
+def test_auto_is_16_bits_for_models_above_a_billion_parameters(
+    stored: GGMLQuantizationType, billions: float, expected: torch.dtype
+) -> None:
+    """Norms are in float32 whatever the rest is in."""
+    rows = int(billions * 1e9) // 4096 // 8
+    tensors = {f"blk.{layer}.ffn_up.weight": GgufTensor((rows, 4096), stored, 0, 0) for layer in range(8)}
+    tensors |= {f"blk.{layer}.norm.weight": GgufTensor((4096,), GGMLQuantizationType.F32, 0, 0) for layer in range(8)}
+    assert default_dtype(GgufHeader({}, tensors)) == expected
+
+
+def test_auto_asks_the_file_and_the_user_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf_file(tmp_path / "model.gguf")
+    assert open_source(str(tmp_path / "model.gguf")).dtype == torch.float32
+    monkeypatch.setattr(source_module, "default_dtype", lambda header: torch.bfloat16)
+    assert open_source(str(tmp_path / "model.gguf")).dtype == torch.bfloat16
+    assert open_source(str(tmp_path / "model.gguf"), "float32").dtype == torch.float32

@@ -1,0 +1,97 @@
+"""Opens a model for measurements: whole where it fits the memory that is free, else layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.problem import Problem
+from pmkvq_compiler.source.source import Source
+
+NUMBERS_A_TOKEN = 12, 4
+"""How many times its hidden size, and its intermediate size, a layer keeps for a backward pass, for each token."""
+
+
+SPREAD = 0.9
+"""The share of the free memory of several devices that a model may need."""
+
+ROOM_TO_CHECK = 1.2
+"""How many times the bytes of its weights an artifact takes while it is checked."""
+
+Placement = Literal["one device", "all GPUs", "layer by layer"]
+
+
+def opened(source: Source, problem: Problem) -> PreTrainedModel | StreamedModel:
+    """The model on the problem's device, in the dtype that it runs in there. Raises the errors of `load_model`.
+
+    The device "cuda" stands for all GPUs if the model does not fit one. A model that is not stored as transformers
+    keeps it, such as a GGUF file, cannot be read layer by layer and is loaded whole in any case.
+    """
+    every = problem.device == "cuda"
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [problem.device]
+    needed, free = _needed_bytes(source, problem), [free_bytes(device) for device in devices]
+    where = placement(needed, free)
+    if where == "layer by layer" and source.has_plain_tensors:
+        return StreamedModel(source, problem.sites, problem.device)
+    spread = len(devices) > 1 and where != "one device"
+    return source.load_model(ATTENTION, problem.device, spread=spread).requires_grad_(False)
+
+
+def placement(needed: int, free: Sequence[int]) -> Placement:
+    """Where to load a model that needs so many bytes, with these bytes free on the devices; the first one is preferred.
+
+    Layers are not split, so the free memory of several devices is never quite used up.
+    """
+    if needed <= free[0]:
+        return "one device"
+    return "all GPUs" if needed <= SPREAD * sum(free) else "layer by layer"
+
+
+def check_device(device: str, weight_bytes: int) -> str:
+    """The device to check an artifact on: the CPU, which maps weights from files, if they do not fit `device`."""
+    return device if ROOM_TO_CHECK * weight_bytes <= free_bytes(device) else "cpu"
+
+
+def _needed_bytes(source: Source, problem: Problem) -> int:
+    """The bytes of the weights, and of what a backward pass over a calibration text keeps."""
+    dtype, config = source.running_dtype(problem.device), source.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    numbers = NUMBERS_A_TOKEN[0] * config.hidden_size + NUMBERS_A_TOKEN[1] * inner
+    kept = problem.calib_len * config.num_hidden_layers * numbers * dtype.itemsize
+    return source.stored_bytes(dtype) + kept
+
+
+def free_bytes(device: str) -> int:
+    """The memory of a device that is free or can be made free."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_available_bytes(), _group_bytes())
+
+
+def _available_bytes() -> int:
+    """What Linux says is available; on other systems, all of the machine's memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
+
+
+def _group_bytes() -> int:
+    """What is left of the limit of a container; a large number where there is none."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        return 1 << 62 if limit == "max" else int(limit) - int(used)
+    except (OSError, ValueError):
+        return 1 << 62

@@ -1,0 +1,207 @@
+"""Runs a streamed model on all texts, layer by layer, and measures as `walk` does.
+
+A pass reads every layer once, for all texts. The hidden states between the layers are kept in a folder, because the
+backward pass computes each layer again from them: gradients go from the last layer to the first, and autograd only ever
+sees one layer. Every layer that is done leaves a file, so an interrupted calibration goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed
+from pmkvq_compiler.calibrate.logits import Logits, logits_of
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel, Text
+from pmkvq_compiler.calibrate.walk import Objective, check_operands, gradient_at, gradient_of, walk_texts
+from pmkvq_compiler.errors import CompileError, first_line
+from pmkvq_compiler.progress import Progress
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """An observer whose measurements of a layer are complete when all texts have passed this layer."""
+
+    def __call__(self, call: AttentionCall) -> Tensor | None: ...
+
+    def measured(self, layer: int) -> dict[str, Tensor]:
+        """The measurements of a layer."""
+
+    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `measured`."""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """A folder of files that say what is already done. A file appears as a whole or not at all."""
+
+    folder: Path
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self._path(name))
+        except (OSError, SafetensorError) as error:
+            raise CompileError(
+                f"{self._path(name)} is damaged ({first_line(error)}); remove its folder to calibrate anew"
+            ) from error
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path(f"{name}.{os.getpid()}")
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished)
+        os.replace(unfinished, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def walk_model(
+    model: PreTrainedModel | StreamedModel,
+    notes: Path,
+    samples: Sequence[Tensor],
+    progress: Progress,
+    step: str,
+    observe: Callable[[AttentionCall], Tensor | None] | Observer,
+    stretch: Fraction = Fraction(1),
+    objective: Objective | None = None,
+) -> None:
+    """`walk_texts`, with a backward pass layer by layer if the model's layers are read when they are needed."""
+    if isinstance(model, StreamedModel) and objective is not None:
+        assert stretch == 1
+        assert isinstance(observe, Observer)
+        walk_streamed(model, Notes(notes), samples, progress, step, observe, objective)
+    else:
+        body = model.model if isinstance(model, StreamedModel) else model
+        walk_texts(body, samples, progress, step, observe, stretch, objective)
+
+
+def walk_streamed(
+    streamed: StreamedModel,
+    notes: Notes,
+    samples: Sequence[Tensor],
+    progress: Progress,
+    step: str,
+    observe: Observer,
+    objective: Objective,
+) -> None:
+    """The same as `walk_texts` with an objective, layer by layer. What is already noted is not done again."""
+    positions = [torch.arange(len(sample)).unsqueeze(0) for sample in samples]
+    texts = [streamed.begin(sample.unsqueeze(0), each) for sample, each in zip(samples, positions, strict=True)]
+    _note_hidden_states(streamed, notes, texts, partial(progress, step))
+    count, name = len(streamed.layers), step.lower().replace(" ", "-")
+    number = count + 1
+    while number > 0 and f"{name}-{number - 1}" in notes:
+        number -= 1
+        if number < count:
+            observe.restore(number, _named(notes.read(f"{name}-{number}"), MEASURED))
+    if number > count:
+        number = count
+        notes.write(f"{name}-{count}", _listed(GRADIENT, _head_gradients(streamed, notes, texts, objective)))
+    gradients = _tensors(streamed, notes, f"{name}-{number}", GRADIENT)
+
+    def checked(call: AttentionCall) -> Tensor | None:
+        check_operands(streamed.model, call)
+        return observe(call)
+
+    while number > 0:
+        number -= 1
+        progress(step, 2 * count - number - 1, 2 * count)
+        hidden = _tensors(streamed, notes, f"hidden-{number}", HIDDEN)
+        with streamed.reading(number), observed(checked):
+            gradients = [_through(streamed, number, *each) for each in zip(texts, hidden, gradients, strict=True)]
+        found = {f"{MEASURED}{key}": value for key, value in observe.measured(number).items()}
+        notes.write(f"{name}-{number}", found | _listed(GRADIENT, gradients))
+    progress(step, 2 * count, 2 * count)
+
+
+@torch.no_grad()
+def _note_hidden_states(
+    streamed: StreamedModel, notes: Notes, texts: Sequence[Text], progress: Callable[[int, int], None]
+) -> None:
+    """Note the hidden states of all texts before each layer, and after the last."""
+    count = len(streamed.layers)
+    done = next((number for number in range(count + 1) if f"hidden-{number}" not in notes), count + 1)
+    if done == 0:
+        notes.write("hidden-0", _listed(HIDDEN, [text.hidden for text in texts]))
+    for number in range(max(done - 1, 0), count):
+        progress(number, 2 * count)
+        hidden = _tensors(streamed, notes, f"hidden-{number}", HIDDEN)
+        with streamed.reading(number), observed(partial(check_operands, streamed.model)):
+            after = [streamed.run(number, text, each) for text, each in zip(texts, hidden, strict=True)]
+        notes.write(f"hidden-{number + 1}", _listed(HIDDEN, after))
+
+
+def _head_gradients(streamed: StreamedModel, notes: Notes, texts: Sequence[Text], objective: Objective) -> list[Tensor]:
+    """The gradients of the objective with respect to the hidden states after the last layer."""
+    found = []
+    states = _tensors(streamed, notes, f"hidden-{len(streamed.layers)}", HIDDEN)
+    for text, hidden in zip(texts, states, strict=True):
+        hidden.requires_grad_()
+        logits = streamed.finish(text, hidden)
+        logits.hidden.backward(gradient_of(objective, logits, text.input_ids[0]))
+        found.append(gradient_at(hidden))
+    return found
+
+
+def _through(streamed: StreamedModel, number: int, text: Text, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient before a layer from the one after it; the layer is computed again."""
+    hidden.requires_grad_()
+    streamed.run(number, text, hidden).backward(gradient)
+    return gradient_at(hidden)
+
+
+MEASURED, GRADIENT, HIDDEN = "measured.", "gradient.", "hidden."
+"""What the names of tensors in a note begin with."""
+
+
+def _listed(kind: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}{index}": tensor for index, tensor in enumerate(tensors)}
+
+
+def _named(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+
+
+def _tensors(streamed: StreamedModel, notes: Notes, name: str, kind: str) -> list[Tensor]:
+    """The tensors of one kind in a note, one for each text, on the model's device."""
+    found = _named(notes.read(name), kind)
+    return [found[str(index)].to(streamed.device) for index in range(len(found))]
+
+
+@torch.no_grad()
+def observed_together(
+    model: PreTrainedModel | StreamedModel,
+    input_ids: Tensor,
+    observers: Sequence[Callable[[AttentionCall], Tensor | None]],
+) -> Iterator[Logits]:
+    """The logits of a text [1, S] at positions 0 to S - 1 with each observer. A layer is read once for all of them."""
+    positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
+    if not isinstance(model, StreamedModel):
+        input_ids, positions = input_ids.to(model.device), positions.to(model.device)
+        for observe in observers:
+            with observed(observe):
+                yield logits_of(model, input_ids, positions)
+        return
+    text = model.begin(input_ids, positions)
+    hidden = [text.hidden] * len(observers)
+    for number in range(len(model.layers)):
+        with model.reading(number):
+            for index, observe in enumerate(observers):
+                with observed(observe):
+                    hidden[index] = model.run(number, text, hidden[index])
+    for each in hidden:
+        yield model.finish(text, each)

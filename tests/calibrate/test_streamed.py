@@ -1,0 +1,244 @@
+"""A model read layer by layer measures what it measures in one piece, in less memory, and goes on after a stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.calibrate import opened as module
+from pmkvq_compiler.calibrate.calibration import Calibration
+from pmkvq_compiler.calibrate.measure import calibrate
+from pmkvq_compiler.calibrate.storage import load_or_calibrate
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.compile import captured
+from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.options import CompileOptions
+from pmkvq_compiler.plan.rerank import best_plans
+from pmkvq_compiler.problem import Problem, resolve
+from pmkvq_compiler.progress import Steps
+from pmkvq_compiler.source.source import Source
+from tests.conftest import silent, token_lines
+from tests.models import tiny_folder
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("gemma2", {"sliding_window": 160, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0}),
+    ("gpt_oss", {"sliding_window": 160, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("phi3", {}),
+    ("cohere", {}),
+]
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(module, "free_bytes", lambda device: 0)
+
+
+def request_of(folder: Path, model_type: str, overrides: dict[str, Any], **chosen: Any) -> tuple[Source, Problem]:
+    """A tiny model, and a request for it with two texts of different lengths."""
+    tiny_folder(folder / "model", model_type, max_shard_size="100KB", **overrides)
+    calib = token_lines(folder / "calib.jsonl", lines=2, count=170)
+    small = {"budget": "75%", "calib_samples": 3, "calib_len": 100, "block": 32, "device": "cpu", "max_len": 400}
+    options = CompileOptions(str(folder / "model"), folder / "artifact", calib=str(calib), **{**small, **chosen})
+    source, program, max_len = captured(options, Steps(silent))
+    return source, resolve(options, program.sites, max_len, source.dtype)
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers of a part of a calibration."""
+    if isinstance(value, dict):
+        return list(itertools.chain.from_iterable(numbers(each) for each in value.values()))
+    if isinstance(value, Tensor):
+        return value.double().flatten().tolist()
+    return [float(value)]
+
+
+def assert_close(one: Calibration, other: Calibration) -> None:
+    for field in fields(Calibration):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "fingerprint":
+            assert first == second
+        elif field.name == "check_layers":
+            torch.testing.assert_close(vars(first), vars(second), rtol=1e-4, atol=1e-5)
+        else:
+            assert numbers(first) == pytest.approx(numbers(second), rel=1e-4, abs=1e-7), field.name
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), KINDS)
+def test_a_streamed_model_has_the_calibration_and_the_plan_of_the_whole_one(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], little_memory: Callable[[], None]
+) -> None:
+    source, problem = request_of(tmp_path, model_type, overrides)
+    whole = calibrate(source, problem, silent)
+    (plan,) = best_plans(source, [problem], whole, silent)
+    little_memory()
+    assert isinstance(module.opened(source, problem), StreamedModel)
+    streamed = calibrate(source, problem, silent)
+    assert_close(streamed, whole)
+    (found,) = best_plans(source, [problem], streamed, silent)
+    assert found.solution == plan.solution
+    assert found.loss == pytest.approx(plan.loss, rel=1e-4)
+
+
+class Stopped(Exception):
+    """What ends a calibration in these tests."""
+
+
+def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
+    tmp_path: Path, little_memory: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, problem = request_of(tmp_path, "qwen2", {})
+    little_memory()
+    expected = calibrate(source, problem, silent)
+    ran: list[int] = []
+    run = StreamedModel.run
+
+    def counted(streamed: StreamedModel, number: int, text: Any, hidden: Tensor) -> Tensor:
+        ran.append(number)
+        return run(streamed, number, text, hidden)
+
+    monkeypatch.setattr(StreamedModel, "run", counted)
+    output, stops = tmp_path / "artifact", 0
+    while True:
+        ran.clear()
+
+        def stop_after_a_layer(step: str, done: int, total: int) -> None:
+            if ran:
+                raise Stopped
+
+        try:
+            found = load_or_calibrate(source, problem, output, stop_after_a_layer)
+            break
+        except Stopped:
+            stops += 1
+            assert len(ran) == len(range(3)), "one layer for each of three texts, and none that was done before"
+            assert not list(tmp_path.glob("*.calibration.safetensors"))
+    assert stops == 3 + 2 * 3, "forward, and backward for each of two measures"
+    assert_close(found, expected)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_damaged_note_is_named(tmp_path: Path, little_memory: Callable[[], None]) -> None:
+    source, problem = request_of(tmp_path, "llama", {})
+    little_memory()
+
+    def stop_late(step: str, done: int, total: int) -> None:
+        if done > 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        load_or_calibrate(source, problem, tmp_path / "artifact", stop_late)
+    (note,) = tmp_path.glob(".*/hidden-2.safetensors")
+    note.write_bytes(note.read_bytes()[:100])
+    with pytest.raises(CompileError, match=r"hidden-2\.safetensors is damaged .*; remove its folder"):
+        load_or_calibrate(source, problem, tmp_path / "artifact", silent)
+
+
+def test_a_recipe_that_compares_distant_layers_is_refused(tmp_path: Path, little_memory: Callable[[], None]) -> None:
+    source, problem = request_of(tmp_path, "llama", {}, recipe="pm-kvq")
+    little_memory()
+    with pytest.raises(CompileError, match="'pm-kvq' compares layers that are far apart"):
+        calibrate(source, problem, silent)
+
+
+def test_tensors_that_transformers_converts_are_not_read_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = request_of(tmp_path, "llama", {})
+    name = "model.layers.1.self_attn.k_proj.weight"
+    load = Source._from_pretrained
+
+    def converted(own: Source, dtype: torch.dtype, **others: Any) -> Any:
+        model = load(own, dtype, **others)
+        weight = model.get_parameter(name)
+        weight.data = weight.data[torch.arange(len(weight)).roll(1)]
+        return model
+
+    monkeypatch.setattr(Source, "_from_pretrained", converted)
+    with pytest.raises(CompileError, match=f"transformers converts {name}"):
+        source.unread_model("eager")
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from pmkvq_compiler.calibrate import opened
+opened.free_bytes = lambda device: 0
+from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.options import CompileOptions
+from tests.conftest import silent
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+compile_model(CompileOptions(sys.argv[1] + "/model", Path(sys.argv[1], "out"), budget="60%", max_len=512, block=32,
+                             calib=sys.argv[1] + "/calib.jsonl", calib_samples=1, calib_len=64, dry_run=True), silent)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_streamed_model_takes_the_memory_of_a_layer_or_two(tmp_path: Path) -> None:
+    """24 layers of 13 MB, 315 MB together."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "head_dim": 64}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    folder = tiny_folder(tmp_path / "model", "llama", **shape)
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 260e6
+    ids = torch.randint(3, 128, (64,)).tolist()
+    (tmp_path / "calib.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
+    command, root = [sys.executable, "-c", PEAK, str(tmp_path)], Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 150e6
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "where"),
+    [
+        (10, [10], "one device"),
+        (11, [10], "layer by layer"),
+        (10, [12, 80], "one device"),
+        (20, [12, 12, 12], "all GPUs"),
+        (35, [12, 12, 12], "layer by layer"),
+    ],
+)
+def test_a_model_is_on_one_device_or_on_all_or_read_layer_by_layer(needed: int, free: list[int], where: str) -> None:
+    assert module.placement(needed, free) == where
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, problem = request_of(tmp_path, "qwen2", {"num_hidden_layers": 6}, device="cuda")
+    one = calibrate(source, problem, silent)
+    (plan,) = best_plans(source, [problem], one, silent)
+    monkeypatch.setattr(module, "placement", lambda needed, free: "all GPUs")
+    spread = module.opened(source, problem)
+    assert isinstance(spread, PreTrainedModel)
+    assert len({parameter.device for parameter in spread.parameters()}) > 1
+    assert_close(calibrate(source, problem, silent), one)
+    (found,) = best_plans(source, [problem], one, silent)
+    assert found.solution == plan.solution
+
+
+@pytest.mark.gpu
+def test_a_streamed_model_on_a_gpu_has_the_calibration_of_the_whole_one(
+    tmp_path: Path, little_memory: Callable[[], None]
+) -> None:
+    source, problem = request_of(tmp_path, "qwen2", {}, device="cuda")
+    whole = calibrate(source, problem, silent)
+    little_memory()
+    assert_close(calibrate(source, problem, silent), whole)
