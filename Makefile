@@ -18,7 +18,7 @@ test: venv
 
 # Artifacts in vLLM, which wants other versions than the compiler is developed with, so it has an environment of its own.
 test-serve: venv-serve
-	env -i HOME="$$HOME" PATH="$$PATH" $(SERVE)/bin/python -m pytest -q -rs tests/serve
+	env -i HOME="$$HOME" PATH="$$PATH" $(SERVE)/bin/python -m pytest -q -rs -n auto --dist loadfile tests/serve
 
 # Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
 fuzz: venv

@@ -54,6 +54,7 @@ def copied(served_tiny: Served, tmp_path: Path) -> Path:
         ({"block_size": 16}, "--block-size 16"),
         ({"disable_hybrid_kv_cache_manager": True}, "hybrid"),
         ({"enable_lora": True, "max_lora_rank": 8}, "--enable-lora"),
+        ({"pipeline_parallel_size": 2}, "--enforce-eager"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
