@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -37,6 +37,8 @@ class LocateAttention(Pass):
     4. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
     5. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
        that takes the outputs of all heads. Between these two linear layers, the channels of a head can be transformed.
+    6. A marker with the k and v of an earlier one reads that layer's cache. Nothing is folded into such caches, because
+       a change of k or v would change what several layers compute.
     """
 
     takes = Stage.CAPTURED
@@ -44,7 +46,8 @@ class LocateAttention(Pass):
 
     def run(self, program: Program) -> bool:
         before = program.sites
-        program.sites = [_locate(marker, program) for marker in markers(program.graph)]
+        owners = cache_owners(markers(program.graph))
+        program.sites = [_locate(marker, owner, program) for marker, owner in owners.items()]
         return program.sites != before
 
     def ensures(self, program: Program) -> None:
@@ -57,11 +60,23 @@ def markers(graph: Graph) -> list[Node]:
     return found
 
 
+def cache_owners(markers: Sequence[Node]) -> dict[Node, Node]:
+    """For each marker, the first one that attends to the same keys and values: itself, unless layers share them."""
+    first: dict[tuple[Node, Node], Node] = {}
+    for marker in markers:
+        first.setdefault(_keys_and_values(marker), marker)
+    return {marker: first[_keys_and_values(marker)] for marker in markers}
+
+
+def _keys_and_values(marker: Node) -> tuple[Node, Node]:
+    return _look_through(marker.args[1], set()), _look_through(marker.args[2], set())
+
+
 class _NoMatchError(Exception):
     """The graph does not have the form that the walk looks for; the message is the reason."""
 
 
-def _locate(marker: Node, program: Program) -> AttentionSite:
+def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
     q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
     query = key = value = output = reason = None
     try:
@@ -89,6 +104,7 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
         reason=reason,
         output=output,
         module=(layer_module(marker) or "").removeprefix(WRAPPER) or None,
+        reads=None if owner is marker else owner.args[5],
     )
 
 

@@ -36,16 +36,17 @@ MARKER = torch.ops.pmkvq.attention.default
 
 def cached_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cache: Cache,
     layer: int,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_rotation: Tensor | None = None,
+    shared: bool = False,
     plan: LayerPlan | None = None,
 ) -> Tensor:
     """The runtime's `cached_attention` as the target of a node. BakePlan adds `plan`, the plan of the layer's cache,
     which is not needed to run it."""
-    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation)
+    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation, shared)

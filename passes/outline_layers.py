@@ -10,7 +10,7 @@ from typing import Any
 from torch import SymInt, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .bake_plan import cached_attentions
+from .bake_plan import cached_attentions, has_cache
 from .base import Pass
 from .ops import cached_attention
 from .program import WRAPPER, Program
@@ -26,7 +26,8 @@ class OutlineLayers(Pass):
        as `model.layers.3` around the attention of layer 3. Only the last node of a layer may be read from outside.
        Nodes that compute sizes stay outside.
     2. Two layers are equal if their ops, constants and connections are, and if the names of their tensors differ only
-       in the layer's index. The index and the plan may differ: they become arguments.
+       in the layer's index. The index and the plan may differ: they become arguments. Layers that read a cache are
+       equal only if they read the same one.
     3. The submodule takes `layer`, `plan`, and then the values and tensors that the layer reads, each once, in the
        order of their first use. The placeholder of a tensor keeps the tensor's name, with `{layer}` in place of the
        index, in `meta["tensor"]`.
@@ -69,7 +70,9 @@ def _find_regions(program: Program) -> list[Region]:
     members: dict[str, list[Node]] = {}
     for attention in cached_attentions(program):
         owner = layer_module(attention)
-        if owner is None or owner in members or not owner.endswith(f".{attention.args[4]}"):
+        if owner is None or owner in members:
+            return []
+        if has_cache(attention) and not owner.endswith(f".{attention.args[4]}"):
             return []
         members[owner] = []
     for node in program.graph.nodes:
@@ -125,7 +128,7 @@ def _structure(region: Region) -> Hashable:
 
     def encode_node(node: Node) -> Hashable:
         args, kwargs = list(node.args), dict(node.kwargs)
-        if node.target is cached_attention:
+        if node.target is cached_attention and has_cache(node):
             del args[4]
             kwargs.pop("plan", None)
         return node.target, encode(args), tuple((name, encode(value)) for name, value in sorted(kwargs.items()))
@@ -149,7 +152,7 @@ def _add_submodule(program: Program, region: Region, name: str) -> str:
         copies[node].meta["tensor"] = tensor
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.target is cached_attention:
+        if node.target is cached_attention and has_cache(node):
             copies[node].update_arg(4, layer)
             copies[node].update_kwarg("plan", plan)
     graph.output(copies[region.nodes[-1]])

@@ -33,6 +33,7 @@ class AttentionSite:
     `output` names the weight that takes the concatenated outputs of all heads; it is None if there is no such weight.
     `module` is the path of the layer's module in the model, or None if the model's layers are not a list.
     `reason` is None if the key scales can be folded. Otherwise it says why not, and projections may be None.
+    `reads` is the layer whose keys and values it attends to, or None if it computes its own and has a cache.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
 
@@ -52,6 +53,7 @@ class AttentionSite:
     reason: str | None
     output: str | None = None
     module: str | None = None
+    reads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,8 @@ class Program:
     @property
     def graph(self) -> Graph:
         return self.graph_module.graph
+
+    @property
+    def cached_sites(self) -> list[AttentionSite]:
+        """The sites that have a cache. The others read one of theirs."""
+        return [site for site in self.sites if site.reads is None]

@@ -26,6 +26,7 @@ class Problem:
     """A request for one model. Lengths are in tokens and sizes in bytes."""
 
     sites: tuple[AttentionSite, ...]
+    """The layers that have a cache."""
     dtype: torch.dtype
     """The dtype of the model's weights, and of the tokens in sink and window."""
     max_len: int
@@ -45,6 +46,13 @@ class Problem:
     effective_len: int | None
     """Number of positions that the tokens of a text are spread over; None stands for the larger of `max_len` and
     `calib_len`."""
+    readers: tuple[AttentionSite, ...] = ()
+    """The layers that read the cache of another one."""
+
+    @property
+    def cache_of(self) -> dict[int, int]:
+        """For each layer that reads the cache of another one, that layer."""
+        return {site.layer: site.reads for site in self.readers if site.reads is not None}
 
     @property
     def original_bytes(self) -> int:
@@ -57,6 +65,8 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
     tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
+    readers = tuple(site for site in sites if site.reads is not None)
+    sites = tuple(site for site in sites if site.reads is None)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
     if original > LARGEST_BYTES:
         raise UsageError(
@@ -64,7 +74,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
             f"bits, more than any machine holds; choose a smaller --batch-size or --max-len"
         )
     return Problem(
-        sites=tuple(sites),
+        sites=sites,
         dtype=dtype,
         max_len=max_len,
         batch_size=options.batch_size,
@@ -77,6 +87,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         calib_samples=options.calib_samples,
         calib_len=options.calib_len,
         effective_len=options.effective_len,
+        readers=readers,
     )
 
 

@@ -55,7 +55,7 @@ def _program(artifact: Artifact, source: Source) -> Program:
     run_passes(program, [LocateAttention()])
     rotations = {
         site.layer: torch.eye(site.key_head_dim, dtype=torch.float64).repeat(site.num_key_value_heads, 1, 1)
-        for site in program.sites
+        for site in program.cached_sites
         if site.layer in artifact.manifest.key_rotations
     }
     run_passes(program, pipeline({}, rotations, {}, artifact.manifest.plan))

@@ -112,6 +112,9 @@ class Cache:
         self._length = length
         self.new_tokens = NewTokens([], None)
         """The tokens of the current call."""
+        self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        """K and V of the current call's tokens, by layer, where layers share a cache: they are added when the call
+        ends, because the last of these layers must see what the first one saw."""
         self.ahead = False
         """Whether steps ran whose tokens are counted in `state` alone; `settle` counts them here, too."""
         self.graph: object = None
@@ -164,6 +167,7 @@ class Cache:
 
     def note_change(self) -> None:
         """`begin_change` where no change broke off. It does not settle what only the device has counted."""
+        self.waiting = {}
         for layer in self.layers:
             layer.overwritten = False
         counts = [layer.counts for layer in self.layers]
@@ -171,7 +175,7 @@ class Cache:
 
     def end_change(self) -> None:
         """Complete the change: from here on nothing undoes it."""
-        self.change = None
+        self.change, self.waiting = None, {}
 
     def _ready(self) -> None:
         """Undo a change that broke off. Raises `InputError` where it cannot be undone, or is still under way."""
@@ -259,6 +263,8 @@ class Cache:
         """Count the tokens of the call that `begin` announced."""
         if self.change is None:
             raise InputError("this cache was changed in the middle of a call, whose tokens are lost; reset() it")
+        for layer, (keys, values) in self.waiting.items():
+            self.attention[layer].append(keys, values, self.layers[layer], self.new_tokens)
         self._length = [length + count for length, count in zip(self._length, self.new_tokens.counts, strict=True)]
         self.end_change()
 

@@ -78,18 +78,34 @@ class LayerKernels:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `Attention`; the soft cap is a constant of the kernels."""
-        assert new.state is not None
-        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         if q.shape[2] == 1:
             self.append(k, v, store, new)
-            return self.decode(q, v.shape[-1], store, new.state, scale, sinks)
-        out = self._prefill(q, k, v, store, new, scale, sinks)
+            return self.read(q, None, store, new, scale, softcap, sinks)
+        out = self.read(q, (k, v), store, new, scale, softcap, sinks)
         self.append(k, v, store, new)
         return out
+
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `Attention`."""
+        assert new.state is not None
+        if waiting is None:
+            return self.decode(q, store.plan.value_head_dim, store, new.state, scale, sinks)
+        q, k, v = map(_with_dense_channels, (q, *waiting))
+        return self._prefill(q, k, v, store, new, scale, sinks)
 
     def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
         """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is
         lowered until they fit."""
+        k, v = map(_with_dense_channels, (k, v))
         lower_until_fit(self, store, new.state, new.counts)
         heads = k.shape[0] * k.shape[1]
         blocks = store.grow(new.counts)
@@ -291,6 +307,10 @@ class LayerKernels:
             num_warps=tuning.prefill_warps,
             num_stages=tuning.prefill_stages,
         )
+
+
+def _with_dense_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:

@@ -192,6 +192,27 @@ def check_lowering(wide: int, device: torch.device) -> None:
     assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
 
 
+def check_sharing(device: torch.device) -> None:
+    """A second layer that reads a layer's cache gets what it would get from a cache of its own."""
+    case = Case(sliding_window=150, sink=0, steps=steps(120, 1, 70, 1, 1))
+    kernels = [LayerKernels(render_module(case), case.tuning)]
+    whole = cache_plan(case.plan(), max_len=case.max_len)
+    shared, own = (Cache(whole, 1, None, case.dtype, device, kernels) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for (columns,) in case.steps:
+        first, q, k, v = (
+            torch.randn(1, heads, columns.stop, case.head_dim, generator=generator).to(device, case.dtype)
+            for heads in (2, 2, 1, 1)
+        )
+        for cache in (shared, own):
+            cache.begin([columns])
+        cached_attention(first, k, v, shared, 0, 0.125, shared=True)
+        assert torch.equal(cached_attention(q, None, None, shared, 0, 0.125), cached_attention(q, k, v, own, 0, 0.125))
+        for cache in (shared, own):
+            cache.end()
+        compare_stores(copy_to_cpu(shared), copy_to_cpu(own))
+
+
 def take_back(cache: Cache, count: int) -> None:
     """Take the last tokens of every sequence out of its window again."""
     cache.length = [length - count for length in cache.length]
@@ -266,5 +287,6 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
+    check_sharing(torch.device("cpu"))
     for wide in CODE_BITS[:-1]:
         check_lowering(wide, torch.device("cpu"))

@@ -6,7 +6,7 @@ register a function that first shows its operands (K after RoPE, V as it enters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ class AttentionCall:
 
     `query` is [B, Hq, S, dk], `key` [B, Hkv, S, dk] and `value` [B, Hkv, S, dv]. `mask` (bool, True where a query sees
     a key) broadcasts to [B, Hq, S, S]; None means plain causal attention. `sinks` [Hq] are logits without a value: they
-    take part in the softmax and only take probability away.
+    take part in the softmax and only take probability away. `layer` is the one in whose cache `key` and `value` are.
     """
 
     layer: int
@@ -87,11 +87,15 @@ class AttentionCall:
 
 
 @contextmanager
-def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None]:
+def observed(
+    observe: Callable[[AttentionCall], Tensor | None], cache_of: Mapping[int, int] | None = None
+) -> Iterator[None]:
     """Within, models whose `attn_implementation` is `ATTENTION` call `observe` with each attention before computing it.
 
-    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output.
+    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output. `cache_of` names, for each layer
+    that reads the cache of another one, that layer.
     """
+    owners = {} if cache_of is None else cache_of
 
     def attention(
         module: nn.Module,
@@ -104,8 +108,9 @@ def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
         call = AttentionCall(
-            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            layer=owners.get(layer, layer),
             query=query,
             key=key,
             value=value,
@@ -128,13 +133,16 @@ AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])
 def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: int = 0) -> Tensor:
     """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or only those of the `last` tokens.
 
-    The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences.
+    The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences. The
+    last tokens are given by their places, because given their number, some architectures run layers for them alone.
     """
+    length = input_ids.shape[1]
+    kept: int | Tensor = torch.arange(length - last, length, device=input_ids.device) if last else 0
     logits: Tensor = model(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=torch.ones_like(input_ids),
         use_cache=False,
-        logits_to_keep=last,
+        logits_to_keep=kept,
     ).logits
     return logits[:, -last:]

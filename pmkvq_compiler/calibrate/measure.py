@@ -64,14 +64,15 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
         value_gradient={},
         check_ids=check_ids,
         check_logits=reference_logits(model, check_ids)[-CHECK_LOGITS:],
-        check_layers=layer_outputs(model, problem.sites, check_ids),
+        check_layers=layer_outputs(model, (*problem.sites, *problem.readers), check_ids),
     )
     if not problem.recipe.quantizes:
         return calibration
-    walk = partial(walk_texts, model, samples, progress)
+    walk = partial(walk_texts, model, samples, progress, cache_of=problem.cache_of)
     if "scale" in problem.recipe.key_transforms:
         calibration = _with_scales(calibration, problem, walk, stretch)
-    calibration = _with_matrices(calibration, source, problem, walk, partial(walk_texts, model, samples[:1], progress))
+    walk_one = partial(walk_texts, model, samples[:1], progress, cache_of=problem.cache_of)
+    calibration = _with_matrices(calibration, source, problem, walk, walk_one)
     return _with_losses(calibration, problem, walk, stretch, len(samples))
 
 

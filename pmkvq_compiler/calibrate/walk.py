@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -46,10 +46,12 @@ def walk_texts(
     observe: Callable[[AttentionCall], Tensor | None],
     stretch: Fraction = Fraction(1),
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cache_of: Mapping[int, int] | None = None,
 ) -> None:
     """Run the model on each sample and call `observe` with each attention. Positions are `stretch` times as far apart.
 
     If there is an `objective`, a function of logits [S, V] and tokens [S], its gradients are computed as well.
+    `cache_of` is that of `observed`.
     """
 
     def checked(call: AttentionCall) -> Tensor | None:
@@ -60,7 +62,7 @@ def walk_texts(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(checked), torch.set_grad_enabled(objective is not None):
+        with observed(checked, cache_of), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(step, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))

@@ -63,7 +63,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
-    kernels = kernel_files(program.sites, plan.layers)
+    kernels = kernel_files(program.cached_sites, plan.layers)
     pages |= {target / "kernels" / name: text for name, text in kernels.items()}
     pages |= {target / "runtime" / name: text for name, text in _runtime_files().items()}
     for path, text in pages.items():

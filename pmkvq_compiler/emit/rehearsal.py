@@ -40,7 +40,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
             edits=[],
             history=[*program.history],
         )
-        run_passes(tried, pipeline({}, {}, {}, exact_plan(program.sites, TOKENS, 1, torch.float32, BLOCK)))
+        run_passes(tried, pipeline({}, {}, {}, exact_plan(program.cached_sites, TOKENS, 1, torch.float32, BLOCK)))
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
         raise CompileError(

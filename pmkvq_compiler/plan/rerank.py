@@ -13,7 +13,7 @@ on whether a text happens to have them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +57,8 @@ def best_plans(
     if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
     model = source.load_model(ATTENTION, problems[0].device).requires_grad_(False)
-    return try_plans(model, read_samples(source, problems[0]), proposals, calibration, progress)
+    samples = read_samples(source, problems[0])
+    return try_plans(model, samples, proposals, calibration, progress, problems[0].cache_of)
 
 
 def _quantizes(plan: CachePlan) -> bool:
@@ -72,8 +73,10 @@ def try_plans(
     proposals: Sequence[Sequence[Solution]],
     calibration: Calibration,
     progress: Progress,
+    cache_of: Mapping[int, int] | None = None,
 ) -> list[Tried]:
     """The best of each list of proposals over `samples`, int64 [S] each; `model` must be loaded with `ATTENTION`.
+    `cache_of` is that of `observed`.
 
     After each text only the better half of a list goes on to the next one: a single text tells most plans apart.
     """
@@ -83,10 +86,10 @@ def try_plans(
     for number, sample in enumerate(samples):
         progress("Trying plans", number, len(samples))
         ids = sample.unsqueeze(0).to(model.device)
-        expected = _second_half(model, ids, AttentionCall.output)
+        expected = _second_half(model, ids, AttentionCall.output, cache_of)
         for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
-            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED))
+            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED), cache_of)
             moved = divergences(found, expected, torch.float32)
             losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
             changes[solution] += moved.sqrt().mean().item()
@@ -95,11 +98,16 @@ def try_plans(
     return [Tried(field[0], losses[field[0]]) for field in racing]
 
 
-def _second_half(model: PreTrainedModel, ids: Tensor, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
+def _second_half(
+    model: PreTrainedModel,
+    ids: Tensor,
+    attend: Callable[[AttentionCall], Tensor],
+    cache_of: Mapping[int, int] | None,
+) -> Tensor:
     """Logits of a text's second half, whose tokens have old tokens to attend to. Attention is computed in float32."""
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).unsqueeze(0)
-    with observed(lambda call: attend(call.detached()).to(call.query.dtype)):
+    with observed(lambda call: attend(call.detached()).to(call.query.dtype), cache_of):
         return run(model, ids, positions, last=length - length // 2)[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.matrices import NO_VALUE_PROJECTION
+from pmkvq_compiler.emit.model_source import span
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.fold_value_transform import can_transform
@@ -71,6 +72,8 @@ class Report:
     serving: Serving | None
     """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    """What else is to be known about this model, as (name, value, remark)."""
     check: dict[str, float] | None = None
     """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
@@ -114,9 +117,25 @@ def report_contents(
         original_bytes=problem.original_bytes,
         true_bits=16 * plan.arena_bytes / problem.original_bytes,
         predicted_loss=tried.loss,
-        serving=serving(plan) if getattr(source.config, "kv_lora_rank", None) is None else None,
+        serving=serving(plan) if _is_served(source, problem) else None,
         bytes_over_tokens=bytes_over_tokens(plan),
+        notes=_notes(problem),
     )
+
+
+def _is_served(source: Source, problem: Problem) -> bool:
+    """Whether the plugin for vLLM serves models of this kind. vLLM keeps latent attention in its own way."""
+    return getattr(source.config, "kv_lora_rank", None) is None and not problem.readers
+
+
+def _notes(problem: Problem) -> list[tuple[str, str, str]]:
+    found = []
+    if problem.readers:
+        read = sorted({site.reads for site in problem.readers if site.reads is not None})
+        readers = [site.layer for site in problem.readers]
+        remark = f"{span(readers)}: the keys and values are those of {span(read)}"
+        found.append(("layers without a cache", str(len(readers)), remark))
+    return found
 
 
 FED_AT_ONCE = 8192
@@ -125,7 +144,7 @@ FED_AT_ONCE = 8192
 
 def serving(plan: CachePlan) -> Serving | None:
     """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
-    where nothing is quantized (and its caller knows the other case, latent attention)."""
+    where nothing is quantized (and `_is_served` knows the other cases)."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
     if all(layer.exact for layer in layers):
         return None
@@ -186,11 +205,11 @@ def reproduction_command(options: CompileOptions) -> str:
     """The `pmkvq-compile` command with these options, without those that have their default values."""
     defaults = CompileOptions(model=options.model, output=options.output)
     words = ["pmkvq-compile", options.model, "--output", str(options.output)]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == getattr(defaults, field.name):
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value == getattr(defaults, option.name):
             continue
-        words.append("--" + field.name.replace("_", "-"))
+        words.append("--" + option.name.replace("_", "-"))
         if value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return shlex.join(words)

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.passes.locate_attention import cache_owners
 from pmkvq_compiler.passes.ops import MARKER
 from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
 
@@ -49,6 +51,7 @@ def capture(config: PretrainedConfig) -> Program:
     program = _to_program(exported, model, buffers)
     _check_graph(program.graph_module.graph, config)
     _set_sliding_windows(program.graph_module.graph, recorder, config)
+    _check_shared(program.graph_module.graph, config)
     return program
 
 
@@ -67,12 +70,6 @@ def _check_config(config: PretrainedConfig) -> None:
         raise CompileError(
             f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the keys and "
             f"values of each token; choose a model in which all layers are attention layers"
-        )
-    shared = getattr(text, "num_kv_shared_layers", None)
-    if shared:
-        raise CompileError(
-            f"the last {shared} layers of {config.model_type} share the keys and values of layers before them, but the "
-            f"cache keeps separate ones for each layer; choose a model whose layers share none"
         )
     moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
     if moving:
@@ -133,7 +130,7 @@ class _AttentionRecorder:
     """The attention function of one capture. It leaves markers, and remembers the mask of each layer.
 
     transformers describes a mask as a function of positions. Here, the mask tensor that the model passes around is only
-    a key by which that function is found again.
+    a key by which that function is found again, also from a view of it.
     """
 
     IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"})
@@ -149,7 +146,7 @@ class _AttentionRecorder:
 
     def make_mask(self, *, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
         token = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
-        self.masks[id(token)] = token, mask_function
+        self.masks[_memory(token)] = token, mask_function
         return token
 
     def attend(
@@ -174,10 +171,29 @@ class _AttentionRecorder:
                 f"the attention of layer {layer} takes {', '.join(unknown)}, which the cache cannot represent; choose "
                 f"another model"
             )
-        self.mask_of_layer[layer] = self.masks[id(attention_mask)][1] if id(attention_mask) in self.masks else None
+        known = None if attention_mask is None else self.masks.get(_memory(attention_mask))
+        self.mask_of_layer[layer] = None if known is None else known[1]
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out = MARKER(q, k, v, s_aux, scale, layer, 0, float(softcap or 0))
         return out.transpose(1, 2).contiguous(), None
+
+
+def _memory(tensor: Tensor) -> int:
+    """What identifies the memory of a tensor; its views have the same."""
+    return tensor.untyped_storage()._cdata
+
+
+class _NumbersAsOps(TorchFunctionMode):
+    """Within, a tensor that is made of one number on the meta device is an op of the graph and not a constant, which
+    would have lost the number."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], (int, float)) and str(kwargs.get("device")) == "meta":
+            return torch.full((), args[0], **kwargs)
+        return func(*args, **kwargs)
 
 
 class _LanguageModel(nn.Module):
@@ -189,7 +205,10 @@ class _LanguageModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         ones = torch.ones_like(input_ids)
-        return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=ones, use_cache=False).logits
+        with _NumbersAsOps():
+            return self.model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=ones, use_cache=False
+            ).logits
 
 
 def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedProgram:
@@ -316,6 +335,30 @@ def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: Pre
                     f"window, so the cache cannot represent it: {reason}; choose another model"
                 ) from error
         marker.update_arg(6, windows[id(mask)])
+
+
+def _check_shared(graph: Graph, config: PretrainedConfig) -> None:
+    """Refuse layers that share keys and values but do not attend to them in the same way: one set of kernels serves all
+    layers that read a cache."""
+    owners = cache_owners(graph.find_nodes(op="call_function", target=MARKER))
+    for marker, owner in owners.items():
+        if marker.args[0].meta["val"].shape != owner.args[0].meta["val"].shape or _manner(marker) != _manner(owner):
+            raise CompileError(
+                f"layer {marker.args[5]} of {config.model_type} attends to the keys and values of layer "
+                f"{owner.args[5]} with other heads, another sliding window or another soft cap, and one cache cannot "
+                f"serve both; choose another model"
+            )
+    cached = [owner.args[5] for marker, owner in owners.items() if marker is owner]
+    if cached != list(range(len(cached))):
+        raise CompileError(
+            f"layers of {config.model_type} that share keys and values lie between layers that have their own, which "
+            f"the plan cannot express; choose a model in which the layers that share come last"
+        )
+
+
+def _manner(marker: Node) -> tuple[int, float, bool]:
+    _, _, _, sinks, _, _, window, softcap = marker.args
+    return window, softcap, sinks is not None
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -81,8 +81,6 @@ def test_constants_have_the_values_of_a_float32_model() -> None:
         ("bert", {"is_decoder": False}, "neither causal nor a sliding window.*see those that come after them"),
         ("mistral", {"sliding_window": 0}, "tokens do not even see themselves"),
         ("mistral", {"sliding_window": -3}, "neither causal nor a sliding window"),
-        ("gemma3n_text", {"num_kv_shared_layers": 1}, "the last 1 layers of gemma3n_text share the keys and values"),
-        ("gemma4_text", {"num_kv_shared_layers": 1}, "the last 1 layers of gemma4_text share the keys and values"),
         ("mamba", {}, "layers of type linear_attention, which keep another state"),
         ("qwen3_next", {"num_experts": 4}, "layers of type linear_attention"),
         ("deepseek_v32", {}, "layers of type indexed_attention|cannot be captured as one graph"),
