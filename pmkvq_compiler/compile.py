@@ -42,6 +42,7 @@ from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source, open_source
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -172,6 +173,13 @@ def _max_len(source: Source, options: CompileOptions) -> int:
     for more positions than the model has."""
     limit = source.max_position_embeddings
     if options.max_len is not None and limit is not None and options.max_len > limit:
+        fixed = fixed_frequencies(source.config)
+        if fixed is not None and options.max_len > fixed.tokens:
+            raise UsageError(
+                f"max_len {options.max_len:,} is beyond the {limit:,} tokens up to which the RoPE of {source.name} "
+                f"({fixed.rope_type}) keeps its frequencies; a longer text would change them, which makes cached keys "
+                f"wrong; choose --max-len {limit} or less"
+            )
         raise UsageError(
             f"max_len {options.max_len:,} is beyond the {limit:,} positions of {source.name}; "
             f"choose --max-len {limit} or less"

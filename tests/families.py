@@ -34,6 +34,10 @@ LATENTS = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nop
 LATENTS |= {"head_dim": 8, "num_key_value_heads": 4}
 PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+LONGROPE |= {"short_factor": [1 + n / 8 for n in range(8)], "long_factor": [2 + n / 8 for n in range(8)]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
     "mistral": Family("mistral", {"sliding_window": 8}),
@@ -69,6 +73,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2", keys=(NORM,)),
     "olmo3": Family("olmo3", SLIDING, keys=(NORM,)),
     "phi3": Family("phi3", keys=(FUSED,), values=False),
+    "phi3, longrope": Family(
+        "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, keys=(FUSED,), values=False
+    ),
+    "llama, dynamic": Family("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
     "smollm3": Family("smollm3", {"num_hidden_layers": 4}, keys=(None, None, None, NO_ROPE)),
     "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS,)),
     "exaone4": Family("exaone4", SLIDING, keys=(NORM,)),

@@ -1,6 +1,6 @@
 """Every family of models that people download: a tiny random one, compiled, against its source.
 
-A few families run by default; `PMKVQ_FAMILIES=all` runs all of them, and `PMKVQ_FAMILIES=qwen3,gemma4` some.
+A few families run by default; `PMKVQ_FAMILIES=all` runs all of them, and `PMKVQ_FAMILIES="qwen3;gemma4"` some.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tests.families import FAMILIES, Family
 from tests.models import tiny_folder
 from tests.programs import relative_error
 
-DEFAULT = "gemma3n,gemma4,deepseek_v3,smollm3"
+DEFAULT = "gemma3n;gemma4;deepseek_v3;smollm3;phi3, longrope"
 CHOSEN = os.environ.get("PMKVQ_FAMILIES", DEFAULT)
-NAMES = list(FAMILIES) if CHOSEN == "all" else CHOSEN.split(",")
+NAMES = list(FAMILIES) if CHOSEN == "all" else CHOSEN.split(";")
 
 BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
 BLOCK, WINDOW = 16, 32

@@ -23,6 +23,7 @@ from pmkvq_compiler.report.charts import Sample
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source
 
 
@@ -119,7 +120,7 @@ def report_contents(
         predicted_loss=tried.loss,
         serving=serving(plan) if _is_served(source, problem) else None,
         bytes_over_tokens=bytes_over_tokens(plan),
-        notes=_notes(problem),
+        notes=_notes(source, problem),
     )
 
 
@@ -128,8 +129,14 @@ def _is_served(source: Source, problem: Problem) -> bool:
     return getattr(source.config, "kv_lora_rank", None) is None and not problem.readers
 
 
-def _notes(problem: Problem) -> list[tuple[str, str, str]]:
+def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
     found = []
+    fixed = fixed_frequencies(source.config)
+    if fixed is not None:
+        remark = (
+            f"tokens up to which the frequencies of its RoPE ({fixed.rope_type}) stay the same; longer texts do not fit"
+        )
+        found.append(("longest text", f"{fixed.tokens:,}", remark))
     if problem.readers:
         read = sorted({site.reads for site in problem.readers if site.reads is not None})
         readers = [site.layer for site in problem.readers]

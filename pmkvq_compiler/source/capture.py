@@ -24,6 +24,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.locate_attention import cache_owners
 from pmkvq_compiler.passes.ops import MARKER
 from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
+from pmkvq_compiler.source.rope import fix_frequencies
 
 IMPLEMENTATION = "pmkvq"
 INPUTS = ("input_ids", "position_ids")
@@ -36,6 +37,8 @@ POSITIONS_TRIED = 1 << 20
 
 def capture(config: PretrainedConfig) -> Program:
     """The graph `(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]` of the causal language model of `config`.
+
+    RoPE frequencies that change with the length of the text are those of short texts (see `rope`).
 
     The model is captured in bfloat16, whatever dtype its weights are stored in. So a cast to the model's own dtype and
     a cast to float32 look different in the graph. Buffers have the values and dtypes that they have in a float32 model.
@@ -71,21 +74,6 @@ def _check_config(config: PretrainedConfig) -> None:
             f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the keys and "
             f"values of each token; choose a model in which all layers are attention layers"
         )
-    moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
-    if moving:
-        raise CompileError(
-            f"{config.model_type} has RoPE of type {moving.pop()}, whose frequencies change with the length of the "
-            f"text, so keys that are already cached would become wrong; choose another rope_type in config.json"
-        )
-
-
-def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
-    """The `rope_type` of all layers, or of each type of layer if these differ."""
-    for name, value in parameters.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif name == "rope_type":
-            yield value
 
 
 def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -118,6 +106,7 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
             f"{config.model_type} mixes neighbouring tokens with convolutions, whose state a KV cache cannot hold; "
             f"choose a model in which all layers are attention layers"
         )
+    fix_frequencies(model)
     model.tie_weights()
     kept = set(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():

@@ -31,7 +31,9 @@ MOST_LAYERS = 10_000
 """A config with more layers is a mistake, which would otherwise take long to be found."""
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, MOST_LAYERS)),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)),
+    **dict.fromkeys(
+        ("max_position_embeddings", "original_max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)
+    ),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), (0, 1)),
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq"), (1, 1e18)),
     "factor": (1e-6, 1e6),

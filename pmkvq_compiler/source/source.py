@@ -40,6 +40,7 @@ from pmkvq_compiler.source.gguf_header import read_header
 from pmkvq_compiler.source.gguf_tensors import check_tensors
 from pmkvq_compiler.source.model_card import read_card
 from pmkvq_compiler.source.model_config import check_causal_lm, check_sizes, read_config, read_json, settle
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.stored_names import model_class, skeleton, stored_names
 from pmkvq_compiler.source.tokenizer_files import has_tokenizer, tokenizer_files, try_tokenizer
 
@@ -189,8 +190,11 @@ class Source:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The number of positions that the model supports; None if its config sets no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """The number of positions that the model supports, with the RoPE frequencies that it begins with; None if its
+        config sets no limit."""
+        positions: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        fixed = fixed_frequencies(self.config)
+        return positions if fixed is None else min(fixed.tokens, positions or fixed.tokens)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -92,11 +92,6 @@ def test_constants_have_the_values_of_a_float32_model() -> None:
         ("bloom", {}, "but only 0 of them .* route their attention through|bloom cannot be captured"),
         ("gptj", {}, "does not route its attention through|cannot be captured as one graph"),
         ("llama", {"head_dim": 12}, "12 channels, which is not a multiple of 8"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "RoPE of type dynamic",
-        ),
         ("vit", {}, "cannot be built as a causal language model"),
     ],
 )
