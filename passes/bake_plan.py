@@ -61,7 +61,7 @@ def layer_plans(program: Program) -> list[LayerPlan]:
 
 def _check(site: AttentionSite, plan: LayerPlan) -> None:
     """Raises `ValueError` if the plan does not fit the layer's shape."""
-    for name in ("num_key_value_heads", "key_head_dim", "value_head_dim", "sliding_window"):
+    for name in ("num_key_value_heads", "key_head_dim", "value_head_dim", "sliding_window", "chunked"):
         planned, found = getattr(plan, name), getattr(site, name)
         if planned != found:
             raise ValueError(f"the plan of layer {site.layer} has {name} {planned}, but the graph has {found}")

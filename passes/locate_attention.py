@@ -105,6 +105,7 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
         output=output,
         module=(layer_module(marker) or "").removeprefix(WRAPPER) or None,
         reads=None if owner is marker else owner.args[5],
+        chunked=marker.kwargs.get("chunked", False),
     )
 
 

@@ -33,6 +33,7 @@ class AttentionSite:
     `output` names the weight that takes the concatenated outputs of all heads; it is None if there is no such weight.
     `module` is the path of the layer's module in the model, or None if the model's layers are not a list.
     `reason` is None if the key scales can be folded. Otherwise it says why not, and projections may be None.
+    If `chunked`, a query sees the tokens before it in its own chunk of `sliding_window` tokens.
     `reads` is the layer whose keys and values it attends to, or None if it computes its own and has a cache.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
@@ -54,6 +55,7 @@ class AttentionSite:
     output: str | None = None
     module: str | None = None
     reads: int | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True)

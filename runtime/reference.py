@@ -119,7 +119,7 @@ def _visible(store: LayerCache, sequence: int, start: int, first: int, count: in
     positions = torch.cat([store.positions(sequence), own])
     queries = torch.arange(start + first, start + first + count, device=device).unsqueeze(-1)
     visible = positions <= queries
-    return visible if window is None else visible & (positions > queries - window)
+    return visible if window is None else visible & (positions >= store.plan.first_seen(queries))
 
 
 def _attend_tile(

@@ -78,6 +78,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama, dynamic": Family("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
     "smollm3": Family("smollm3", {"num_hidden_layers": 4}, keys=(None, None, None, NO_ROPE)),
+    "llama4": Family(
+        "llama4_text",
+        {"num_hidden_layers": 4, "attention_chunk_size": 12, "num_local_experts": 4, "intermediate_size_mlp": 96}
+        | {"floor_scale": 16},
+        keys=("a norm sits between k_proj and the attention",) * 3 + (NO_ROPE,),
+    ),
     "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS,)),
     "exaone4": Family("exaone4", SLIDING, keys=(NORM,)),
     "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),

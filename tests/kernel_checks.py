@@ -58,6 +58,7 @@ class Case:
     window: int = 64
     heads: int = 1
     sliding_window: int | None = None
+    chunked: bool = False
     softcap: float | None = None
     has_sinks: bool = False
     dtype: torch.dtype = torch.float16
@@ -71,6 +72,7 @@ class Case:
     def plan(self) -> LayerPlan:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
         values |= {"window": self.window, "sliding_window": self.sliding_window, "num_key_value_heads": self.heads}
+        values |= {"chunked": self.chunked}
         values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
         if self.direct:
             values["stages"] = ((self.key_bits, self.value_bits),)
@@ -145,7 +147,7 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
             own_positions = positions[chosen].unsqueeze(-1)
             visible = at <= own_positions
             if case.sliding_window is not None:
-                visible &= at > own_positions - case.sliding_window
+                visible &= at >= plan.first_seen(own_positions)
             expected = reference(q[b, :, part][:, chosen], keys, values, visible, scale, case.softcap, sinks)
             error += (out[b, :, part][:, chosen].double() - expected).square().sum().item()
             total += expected.square().sum().item()
@@ -260,6 +262,7 @@ SMALL = [
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
     Case(sliding_window=230, window=128, steps=steps(200, 1, 170, 40)),
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
+    Case(sliding_window=130, sink=0, chunked=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
     Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
     Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),

@@ -78,6 +78,12 @@ def check_expressible(program: Program) -> None:
             "the model multiplies each token by the matrices of its experts (aten::_grouped_mm), for which ONNX has no "
             "operator; compile it without --onnx"
         )
+    chunked = next((site for site in program.sites if site.chunked), None)
+    if chunked is not None:
+        raise CompileError(
+            f"layer {chunked.layer} attends in chunks of {chunked.sliding_window} tokens, which the ONNX model cannot "
+            f"do; compile it without --onnx"
+        )
     reader = next((site for site in program.sites if site.reads is not None), None)
     if reader is not None:
         raise CompileError(

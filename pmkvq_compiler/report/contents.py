@@ -126,7 +126,8 @@ def report_contents(
 
 def _is_served(source: Source, problem: Problem) -> bool:
     """Whether the plugin for vLLM serves models of this kind. vLLM keeps latent attention in its own way."""
-    return getattr(source.config, "kv_lora_rank", None) is None and not problem.readers
+    chunked = any(site.chunked for site in problem.sites)
+    return getattr(source.config, "kv_lora_rank", None) is None and not problem.readers and not chunked
 
 
 def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:

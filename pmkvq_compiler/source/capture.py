@@ -24,13 +24,14 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.locate_attention import cache_owners
 from pmkvq_compiler.passes.ops import MARKER
 from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
+from pmkvq_compiler.source.masks import Sight, sight_of
+from pmkvq_compiler.source.positions import counted_positions, take_positions_from_input
 from pmkvq_compiler.source.rope import fix_frequencies
 
 IMPLEMENTATION = "pmkvq"
 INPUTS = ("input_ids", "position_ids")
 HEAD_DIM_MULTIPLE = 8
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
-ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 POSITIONS_TRIED = 1 << 20
 """The most positions at which an attention mask is compared with a plain sliding window."""
 
@@ -52,8 +53,9 @@ def capture(config: PretrainedConfig) -> Program:
     recorder = _AttentionRecorder()
     exported = _export(model.to("meta"), recorder)  # type: ignore[arg-type]
     program = _to_program(exported, model, buffers)
+    take_positions_from_input(program.graph_module.graph)
     _check_graph(program.graph_module.graph, config)
-    _set_sliding_windows(program.graph_module.graph, recorder, config)
+    _set_windows(program.graph_module.graph, recorder, config)
     _check_shared(program.graph_module.graph, config)
     return program
 
@@ -63,11 +65,6 @@ def _check_config(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise CompileError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be compiled")
     text = config.get_text_config()
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise CompileError(
-            f"{config.model_type} has layers with chunked attention, which the cache cannot represent; choose a "
-            f"model with causal or sliding-window attention"
-        )
     others = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS)
     if others:
         raise CompileError(
@@ -291,39 +288,40 @@ def _check_graph(graph: Graph, config: PretrainedConfig) -> None:
                     f"layer {marker.args[5]} has {name} heads of {head_dim} channels, which is not a multiple of "
                     f"{HEAD_DIM_MULTIPLE}, so its codes cannot be packed; choose another model"
                 )
-    sequence = markers[0].meta["val"].shape[2]
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if "conv" in str(node.target):
+        if node.op == "call_function" and "conv" in str(node.target):
             raise CompileError(
                 f"{model_type} mixes tokens outside of attention ({node.target}), whose state a KV cache cannot hold; "
                 f"choose another model"
             )
-        if node.target in ARANGES and str(node.meta["val"].shape[0]) == str(sequence):
-            raise CompileError(
-                f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
-                f"continue from a cache; choose another model"
-            )
+    for node in counted_positions(graph):
+        raise CompileError(
+            f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
+            f"continue from a cache; choose another model"
+        )
 
 
-def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
-    """Write into each marker the sliding window that its layer's mask describes."""
-    positions = min(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
-    windows: dict[int, int] = {}
+def _set_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
+    """Write into each marker what its layer's mask lets a query see."""
+    text = config.get_text_config()
+    positions = min(getattr(text, "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
+    chunk = getattr(text, "attention_chunk_size", None)
+    sights: dict[int, Sight] = {}
     for marker in graph.find_nodes(op="call_function", target=MARKER):
         layer = marker.args[5]
         mask = recorder.mask_of_layer[layer]
-        if id(mask) not in windows:
+        if id(mask) not in sights:
             try:
-                windows[id(mask)] = _window_of(mask, positions)
+                sights[id(mask)] = sight_of(mask, positions, chunk)
             except Exception as error:  # a mask function may need anything
                 reason = str(error) if isinstance(error, ValueError) else "it depends on more than positions"
                 raise CompileError(
                     f"the attention mask of layer {layer} of {config.model_type} is neither causal nor a sliding "
                     f"window, so the cache cannot represent it: {reason}; choose another model"
                 ) from error
-        marker.update_arg(6, windows[id(mask)])
+        marker.update_arg(6, sights[id(mask)].window)
+        if sights[id(mask)].chunked:
+            marker.update_kwarg("chunked", True)
 
 
 def _check_shared(graph: Graph, config: PretrainedConfig) -> None:
@@ -345,36 +343,14 @@ def _check_shared(graph: Graph, config: PretrainedConfig) -> None:
         )
 
 
-def _manner(marker: Node) -> tuple[int, float, bool]:
+def _manner(marker: Node) -> tuple[Any, ...]:
     _, _, _, sinks, _, _, window, softcap = marker.args
-    return window, softcap, sinks is not None
+    return window, marker.kwargs.get("chunked", False), softcap, sinks is not None
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that process text, without towers for images or sound."""
     return (model.get_decoder() or model).modules()
-
-
-def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
-    """The number of tokens that a query sees, or 0 if it sees all before it. Raises `ValueError` if `mask` is neither
-    causal nor a causal sliding window."""
-    if mask is None:
-        raise ValueError("it was not made by transformers' masking functions")
-    zero, keys = torch.tensor(0), torch.arange(positions)
-
-    def row(query: int) -> Tensor:
-        return torch.as_tensor(mask(zero, zero, torch.tensor(query), keys)).expand(positions)
-
-    if bool(row(0)[1:].any()):
-        raise ValueError("tokens see those that come after them")
-    window = int(row(positions - 1).sum())
-    if window == 0:
-        raise ValueError("tokens do not even see themselves")
-    edges = {0, 1, window - 1, window, window + 1, 2 * window, positions // 2, positions // 3, positions - 2}
-    for query in sorted(edges & set(range(positions))):
-        if not torch.equal(row(query), (keys <= query) & (keys > query - window)):
-            raise ValueError(f"the query at position {query} sees other tokens")
-    return 0 if window == positions else window
 
 
 def _brief(error: Exception) -> str:

@@ -88,7 +88,6 @@ def test_constants_have_the_values_of_a_float32_model() -> None:
         ("diffllama", {}, "computes attention 4 times in 2 layers"),
         ("doge", {}, "its control flow depends on the tokens"),
         ("t5", {}, "t5 is an encoder-decoder model"),
-        ("llama4_text", {}, "chunked attention"),
         ("bloom", {}, "but only 0 of them .* route their attention through|bloom cannot be captured"),
         ("gptj", {}, "does not route its attention through|cannot be captured as one graph"),
         ("llama", {"head_dim": 12}, "12 channels, which is not a multiple of 8"),
