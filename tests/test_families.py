@@ -57,9 +57,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.model_type)
     tiny_folder(folder, family.model_type, **family.overrides)
-    source = open_source(str(folder))
-    program = capture(source.config)
-    locate(program, source.config.model_type)
+    source, program = located_source(folder)
     exact = exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK)
     layers = tuple(at_8_bits(layer) for layer in exact.layers)
     quantized = dataclasses.replace(
@@ -67,6 +65,17 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     models = [generated(program, source, plan, folder) for plan in (exact, quantized)]
     return Compiled(family, source.load_model("eager"), program, *models)
+
+
+def located_source(folder: Path) -> tuple[Source, Program]:
+    source = open_source(str(folder))
+    program = capture(source.config)
+    locate(program, source.config.model_type)
+    return source, program
+
+
+def exact_model(source: Source, program: Program, folder: Path) -> CompiledModel:
+    return generated(program, source, exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK), folder)
 
 
 def at_8_bits(layer: LayerPlan) -> LayerPlan:

@@ -45,6 +45,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "metadata": _card_metadata(source),
         "architecture": _architecture(source),
         "plan": plan,
+        "left_out": ", ".join(map(in_markdown, source.left_out)),
     }
     target = folder / package
     target.mkdir(parents=True)

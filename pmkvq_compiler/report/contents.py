@@ -132,6 +132,9 @@ def _is_served(source: Source, problem: Problem) -> bool:
 
 def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
     found = []
+    if source.left_out:
+        remark = f"the artifact is the language model ({source.config.model_type}) and takes text alone"
+        found.append(("left out", ", ".join(source.left_out), remark))
     fixed = fixed_frequencies(source.config)
     if fixed is not None:
         remark = (

@@ -6,7 +6,9 @@ them or not.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,20 +48,29 @@ class Checkpoint:
         """
         self.files = _weight_files(folder, named)
         self.tensors: dict[str, StoredTensor] = {}
+        self._stored_names: Mapping[str, str] = {}
         for file in self.files:
             for name, tensor in _stored_tensors(file).items():
                 if name in self.tensors:
                     _check_same(name, self.tensors[name].file, file)
                 self.tensors[name] = tensor
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with only the tensors in `names`, which are called by its values from here on."""
+        twin = copy.copy(self)
+        twin.tensors = {name: self.tensors[stored] for stored, name in names.items()}
+        twin._stored_names = {name: stored for stored, name in names.items()}
+        return twin
+
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype. Raises `CompileError` if it cannot be read."""
-        return _read(self.tensors[name].file, name)
+        return _read(self.tensors[name].file, self._stored_names.get(name, name))
 
     def slices(self) -> dict[str, Any]:
         """Every tensor as a safetensors slice, which is not read before it is needed; transformers accepts these."""
         opened = {file: safe_open(file, framework="pt") for file in self.files}
-        return {name: opened[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
+        stored = self._stored_names
+        return {name: opened[tensor.file].get_slice(stored.get(name, name)) for name, tensor in self.tensors.items()}
 
 
 def _weight_files(folder: Path, named: str | None) -> list[Path]:
