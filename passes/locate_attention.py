@@ -33,11 +33,13 @@ class LocateAttention(Pass):
     2. From k, and then from q, the pass walks back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin`
        (x1 and x2 are the halves of x's channels), and through the split into heads, to a linear layer with or without
        bias.
-    3. The walk passes through casts and copies. Any other op ends it, and the site keeps the reason.
-    4. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
-    5. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
+    3. If the operand of RoPE is a product with one weight for each channel, as that of a norm is, the walk ends there:
+       scales can be folded into these weights. They may be stored minus 1.
+    4. The walk passes through casts and copies. Any other op ends it, and the site keeps the reason.
+    5. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
+    6. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
        that takes the outputs of all heads. Between these two linear layers, the channels of a head can be transformed.
-    6. A marker with the k and v of an earlier one reads that layer's cache. Nothing is folded into such caches, because
+    7. A marker with the k and v of an earlier one reads that layer's cache. Nothing is folded into such caches, because
        a change of k or v would change what several layers compute.
     """
 
@@ -110,15 +112,19 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
 
 
 def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projection:
-    """The rows of the linear layer that computes an operand of `marker`. Raises `_NoMatchError`."""
+    """The rows of the linear layer or norm that computes an operand of `marker`. Raises `_NoMatchError`."""
     seen: set[Node] = set()
     node = _match_rotary(operand, seen) if rotary else operand
-    linear = _match_heads(node, seen)
-    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    norm = _match_norm(node, seen) if rotary else None
+    if norm is not None:
+        weight, bias, offset = norm
+    else:
+        linear, offset = _match_heads(node, seen), 0.0
+        weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     for parameter in parameters:
         if parameter.name not in program.weights:
-            raise _NoMatchError(f"{linear.name} takes {parameter.name}, which is not a tensor of the checkpoint")
+            raise _NoMatchError(f"{parameter.name} is not a tensor of the checkpoint")
     for node in (*seen, *parameters):
         for user in node.users:
             if user is not marker and user not in seen and not is_assertion(user):
@@ -130,6 +136,7 @@ def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projec
         bias=program.weights[bias.name] if bias is not None else None,
         start=0,
         rows=weight.meta["val"].shape[0],
+        offset=offset,
     )
 
 
@@ -215,6 +222,37 @@ def _match_rotate_half(node: Node, matched: set[Node]) -> Node | None:
 
 def _is_last(node: Node, dim: tuple[int, ...]) -> bool:
     return dim in ((-1,), (node.meta["val"].dim() - 1,))
+
+
+def _match_norm(node: Node, seen: set[Node]) -> tuple[Node, Node | None, float] | None:
+    """The weight, the bias and the weight's offset of a norm whose result is `node` [B, heads, S, head_dim]; None if
+    there is no norm. Its weight has a number for each channel of a head, or of all heads."""
+    _, heads, _, head_dim = node.meta["val"].shape
+    path: set[Node] = set()
+    end = _look_through(node, path)
+    while end.target in RESHAPES and (end.target is not aten.transpose.int or end.args[1:] == (1, 2)):
+        end = _look_through(end.args[0], path)
+    candidates: list[tuple[Node, Node | None]] = []
+    if end.target is aten.mul.Tensor:
+        candidates = [(operand, None) for operand in end.args if isinstance(operand, Node)]
+    elif end.target in (aten.rms_norm.default, aten.layer_norm.default):
+        given = [*end.args[2:4], None, None]
+        candidates = [(given[0], given[1] if end.target is aten.layer_norm.default else None)]
+    for factor, bias in candidates:
+        through: set[Node] = set()
+        weight = factor and _look_through(factor, through)
+        offset = 0.0
+        if weight is not None and weight.target is aten.add.Tensor and weight.args[1] == 1:
+            offset, weight = 1.0, _look_through(weight.args[0], through)
+        if (
+            weight is None
+            or weight.op != "placeholder"
+            or weight.meta["val"].shape not in ((head_dim,), (heads * head_dim,))
+        ):
+            continue
+        seen |= path | through
+        return weight, bias, offset
+    return None
 
 
 def _match_heads(node: Node, seen: set[Node]) -> Node:

@@ -18,12 +18,17 @@ not."""
 
 @dataclass(frozen=True)
 class Projection:
-    """The rows `start : start + rows` of a linear layer's weight (and bias) that compute q, k or v."""
+    """The rows `start : start + rows` of a linear layer's weight (and bias) that compute q, k or v.
+
+    Where a norm lies between that layer and RoPE, they are the norm's weights, one for each channel: of all heads, or
+    of one head if the heads share them. Some norms store their weights minus an `offset`.
+    """
 
     weight: str
     bias: str | None
     start: int
     rows: int
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,31 @@ class AttentionSite:
     reads: int | None = None
     chunked: bool = False
 
+    @property
+    def heads_share_scales(self) -> bool:
+        """Whether all heads must be scaled alike, because they share the weights of a norm."""
+        heads = {self.query: self.num_attention_heads, self.key: self.num_key_value_heads}
+        return any(one is not None and one.rows < count * self.key_head_dim for one, count in heads.items())
+
 
 @dataclass(frozen=True)
 class RowScale:
-    """An edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64."""
+    """An edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64.
+
+    The tensor stores the numbers to be multiplied minus `offset`.
+    """
 
     tensor: str
     start: int
     scale: Tensor
+    offset: float = 0.0
 
     def apply(self, value: Tensor) -> Tensor:
         """The edited tensor, in the dtype of `value`."""
         edited = value.to(torch.float64)
         rows = slice(self.start, self.start + self.scale.shape[0])
-        edited[rows] *= self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
+        scale = self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
+        edited[rows] = (edited[rows] + self.offset) * scale - self.offset
         return edited.to(value.dtype)
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,7 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
     recipe = resolved(options)
     _check_cache(options, recipe)
     readers = tuple(site for site in sites if site.reads is not None)
-    sites = tuple(site for site in sites if site.reads is None)
+    sites = tuple(_foldable_in(dtype, site) for site in sites if site.reads is None)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
     if original > LARGEST_BYTES:
         raise UsageError(
@@ -89,6 +89,18 @@ def resolve(options: CompileOptions, sites: Sequence[AttentionSite], max_len: in
         effective_len=options.effective_len,
         readers=readers,
     )
+
+
+def _foldable_in(dtype: torch.dtype, site: AttentionSite) -> AttentionSite:
+    """The site with a reason not to fold if weights of `dtype` could not hold what would be folded."""
+    offset = any(one is not None and one.offset for one in (site.key, site.query))
+    if site.reason is not None or not offset or dtype == torch.float32:
+        return site
+    name = str(dtype).removeprefix("torch.")
+    reason = (
+        f"a norm sits between k_proj and RoPE and stores its weights minus 1, which {name} would round after a fold"
+    )
+    return replace(site, reason=reason)
 
 
 def _check_cache(options: CompileOptions, recipe: Recipe) -> None:

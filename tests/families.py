@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-NORM = "a norm sits between k_proj and RoPE"
 PART = "RoPE turns only"
 NEIGHBOURS = "RoPE pairs neighbouring channels"
 HALVES = "concatenates halves that RoPE has turned"
@@ -42,10 +41,10 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
     "mistral": Family("mistral", {"sliding_window": 8}),
     "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3", keys=(NORM,)),
-    "qwen3_moe": Family("qwen3_moe", EXPERTS, keys=(NORM,)),
+    "qwen3": Family("qwen3"),
+    "qwen3_moe": Family("qwen3_moe", EXPERTS),
     "gemma2": Family("gemma2", SLIDING),
-    "gemma3_text": Family("gemma3_text", SLIDING, keys=(NORM,)),
+    "gemma3_text": Family("gemma3_text", SLIDING),
     "gemma3n": Family(
         "gemma3n_text",
         {
@@ -70,8 +69,8 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": Family("glm4_moe", ROUTED, keys=(PART,)),
     "glm4_moe_lite": Family("glm4_moe_lite", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
     "minicpm3": Family("minicpm3", LATENTS, keys=(LATENT,), values=False),
-    "olmo2": Family("olmo2", keys=(NORM,)),
-    "olmo3": Family("olmo3", SLIDING, keys=(NORM,)),
+    "olmo2": Family("olmo2"),
+    "olmo3": Family("olmo3", SLIDING),
     "phi3": Family("phi3", keys=(FUSED,), values=False),
     "phi3, longrope": Family(
         "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, keys=(FUSED,), values=False
@@ -85,6 +84,6 @@ FAMILIES: dict[str, Family] = {
         keys=("a norm sits between k_proj and the attention",) * 3 + (NO_ROPE,),
     ),
     "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS,)),
-    "exaone4": Family("exaone4", SLIDING, keys=(NORM,)),
+    "exaone4": Family("exaone4", SLIDING),
     "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),
 }

@@ -82,7 +82,11 @@ def _with_scales(
     """Add the maxima of K at stretched positions, and the scales that are found from them."""
     recipe, maxima = problem.recipe, dict[int, Tensor]()
     walk("Measuring keys", partial(_record_maxima, maxima), stretch)
-    foldable = {site.layer: maxima[site.layer] for site in problem.sites if site.reason is None}
+    foldable = {
+        site.layer: _of_all_heads(maxima[site.layer]) if site.heads_share_scales else maxima[site.layer]
+        for site in problem.sites
+        if site.reason is None
+    }
     search = ScaleSearch(foldable, min(problem.bits), recipe.sink, recipe.block)
     walk("Searching scales", search, stretch)
     alphas, scales = search.best()
@@ -134,6 +138,11 @@ def _with_losses(
         key_gradient=_averaged("keys", product.key, texts),
         value_gradient=_averaged("values", product.value, texts),
     )
+
+
+def _of_all_heads(maxima: Tensor) -> Tensor:
+    """Maxima [Hkv, d] that are the same for all heads."""
+    return maxima.amax(dim=0, keepdim=True).expand_as(maxima)
 
 
 def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:
