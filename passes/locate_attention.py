@@ -82,6 +82,8 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
     q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
     query = key = value = output = reason = None
     try:
+        if "latent" in marker.meta:
+            raise _NoMatchError("the cache holds latents, which are the keys and the values of all heads")
         key = _walk(k, marker, program, rotary=True)
         query = _walk(q, marker, program, rotary=True)
     except _NoMatchError as error:
@@ -108,6 +110,7 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
         module=(layer_module(marker) or "").removeprefix(WRAPPER) or None,
         reads=None if owner is marker else owner.args[5],
         chunked=marker.kwargs.get("chunked", False),
+        latent=marker.meta.get("latent"),
     )
 
 

@@ -32,6 +32,20 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Latent attention, whose cache holds latents of `rank` numbers.
+
+    `weight` is [num_heads * (key_dim + value_dim), rank]. It expands a latent to every head's key, without the channels
+    that RoPE turns, and value.
+    """
+
+    weight: str
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention of the graph: layer index, name of its marker, shapes, and the projections of q, k and v.
 
@@ -39,6 +53,7 @@ class AttentionSite:
     `module` is the path of the layer's module in the model, or None if the model's layers are not a list.
     `reason` is None if the key scales can be folded. Otherwise it says why not, and projections may be None.
     If `chunked`, a query sees the tokens before it in its own chunk of `sliding_window` tokens.
+    `latent` is given where keys and values are a latent vector and what RoPE turns, shared by all heads.
     `reads` is the layer whose keys and values it attends to, or None if it computes its own and has a cache.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
@@ -61,6 +76,7 @@ class AttentionSite:
     module: str | None = None
     reads: int | None = None
     chunked: bool = False
+    latent: Latent | None = None
 
     @property
     def heads_share_scales(self) -> bool:

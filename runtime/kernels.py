@@ -28,6 +28,9 @@ CHANNELS_AT_ONCE = 16
 """Head dimensions must be multiples of this, the rows of a matrix operand. Where 16 codes of K would not fill
 LANE_BITS, K needs a larger multiple."""
 
+LARGEST_HEAD = 512
+"""Channels of the largest head that the kernels hold in registers. The latents of latent attention are larger."""
+
 LANE_BITS = 32
 """Bits of codes that a lane loads at once."""
 
@@ -334,8 +337,18 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     return splits, splits + row_splits
 
 
+def is_too_wide(plan: LayerPlan) -> bool:
+    """Whether a layer has larger heads than the kernels hold."""
+    return max(plan.key_head_dim, plan.value_head_dim) > LARGEST_HEAD
+
+
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
+    if is_too_wide(plan):
+        raise InputError(
+            f"head_dim {max(plan.key_head_dim, plan.value_head_dim)} is more than {LARGEST_HEAD}, the most that the "
+            f'Triton kernels hold; load with backend="reference"'
+        )
     key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
     for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
         if channels % unit:

@@ -8,7 +8,7 @@ from typing import Any
 PART = "RoPE turns only"
 NEIGHBOURS = "RoPE pairs neighbouring channels"
 HALVES = "concatenates halves that RoPE has turned"
-LATENT = "there is no RoPE between kv_b_proj"
+LATENT = "the cache holds latents"
 NO_ROPE = "there is no RoPE between k_proj"
 FUSED = "concatenates the channels that RoPE has turned with a part that has no channels"
 

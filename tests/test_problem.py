@@ -106,6 +106,6 @@ def test_weights_that_are_stored_minus_one_are_folded_only_where_they_are_not_ro
     dtype: torch.dtype, folds: bool
 ) -> None:
     for model_type, always in (("gemma3_text", False), ("qwen3", True)):
-        for site in resolve(OPTIONS, located(model_type).sites, 512, dtype).sites:
-            assert (site.reason is None) == (folds or always)
-            assert site.reason is None or "would round after a fold" in site.reason
+        for found in resolve(OPTIONS, located(model_type).sites, 512, dtype).sites:
+            assert (found.reason is None) == (folds or always)
+            assert found.reason is None or "would round after a fold" in found.reason

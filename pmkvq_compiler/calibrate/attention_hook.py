@@ -6,7 +6,7 @@ register a function that first shows its operands (K after RoPE, V as it enters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,16 +86,19 @@ class AttentionCall:
         return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
 
 
+Seen = tuple[AttentionCall, Callable[[Tensor], Tensor]]
+"""A call in another form, and how to make the output of the first form from its output."""
+
+
 @contextmanager
 def observed(
-    observe: Callable[[AttentionCall], Tensor | None], cache_of: Mapping[int, int] | None = None
+    observe: Callable[[AttentionCall], Tensor | None], seen: Callable[[AttentionCall], Seen] | None = None
 ) -> Iterator[None]:
     """Within, models whose `attn_implementation` is `ATTENTION` call `observe` with each attention before computing it.
 
-    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output. `cache_of` names, for each layer
-    that reads the cache of another one, that layer.
+    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output. `seen` may turn the call into
+    another one for it (see `Caches`), and says how to make the model's output of that call's.
     """
-    owners = {} if cache_of is None else cache_of
 
     def attention(
         module: nn.Module,
@@ -108,9 +111,8 @@ def observed(
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
         call = AttentionCall(
-            layer=owners.get(layer, layer),
+            layer=int(module.layer_idx),  # type: ignore[arg-type]
             query=query,
             key=key,
             value=value,
@@ -119,8 +121,10 @@ def observed(
             softcap=softcap,
             sinks=s_aux,
         )
+        call, restore = (call, None) if seen is None else seen(call)
         output = observe(call)
-        return (call.output() if output is None else output).transpose(1, 2).contiguous(), None
+        output = call.output() if output is None else output
+        return (output if restore is None else restore(output)).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attention)
     yield

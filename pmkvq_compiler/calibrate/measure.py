@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.calibration import (
     CHECK_LOGITS,
     CHECK_TOKENS,
@@ -68,10 +69,11 @@ def calibrate(source: Source, problem: Problem, progress: Progress) -> Calibrati
     )
     if not problem.recipe.quantizes:
         return calibration
-    walk = partial(walk_texts, model, samples, progress, cache_of=problem.cache_of)
+    seen = Caches.of(model, problem).seen
+    walk = partial(walk_texts, model, samples, progress, seen=seen)
     if "scale" in problem.recipe.key_transforms:
         calibration = _with_scales(calibration, problem, walk, stretch)
-    walk_one = partial(walk_texts, model, samples[:1], progress, cache_of=problem.cache_of)
+    walk_one = partial(walk_texts, model, samples[:1], progress, seen=seen)
     calibration = _with_matrices(calibration, source, problem, walk, walk_one)
     return _with_losses(calibration, problem, walk, stretch, len(samples))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed, run
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall, Seen, observed, run
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.source import check_finite
@@ -46,12 +46,12 @@ def walk_texts(
     observe: Callable[[AttentionCall], Tensor | None],
     stretch: Fraction = Fraction(1),
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
-    cache_of: Mapping[int, int] | None = None,
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> None:
     """Run the model on each sample and call `observe` with each attention. Positions are `stretch` times as far apart.
 
     If there is an `objective`, a function of logits [S, V] and tokens [S], its gradients are computed as well.
-    `cache_of` is that of `observed`.
+    `seen` is that of `observed`.
     """
 
     def checked(call: AttentionCall) -> Tensor | None:
@@ -62,7 +62,7 @@ def walk_texts(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(checked, cache_of), torch.set_grad_enabled(objective is not None):
+        with observed(checked, seen), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(step, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))

@@ -13,14 +13,15 @@ on whether a text happens to have them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, Seen, observed, run
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
 from pmkvq_compiler.calibrate.texts import read_samples
@@ -58,7 +59,7 @@ def best_plans(
         return [Tried(proposed[0], 0.0) for proposed in proposals]
     model = source.load_model(ATTENTION, problems[0].device).requires_grad_(False)
     samples = read_samples(source, problems[0])
-    return try_plans(model, samples, proposals, calibration, progress, problems[0].cache_of)
+    return try_plans(model, samples, proposals, calibration, progress, Caches.of(model, problems[0]).seen)
 
 
 def _quantizes(plan: CachePlan) -> bool:
@@ -73,10 +74,10 @@ def try_plans(
     proposals: Sequence[Sequence[Solution]],
     calibration: Calibration,
     progress: Progress,
-    cache_of: Mapping[int, int] | None = None,
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> list[Tried]:
     """The best of each list of proposals over `samples`, int64 [S] each; `model` must be loaded with `ATTENTION`.
-    `cache_of` is that of `observed`.
+    `seen` is that of `observed`.
 
     After each text only the better half of a list goes on to the next one: a single text tells most plans apart.
     """
@@ -86,10 +87,10 @@ def try_plans(
     for number, sample in enumerate(samples):
         progress("Trying plans", number, len(samples))
         ids = sample.unsqueeze(0).to(model.device)
-        expected = _second_half(model, ids, AttentionCall.output, cache_of)
+        expected = _second_half(model, ids, AttentionCall.output, seen)
         for solution in dict.fromkeys(itertools.chain(*racing)):
             plan, folds = _at_final_widths(solution.plan, len(sample)), Folds.of(solution, calibration)
-            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED), cache_of)
+            found = _second_half(model, ids, progressive(plan, folds, [1], MAGNIFIED), seen)
             moved = divergences(found, expected, torch.float32)
             losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
             changes[solution] += moved.sqrt().mean().item()
@@ -102,12 +103,12 @@ def _second_half(
     model: PreTrainedModel,
     ids: Tensor,
     attend: Callable[[AttentionCall], Tensor],
-    cache_of: Mapping[int, int] | None,
+    seen: Callable[[AttentionCall], Seen] | None,
 ) -> Tensor:
     """Logits of a text's second half, whose tokens have old tokens to attend to. Attention is computed in float32."""
     length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).unsqueeze(0)
-    with observed(lambda call: attend(call.detached()).to(call.query.dtype), cache_of):
+    with observed(lambda call: attend(call.detached()).to(call.query.dtype), seen):
         return run(model, ids, positions, last=length - length // 2)[0]
 
 

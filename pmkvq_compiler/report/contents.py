@@ -19,12 +19,13 @@ from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.rerank import Tried
 from pmkvq_compiler.plan.solution import Folds, PlanRow, plan_table
 from pmkvq_compiler.problem import Problem
-from pmkvq_compiler.report.charts import Sample
+from pmkvq_compiler.report.charts import Sample, readable_bytes
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source
+from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
     if source.left_out:
         remark = f"the artifact is the language model ({source.config.model_type}) and takes text alone"
         found.append(("left out", ", ".join(source.left_out), remark))
+    expanded = _expanded_bytes(problem)
+    if expanded:
+        remark = "at 16 bits, if the cache held the keys and values of every head instead of the latents"
+        found.append(("expanded cache", readable_bytes(expanded), remark))
     fixed = fixed_frequencies(source.config)
     if fixed is not None:
         remark = (
@@ -147,6 +152,24 @@ def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
         remark = f"{span(readers)}: the keys and values are those of {span(read)}"
         found.append(("layers without a cache", str(len(readers)), remark))
     return found
+
+
+def _expanded_bytes(problem: Problem) -> int:
+    """Bytes of the cache at 16 bits if latents were expanded to keys and values of every head; 0 without latents."""
+    if all(site.latent is None for site in problem.sites):
+        return 0
+    return cache_bytes_at_16_bits([_expanded(site) for site in problem.sites], problem.max_len, problem.batch_size)
+
+
+def _expanded(site: AttentionSite) -> AttentionSite:
+    if site.latent is None:
+        return site
+    return replace(
+        site,
+        num_key_value_heads=site.latent.num_heads,
+        key_head_dim=site.latent.key_dim + site.key_head_dim - site.value_head_dim,
+        value_head_dim=site.latent.value_dim,
+    )
 
 
 FED_AT_ONCE = 8192

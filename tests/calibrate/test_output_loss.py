@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, OutputLoss
 from pmkvq_compiler.formats import Format, stored
@@ -120,7 +121,7 @@ def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dic
             def observe(one: AttentionCall, measure: OutputLoss = measure) -> Tensor | None:
                 return measure(one) if one.layer in (0, 1) else None
 
-            with observed(observe, cache_of):
+            with observed(observe, Caches(cache_of).seen):
                 logits = run(model, text, positions)[0]
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(1))
             F.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
@@ -130,7 +131,7 @@ def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dic
             def quantized(one: AttentionCall, layer: int = layer) -> Tensor | None:
                 return one.output(value=stored(one.value, kept, SINK, BLOCK)) if one.layer == layer else None
 
-            with torch.no_grad(), observed(quantized, readers):
+            with torch.no_grad(), observed(quantized, Caches(readers).seen):
                 found = run(model, text, positions)[0].log_softmax(-1)
             divergence[layer] += (expected.exp() * (expected - found)).sum(-1)[LENGTH // 2 :].mean().item()
     for layer in (0, 1):
