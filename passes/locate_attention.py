@@ -49,7 +49,8 @@ class LocateAttention(Pass):
     def run(self, program: Program) -> bool:
         before = program.sites
         owners = cache_owners(markers(program.graph))
-        program.sites = [_locate(marker, owner, program) for marker, owner in owners.items()]
+        shared = {owner for marker, owner in owners.items() if marker is not owner}
+        program.sites = [_locate(marker, owner, owner in shared, program) for marker, owner in owners.items()]
         return program.sites != before
 
     def ensures(self, program: Program) -> None:
@@ -78,10 +79,12 @@ class _NoMatchError(Exception):
     """The graph does not have the form that the walk looks for; the message is the reason."""
 
 
-def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
+def _locate(marker: Node, owner: Node, shared: bool, program: Program) -> AttentionSite:
     q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
     query = key = value = output = reason = None
     try:
+        if shared:
+            raise _NoMatchError("several layers attend to the same keys and values")
         if "latent" in marker.meta:
             raise _NoMatchError("the cache holds latents, which are the keys and the values of all heads")
         key = _walk(k, marker, program, rotary=True)
@@ -89,7 +92,7 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
     except _NoMatchError as error:
         reason = str(error)
     with suppress(_NoMatchError):
-        value = _walk(v, marker, program, rotary=False)
+        value = None if shared else _walk(v, marker, program, rotary=False)
         output = _walk_forward(marker, program)
     return AttentionSite(
         layer=layer,
@@ -117,12 +120,15 @@ def _locate(marker: Node, owner: Node, program: Program) -> AttentionSite:
 def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projection:
     """The rows of the linear layer or norm that computes an operand of `marker`. Raises `_NoMatchError`."""
     seen: set[Node] = set()
-    node = _match_rotary(operand, seen) if rotary else operand
-    norm = _match_norm(node, seen) if rotary else None
+    node, heads_third = operand, False
+    if rotary:
+        rotated, heads_third = _match_transposed(operand, seen)
+        node = _match_rotary(rotated, seen)
+    norm = _match_norm(node, operand, seen) if rotary else None
     if norm is not None:
         weight, bias, offset = norm
     else:
-        linear, offset = _match_heads(node, seen), 0.0
+        linear, offset = _match_heads(node, seen, heads_third), 0.0
         weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     for parameter in parameters:
@@ -167,6 +173,17 @@ def _look_through(node: Node, seen: set[Node]) -> Node:
         node = node.args[0]
     seen.add(node)
     return node
+
+
+def _match_transposed(operand: Node, seen: set[Node]) -> tuple[Node, bool]:
+    """The result of RoPE, and whether heads are still its third dimension and not the second: RoPE may come before or
+    after they are moved."""
+    path: set[Node] = set()
+    node = _look_through(operand, path)
+    if node.target is aten.transpose.int and node.args[1:] == (1, 2) and node.args[0].target is aten.add.Tensor:
+        seen |= path
+        return node.args[0], True
+    return operand, False
 
 
 def _match_rotary(operand: Node, seen: set[Node]) -> Node:
@@ -227,10 +244,10 @@ def _is_last(node: Node, dim: tuple[int, ...]) -> bool:
     return dim in ((-1,), (node.meta["val"].dim() - 1,))
 
 
-def _match_norm(node: Node, seen: set[Node]) -> tuple[Node, Node | None, float] | None:
-    """The weight, the bias and the weight's offset of a norm whose result is `node` [B, heads, S, head_dim]; None if
-    there is no norm. Its weight has a number for each channel of a head, or of all heads."""
-    _, heads, _, head_dim = node.meta["val"].shape
+def _match_norm(node: Node, operand: Node, seen: set[Node]) -> tuple[Node, Node | None, float] | None:
+    """The weight, the bias and the weight's offset of a norm whose result is `node`, which becomes `operand` [B, heads,
+    S, head_dim]; None if there is no norm. Its weight has a number for each channel of a head, or of all heads."""
+    _, heads, _, head_dim = operand.meta["val"].shape
     path: set[Node] = set()
     end = _look_through(node, path)
     while end.target in RESHAPES and (end.target is not aten.transpose.int or end.args[1:] == (1, 2)):
@@ -258,16 +275,19 @@ def _match_norm(node: Node, seen: set[Node]) -> tuple[Node, Node | None, float] 
     return None
 
 
-def _match_heads(node: Node, seen: set[Node]) -> Node:
-    """The linear layer whose output [B, S, heads * head_dim] was split into `node` [B, heads, S, head_dim].
+def _match_heads(node: Node, seen: set[Node], heads_third: bool = False) -> Node:
+    """The linear layer whose output [B, S, heads * head_dim] was split into `node`: [B, heads, S, head_dim], or [B, S,
+    heads, head_dim] if `heads_third`.
 
     Raises `_NoMatchError`.
     """
     end = node = _look_through(node, seen)
-    if node.target is aten.transpose.int and node.args[1:] == (1, 2):
+    moved = node.target is aten.transpose.int and node.args[1:] == (1, 2)
+    if moved:
         node = _look_through(node.args[0], seen)
-        if node.target in (aten.view.default, aten.reshape.default) and node.meta["val"].dim() == 4:
-            node = _look_through(node.args[0], seen)
+    is_split = node.target in (aten.view.default, aten.reshape.default) and node.meta["val"].dim() == 4
+    if moved != heads_third and is_split:
+        node = _look_through(node.args[0], seen)
     if node.target is aten.linear.default and node.meta["val"].dim() == 3:
         return node
     raise _NoMatchError(_explain_between(node, end))

@@ -10,6 +10,8 @@ NEIGHBOURS = "RoPE pairs neighbouring channels"
 HALVES = "concatenates halves that RoPE has turned"
 LATENT = "the cache holds latents"
 NO_ROPE = "there is no RoPE between k_proj"
+NORM = "a norm sits between k_proj and the attention"
+SHARED = "several layers attend to the same keys and values"
 FUSED = "concatenates the channels that RoPE has turned with a part that has no channels"
 
 
@@ -25,7 +27,8 @@ class Family:
 
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
-FOUR = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+FIVE = {"num_hidden_layers": 5, "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2]}
+FIVE |= {"sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
 ROUTED |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
@@ -48,19 +51,19 @@ FAMILIES: dict[str, Family] = {
     "gemma3n": Family(
         "gemma3n_text",
         {
-            **FOUR,
+            **FIVE,
             **PER_LAYER,
             "laurel_rank": 8,
             "altup_num_inputs": 2,
-            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
         },
-        keys=(NO_ROPE,),
+        keys=(None, SHARED, SHARED, SHARED, SHARED),
         values=False,
     ),
     "gemma4": Family(
         "gemma4_text",
-        {**FOUR, **PER_LAYER, "global_head_dim": 32, "num_global_key_value_heads": 1},
-        keys=(NO_ROPE,),
+        {**FIVE, **PER_LAYER, "global_head_dim": 32, "num_global_key_value_heads": 1},
+        keys=(None, SHARED, SHARED, SHARED, SHARED),
         values=False,
     ),
     "gpt_oss": Family("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}, keys=(HALVES,)),
@@ -81,9 +84,9 @@ FAMILIES: dict[str, Family] = {
         "llama4_text",
         {"num_hidden_layers": 4, "attention_chunk_size": 12, "num_local_experts": 4, "intermediate_size_mlp": 96}
         | {"floor_scale": 16},
-        keys=("a norm sits between k_proj and the attention",) * 3 + (NO_ROPE,),
+        keys=(NORM, NORM, NORM, NO_ROPE),
     ),
-    "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS,)),
-    "exaone4": Family("exaone4", SLIDING),
+    "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS, NO_ROPE, NEIGHBOURS)),
+    "exaone4": Family("exaone4", SLIDING, keys=(None, NORM, None)),
     "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),
 }

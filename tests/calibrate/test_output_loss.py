@@ -101,7 +101,7 @@ def test_predicted_losses_are_those_of_the_model() -> None:
     assert 0.5 < predicted / divergence < 2
 
 
-@pytest.mark.parametrize(("name", "readers"), [("gemma3n", {2: 0, 3: 1}), ("gemma4", {2: 0, 3: 1})])
+@pytest.mark.parametrize(("name", "readers"), [("gemma3n", {3: 1, 4: 2}), ("gemma4", {3: 1, 4: 2})])
 def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dict[int, int]) -> None:
     """The values of one cache in 4 bits, as every layer reads them: what was predicted is the divergence that comes."""
     torch.manual_seed(0)
@@ -112,21 +112,21 @@ def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dic
     kept = Format(4, "token", "none", 32)
     texts, positions = torch.randint(3, 128, (12, LENGTH)), torch.arange(LENGTH).unsqueeze(0)
     model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_(True))
-    none: dict[int, list[Format]] = {0: [], 1: []}
-    together, alone = (OutputLoss(none, {0: [kept], 1: [kept]}, {}, {}, SINK, BLOCK) for _ in range(2))
-    divergence = [0.0, 0.0]
+    none: dict[int, list[Format]] = {1: [], 2: []}
+    together, alone = (OutputLoss(none, {1: [kept], 2: [kept]}, {}, {}, SINK, BLOCK) for _ in range(2))
+    divergence = {1: 0.0, 2: 0.0}
     for text in texts.split(1):
-        for measure, cache_of in ((together, readers), (alone, {2: 9, 3: 9})):
+        for measure, cache_of in ((together, readers), (alone, {3: 9, 4: 9})):
 
             def observe(one: AttentionCall, measure: OutputLoss = measure) -> Tensor | None:
-                return measure(one) if one.layer in (0, 1) else None
+                return measure(one) if one.layer in (1, 2) else None
 
             with observed(observe, Caches(cache_of).seen):
                 logits = run(model, text, positions)[0]
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(1))
             F.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
         expected = logits.detach().log_softmax(-1)
-        for layer in (0, 1):
+        for layer in (1, 2):
 
             def quantized(one: AttentionCall, layer: int = layer) -> Tensor | None:
                 return one.output(value=stored(one.value, kept, SINK, BLOCK)) if one.layer == layer else None
@@ -134,7 +134,7 @@ def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dic
             with torch.no_grad(), observed(quantized, Caches(readers).seen):
                 found = run(model, text, positions)[0].log_softmax(-1)
             divergence[layer] += (expected.exp() * (expected - found)).sum(-1)[LENGTH // 2 :].mean().item()
-    for layer in (0, 1):
+    for layer in (1, 2):
         assert 0.5 < together.value[layer][kept] / divergence[layer] < 2
         assert together.value[layer][kept] != alone.value[layer][kept]
 

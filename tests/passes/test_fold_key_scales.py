@@ -8,6 +8,7 @@ from pmkvq_compiler.passes.base import PreconditionError, run_passes
 from pmkvq_compiler.passes.fold_key_scales import FoldKeyScales
 from pmkvq_compiler.passes.program import Program
 
+from ..families import FAMILIES
 from ..models import SHAPE, tiny_model
 from ..programs import located, relative_error, run_in_float64
 
@@ -55,6 +56,19 @@ def test_transformers_computes_the_same_with_the_edited_weights(model_type: str,
             parameters[edit.tensor].copy_(edit.apply(parameters[edit.tensor]))
         # the norms of transformers compute in float32 whatever the model's dtype
         assert relative_error(model(input_ids).logits, logits) <= 3e-7
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_rope_before_heads_are_moved_folds_too(name: str, input_ids: Tensor) -> None:
+    family = FAMILIES[name]
+    overrides = {**family.overrides, "sliding_window": 512}
+    model, program = (make(family.model_type, **overrides) for make in (tiny_model, located))
+    logits, keys = run_in_float64(program, model, input_ids)
+    scales = {0: paired_scales(program)[0]}
+    run_passes(program, [FoldKeyScales(scales)])
+    folded_logits, folded_keys = run_in_float64(program, model, input_ids)
+    assert relative_error(folded_logits, logits) <= 1e-10
+    assert relative_error(folded_keys[0], keys[0] / scales[0].unsqueeze(1)) <= 1e-10
 
 
 def test_biases_are_folded_too() -> None:
