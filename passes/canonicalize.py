@@ -29,8 +29,10 @@ class Canonicalize(Pass):
        expansions to the same shape, products with 1, `detach`, `alias`, and `contiguous` in front of a reshape.
     3. Casts of every kind become `to.dtype`. A device that a cast names is dropped: the operand is already there.
     4. The batch size and the sequence length are read from `input_ids`, and every size is computed once.
-    5. An in-place op becomes its functional form, and a copy into a slice becomes a `slice_scatter`, if no view shares
-       the memory. Two selections of one dimension share none of it. The verifier refuses in-place ops that remain.
+    5. An in-place op becomes its functional form, and a copy into a slice becomes a `slice_scatter`, if nothing that
+       shares the memory is read afterwards. Two selections of one dimension share none. An in-place op on a slice is
+       allowed where its result is copied into that same slice, which is what Python makes of `x[a:b] += y`. The
+       verifier refuses in-place ops that remain.
     6. `histc` counts in float32, because some devices cannot count integers.
     7. Dead code is removed, together with weights and constants that nothing reads.
     """
@@ -94,9 +96,7 @@ def _make_functional(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return False
     functional, changed = _functional_form(node.target), node.args[0]
-    earlier = [user for user in changed.users if user < node]
-    outlives_call = changed.op == "placeholder" and earlier
-    if functional is None or outlives_call or any(_shares_memory(one) for one in (changed, *earlier)):
+    if functional is None or not (_is_private(changed, node) or _is_copied_back(node)):
         return False
     node.target = functional
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
@@ -109,9 +109,7 @@ def _scatter_slice(node: Node) -> bool:
         return False
     part, values = node.args[:2]
     whole = part.args[0]
-    earlier = [user for user in whole.users if user < part]
-    owned = whole.op == "call_function" and not any(_shares_memory(one) for one in earlier)
-    owned = owned and (not _shares_memory(whole) or _is_apart(whole))
+    owned = whole.op == "call_function" and _is_private(whole, node, part)
     if not owned or list(part.users) != [node] or node.users or not _same_form(part, values):
         return False
     with node.graph.inserting_before(node):
@@ -123,15 +121,47 @@ def _scatter_slice(node: Node) -> bool:
     return True
 
 
-def _is_apart(part: Node) -> bool:
-    """Whether `part` selects an index of a value that is read in no other way than by selecting other indices."""
-    if part.target is not aten.select.int or _shares_memory(part.args[0]):
+def _is_private(changed: Node, place: Node, written: Node | None = None) -> bool:
+    """Whether a change of the memory of `changed` at `place` is seen only by those who read `changed` itself.
+
+    `written` is a view of `changed` through which the change is made. Values from outside must have no other reader.
+    """
+    earlier = [user for user in changed.users if user < place and user is not written]
+    if any(_outlives(user, place) for user in earlier):
         return False
-    _, dim, index = part.args
-    others = [user for user in part.args[0].users if user is not part]
-    return index >= 0 and all(
-        user.target is aten.select.int and user.args[1] == dim and 0 <= user.args[2] != index for user in others
-    )
+    inner = changed
+    while _shares_memory(inner):
+        base = inner.args[0]
+        others = [user for user in base.users if user is not inner and not _are_apart(user, inner)]
+        if any(user > place or _outlives(user, place) for user in others):
+            return False
+        inner = base
+    return inner.op == "call_function" or (inner is changed and not earlier)
+
+
+def _are_apart(one: Node, other: Node) -> bool:
+    """Whether two readers of a value select different indices of one dimension."""
+    if one.target is not aten.select.int or other.target is not aten.select.int:
+        return False
+    (_, dim, index), (_, other_dim, other_index) = one.args, other.args
+    return bool(dim == other_dim and 0 <= index != other_index >= 0)
+
+
+def _is_copied_back(node: Node) -> bool:
+    """Whether an in-place op changes a slice, and its result is only copied into the same slice."""
+    part, users = node.args[0], list(node.users)
+    if part.target is not aten.slice.Tensor or list(part.users) != [node] or len(users) != 1:
+        return False
+    (copy,), whole = users, part.args[0]
+    if copy.target is not aten.copy_.default or copy.args[0].args != part.args or copy.args[1] is not node:
+        return False
+    between = [user for user in whole.users if node < user < copy and user is not copy.args[0]]
+    return not between and _is_private(whole, node, part)
+
+
+def _outlives(view: Node, place: Node) -> bool:
+    """Whether a node shares memory with its operand and is still read after `place`."""
+    return _shares_memory(view) and any(user > place or _outlives(user, place) for user in view.users)
 
 
 def _same_form(one: Node, other: Node) -> bool:

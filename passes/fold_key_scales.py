@@ -19,9 +19,11 @@ class FoldKeyScales(Pass):
 
     1. The rows of k_proj and its bias are multiplied by 1 / s.
     2. The rows of q_proj and its bias are multiplied by s. Query head h uses the scales of key head h // group (GQA).
-    3. RoPE mixes channels i and i + key_head_dim / 2. Scaling commutes with RoPE only if the two share a scale, so
+    3. Where a norm lies between these layers and RoPE, its weights are multiplied instead. If the heads share them, the
+       scales must be the same for all heads.
+    4. RoPE mixes channels i and i + key_head_dim / 2. Scaling commutes with RoPE only if the two share a scale, so
        other scales are refused.
-    4. A layer is refused if its site gives a reason not to fold, or if its scales are not finite and positive.
+    5. A layer is refused if its site gives a reason not to fold, or if its scales are not finite and positive.
     """
 
     takes = Stage.CAPTURED
@@ -53,6 +55,8 @@ def _check(site: AttentionSite, scale: Tensor) -> None:
         raise ValueError(f"the scales of layer {site.layer} have shape {list(scale.shape)} instead of {list(expected)}")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"the scales of layer {site.layer} are not all finite and positive")
+    if site.heads_share_scales and not torch.equal(scale, scale[:1].expand_as(scale)):
+        raise ValueError(f"the scales of layer {site.layer} differ between heads, which share the weights of a norm")
     first, second = scale.chunk(2, dim=-1)
     if not torch.equal(first, second):
         raise ValueError(
@@ -72,4 +76,4 @@ def _edits(site: AttentionSite, scale: Tensor) -> list[RowScale]:
 
 def _scale_rows(projection: Projection, scale: Tensor) -> list[RowScale]:
     tensors = [projection.weight] if projection.bias is None else [projection.weight, projection.bias]
-    return [RowScale(tensor, projection.start, scale) for tensor in tensors]
+    return [RowScale(tensor, projection.start, scale[: projection.rows], projection.offset) for tensor in tensors]

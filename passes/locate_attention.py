@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -33,10 +33,14 @@ class LocateAttention(Pass):
     2. From k, and then from q, the pass walks back through a full rotate-half RoPE, `x * cos + cat(-x2, x1) * sin`
        (x1 and x2 are the halves of x's channels), and through the split into heads, to a linear layer with or without
        bias.
-    3. The walk passes through casts and copies. Any other op ends it, and the site keeps the reason.
-    4. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
-    5. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
+    3. If the operand of RoPE is a product with one weight for each channel, as that of a norm is, the walk ends there:
+       scales can be folded into these weights. They may be stored minus 1.
+    4. The walk passes through casts and copies. Any other op ends it, and the site keeps the reason.
+    5. The matched nodes may feed this attention alone; otherwise scaling them would change something else, too.
+    6. The pass walks back from v in the same way but without RoPE, and forward from the attention to the linear layer
        that takes the outputs of all heads. Between these two linear layers, the channels of a head can be transformed.
+    7. A marker with the k and v of an earlier one reads that layer's cache. Nothing is folded into such caches, because
+       a change of k or v would change what several layers compute.
     """
 
     takes = Stage.CAPTURED
@@ -44,7 +48,9 @@ class LocateAttention(Pass):
 
     def run(self, program: Program) -> bool:
         before = program.sites
-        program.sites = [_locate(marker, program) for marker in markers(program.graph)]
+        owners = cache_owners(markers(program.graph))
+        shared = {owner for marker, owner in owners.items() if marker is not owner}
+        program.sites = [_locate(marker, owner, owner in shared, program) for marker, owner in owners.items()]
         return program.sites != before
 
     def ensures(self, program: Program) -> None:
@@ -57,20 +63,36 @@ def markers(graph: Graph) -> list[Node]:
     return found
 
 
+def cache_owners(markers: Sequence[Node]) -> dict[Node, Node]:
+    """For each marker, the first one that attends to the same keys and values: itself, unless layers share them."""
+    first: dict[tuple[Node, Node], Node] = {}
+    for marker in markers:
+        first.setdefault(_keys_and_values(marker), marker)
+    return {marker: first[_keys_and_values(marker)] for marker in markers}
+
+
+def _keys_and_values(marker: Node) -> tuple[Node, Node]:
+    return _look_through(marker.args[1], set()), _look_through(marker.args[2], set())
+
+
 class _NoMatchError(Exception):
     """The graph does not have the form that the walk looks for; the message is the reason."""
 
 
-def _locate(marker: Node, program: Program) -> AttentionSite:
+def _locate(marker: Node, owner: Node, shared: bool, program: Program) -> AttentionSite:
     q, k, v, sinks, scale, layer, sliding_window, softcap = marker.args
     query = key = value = output = reason = None
     try:
+        if shared:
+            raise _NoMatchError("several layers attend to the same keys and values")
+        if "latent" in marker.meta:
+            raise _NoMatchError("the cache holds latents, which are the keys and the values of all heads")
         key = _walk(k, marker, program, rotary=True)
         query = _walk(q, marker, program, rotary=True)
     except _NoMatchError as error:
         reason = str(error)
     with suppress(_NoMatchError):
-        value = _walk(v, marker, program, rotary=False)
+        value = None if shared else _walk(v, marker, program, rotary=False)
         output = _walk_forward(marker, program)
     return AttentionSite(
         layer=layer,
@@ -89,19 +111,29 @@ def _locate(marker: Node, program: Program) -> AttentionSite:
         reason=reason,
         output=output,
         module=(layer_module(marker) or "").removeprefix(WRAPPER) or None,
+        reads=None if owner is marker else owner.args[5],
+        chunked=marker.kwargs.get("chunked", False),
+        latent=marker.meta.get("latent"),
     )
 
 
 def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projection:
-    """The rows of the linear layer that computes an operand of `marker`. Raises `_NoMatchError`."""
+    """The rows of the linear layer or norm that computes an operand of `marker`. Raises `_NoMatchError`."""
     seen: set[Node] = set()
-    node = _match_rotary(operand, seen) if rotary else operand
-    linear = _match_heads(node, seen)
-    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    node, heads_third = operand, False
+    if rotary:
+        rotated, heads_third = _match_transposed(operand, seen)
+        node = _match_rotary(rotated, seen)
+    norm = _match_norm(node, operand, seen) if rotary else None
+    if norm is not None:
+        weight, bias, offset = norm
+    else:
+        linear, offset = _match_heads(node, seen, heads_third), 0.0
+        weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     for parameter in parameters:
         if parameter.name not in program.weights:
-            raise _NoMatchError(f"{linear.name} takes {parameter.name}, which is not a tensor of the checkpoint")
+            raise _NoMatchError(f"{parameter.name} is not a tensor of the checkpoint")
     for node in (*seen, *parameters):
         for user in node.users:
             if user is not marker and user not in seen and not is_assertion(user):
@@ -113,6 +145,7 @@ def _walk(operand: Node, marker: Node, program: Program, rotary: bool) -> Projec
         bias=program.weights[bias.name] if bias is not None else None,
         start=0,
         rows=weight.meta["val"].shape[0],
+        offset=offset,
     )
 
 
@@ -140,6 +173,17 @@ def _look_through(node: Node, seen: set[Node]) -> Node:
         node = node.args[0]
     seen.add(node)
     return node
+
+
+def _match_transposed(operand: Node, seen: set[Node]) -> tuple[Node, bool]:
+    """The result of RoPE, and whether heads are still its third dimension and not the second: RoPE may come before or
+    after they are moved."""
+    path: set[Node] = set()
+    node = _look_through(operand, path)
+    if node.target is aten.transpose.int and node.args[1:] == (1, 2) and node.args[0].target is aten.add.Tensor:
+        seen |= path
+        return node.args[0], True
+    return operand, False
 
 
 def _match_rotary(operand: Node, seen: set[Node]) -> Node:
@@ -200,16 +244,50 @@ def _is_last(node: Node, dim: tuple[int, ...]) -> bool:
     return dim in ((-1,), (node.meta["val"].dim() - 1,))
 
 
-def _match_heads(node: Node, seen: set[Node]) -> Node:
-    """The linear layer whose output [B, S, heads * head_dim] was split into `node` [B, heads, S, head_dim].
+def _match_norm(node: Node, operand: Node, seen: set[Node]) -> tuple[Node, Node | None, float] | None:
+    """The weight, the bias and the weight's offset of a norm whose result is `node`, which becomes `operand` [B, heads,
+    S, head_dim]; None if there is no norm. Its weight has a number for each channel of a head, or of all heads."""
+    _, heads, _, head_dim = operand.meta["val"].shape
+    path: set[Node] = set()
+    end = _look_through(node, path)
+    while end.target in RESHAPES and (end.target is not aten.transpose.int or end.args[1:] == (1, 2)):
+        end = _look_through(end.args[0], path)
+    candidates: list[tuple[Node, Node | None]] = []
+    if end.target is aten.mul.Tensor:
+        candidates = [(operand, None) for operand in end.args if isinstance(operand, Node)]
+    elif end.target in (aten.rms_norm.default, aten.layer_norm.default):
+        given = [*end.args[2:4], None, None]
+        candidates = [(given[0], given[1] if end.target is aten.layer_norm.default else None)]
+    for factor, bias in candidates:
+        through: set[Node] = set()
+        weight = factor and _look_through(factor, through)
+        offset = 0.0
+        if weight is not None and weight.target is aten.add.Tensor and weight.args[1] == 1:
+            offset, weight = 1.0, _look_through(weight.args[0], through)
+        if (
+            weight is None
+            or weight.op != "placeholder"
+            or weight.meta["val"].shape not in ((head_dim,), (heads * head_dim,))
+        ):
+            continue
+        seen |= path | through
+        return weight, bias, offset
+    return None
+
+
+def _match_heads(node: Node, seen: set[Node], heads_third: bool = False) -> Node:
+    """The linear layer whose output [B, S, heads * head_dim] was split into `node`: [B, heads, S, head_dim], or [B, S,
+    heads, head_dim] if `heads_third`.
 
     Raises `_NoMatchError`.
     """
     end = node = _look_through(node, seen)
-    if node.target is aten.transpose.int and node.args[1:] == (1, 2):
+    moved = node.target is aten.transpose.int and node.args[1:] == (1, 2)
+    if moved:
         node = _look_through(node.args[0], seen)
-        if node.target in (aten.view.default, aten.reshape.default) and node.meta["val"].dim() == 4:
-            node = _look_through(node.args[0], seen)
+    is_split = node.target in (aten.view.default, aten.reshape.default) and node.meta["val"].dim() == 4
+    if moved != heads_third and is_split:
+        node = _look_through(node.args[0], seen)
     if node.target is aten.linear.default and node.meta["val"].dim() == 3:
         return node
     raise _NoMatchError(_explain_between(node, end))

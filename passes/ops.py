@@ -17,19 +17,37 @@ from pmkvq_compiler.runtime.plan import LayerPlan, StatePlan
 
 @torch.library.custom_op("pmkvq::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, layer: int, sliding_window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    layer: int,
+    sliding_window: int,
+    softcap: float,
+    chunked: bool = False,
 ) -> Tensor:
     """Marks one causal attention in a graph. It is traced but never run.
 
     `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim] and `sinks` [Hq];
-    `sliding_window` 0 and `softcap` 0 mean none. The result is [B, Hq, S, value_head_dim] in the dtype of `q`.
+    `sliding_window` 0 and `softcap` 0 mean none. If `chunked`, the window does not slide: tokens come in chunks of its
+    length, and a query sees those before it in its own chunk. The result is [B, Hq, S, value_head_dim] in the dtype of
+    `q`.
     """
     raise NotImplementedError("pmkvq::attention marks a place in a captured graph and cannot be run")
 
 
 @attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, layer: int, sliding_window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    layer: int,
+    sliding_window: int,
+    softcap: float,
+    chunked: bool = False,
 ) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
@@ -123,19 +141,20 @@ def state_plan(marker: Node) -> StatePlan:
 
 def cached_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cache: Cache,
     layer: int,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_rotation: Tensor | None = None,
+    shared: bool = False,
     plan: LayerPlan | None = None,
 ) -> Tensor:
     """The runtime's `cached_attention` as the target of a node. BakePlan adds `plan`, the plan of the layer's cache,
     which is not needed to run it."""
-    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation)
+    return run_cached_attention(q, k, v, cache, layer, scale, softcap, sinks, key_rotation, shared)
 
 
 def uses_cache(node: Node) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import SymInt, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .bake_plan import cached_attentions
+from .bake_plan import cached_attentions, has_cache
 from .base import Pass
 from .ops import cached_attention, layer_place, uses_cache
 from .program import WRAPPER, Program
@@ -27,8 +27,9 @@ class OutlineLayers(Pass):
        attention; some have another op with a state instead, or none. Only the last node of a layer may be read from
        outside. Nodes that compute sizes stay outside.
     2. Two layers are equal if their ops, constants and connections are, and if the names of their tensors differ only
-       in the layer's index. The index and the plan may differ: they become arguments.
-    3. The submodule takes `layer`, `plan` (None in a layer without attention), and then the values and tensors that the
+       in the layer's index. The index and the plan may differ: they become arguments. Layers that read a cache are
+       equal only if they read the same one.
+    3. The submodule takes `layer`, `plan` (None in a layer without a cache), and then the values and tensors that the
        layer reads, each once, in the order of their first use. The placeholder of a tensor keeps the tensor's name,
        with `{layer}` in place of the index, in `meta["tensor"]`.
     4. If one layer cannot be moved like this, the whole graph stays as it is.
@@ -75,7 +76,9 @@ def _find_regions(program: Program) -> list[Region]:
     for node in program.graph.nodes:
         owner = layer_module(node) or ""
         listed = owner.rpartition(".")[0] in lists
-        if uses_cache(node) and not (listed and owner.endswith(f".{node.args[layer_place(node)]}")):
+        if uses_cache(node) and not listed:
+            return []
+        if _has_own_index(node) and not owner.endswith(f".{node.args[layer_place(node)]}"):
             return []
         if listed and not isinstance(node.meta["val"], SymInt):
             members.setdefault(owner, []).append(node)
@@ -84,6 +87,11 @@ def _find_regions(program: Program) -> list[Region]:
         if any(user not in inside for node in nodes[:-1] for user in node.users):
             return []
     return [_region(owner, nodes, program) for owner, nodes in members.items()]
+
+
+def _has_own_index(node: Node) -> bool:
+    """Whether the node takes its layer's index. An attention that reads another layer's cache takes that layer's."""
+    return uses_cache(node) and (node.target is not cached_attention or has_cache(node))
 
 
 def layer_module(node: Node) -> str | None:
@@ -128,7 +136,7 @@ def _structure(region: Region) -> Hashable:
 
     def encode_node(node: Node) -> Hashable:
         args, kwargs = list(node.args), dict(node.kwargs)
-        if uses_cache(node):
+        if _has_own_index(node):
             del args[layer_place(node)]
             kwargs.pop("plan", None)
         return node.target, encode(args), tuple((name, encode(value)) for name, value in sorted(kwargs.items()))
@@ -152,9 +160,9 @@ def _add_submodule(program: Program, region: Region, name: str) -> str:
         copies[node].meta["tensor"] = tensor
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        if uses_cache(node):
+        if _has_own_index(node):
             copies[node].update_arg(layer_place(node), layer)
-        if node.target is cached_attention:
+        if node.target is cached_attention and has_cache(node):
             copies[node].update_kwarg("plan", plan)
     graph.output(copies[region.nodes[-1]])
     program.graph_module.add_submodule(name, GraphModule(nn.Module(), graph))

@@ -19,12 +19,31 @@ not."""
 
 @dataclass(frozen=True)
 class Projection:
-    """The rows `start : start + rows` of a linear layer's weight (and bias) that compute q, k or v."""
+    """The rows `start : start + rows` of a linear layer's weight (and bias) that compute q, k or v.
+
+    Where a norm lies between that layer and RoPE, they are the norm's weights, one for each channel: of all heads, or
+    of one head if the heads share them. Some norms store their weights minus an `offset`.
+    """
 
     weight: str
     bias: str | None
     start: int
     rows: int
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention, whose cache holds latents of `rank` numbers.
+
+    `weight` is [num_heads * (key_dim + value_dim), rank]. It expands a latent to every head's key, without the channels
+    that RoPE turns, and value.
+    """
+
+    weight: str
+    num_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,9 @@ class AttentionSite:
     `output` names the weight that takes the concatenated outputs of all heads; it is None if there is no such weight.
     `module` is the path of the layer's module in the model, or None if the model's layers are not a list.
     `reason` is None if the key scales can be folded. Otherwise it says why not, and projections may be None.
+    If `chunked`, a query sees the tokens before it in its own chunk of `sliding_window` tokens.
+    `latent` is given where keys and values are a latent vector and what RoPE turns, shared by all heads.
+    `reads` is the layer whose keys and values it attends to, or None if it computes its own and has a cache.
     RoPE pairs channel i with `i + head_dim / 2`: the two must share a scale.
     """
 
@@ -53,6 +75,15 @@ class AttentionSite:
     reason: str | None
     output: str | None = None
     module: str | None = None
+    reads: int | None = None
+    chunked: bool = False
+    latent: Latent | None = None
+
+    @property
+    def heads_share_scales(self) -> bool:
+        """Whether all heads must be scaled alike, because they share the weights of a norm."""
+        heads = {self.query: self.num_attention_heads, self.key: self.num_key_value_heads}
+        return any(one is not None and one.rows < count * self.key_head_dim for one, count in heads.items())
 
 
 def attention_layers(sites: Sequence[AttentionSite]) -> tuple[int, ...]:
@@ -63,17 +94,22 @@ def attention_layers(sites: Sequence[AttentionSite]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RowScale:
-    """An edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64."""
+    """An edit: multiply rows `start : start + len(scale)` of `tensor` (a weight or bias) by `scale`, in float64.
+
+    The tensor stores the numbers to be multiplied minus `offset`.
+    """
 
     tensor: str
     start: int
     scale: Tensor
+    offset: float = 0.0
 
     def apply(self, value: Tensor) -> Tensor:
         """The edited tensor, in the dtype of `value`."""
         edited = value.to(torch.float64)
         rows = slice(self.start, self.start + self.scale.shape[0])
-        edited[rows] *= self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
+        scale = self.scale.to(edited.device).reshape(-1, *[1] * (edited.dim() - 1))
+        edited[rows] = (edited[rows] + self.offset) * scale - self.offset
         return edited.to(value.dtype)
 
 
@@ -139,3 +175,8 @@ class Program:
     @property
     def graph(self) -> Graph:
         return self.graph_module.graph
+
+    @property
+    def cached_sites(self) -> list[AttentionSite]:
+        """The sites that have a cache. The others read one of theirs."""
+        return [site for site in self.sites if site.reads is None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .bake_plan import cached_attentions
+from .bake_plan import cached_attentions, has_cache
 from .base import Pass
 from .outline_layers import layer_module
 from .program import WRAPPER, Constant, Program
@@ -21,7 +21,8 @@ class RotateKeys(Pass):
     `rotations[layer]` is orthogonal, [num_key_value_heads, key_head_dim, key_head_dim], so q . k does not change.
     Layers without an entry do not change.
 
-    1. Each rotation becomes a float32 constant, named as if it belonged to the layer's module.
+    1. Each rotation becomes a float32 constant, named as if it belonged to the layer's module. All layers that read a
+       layer's cache take the same constant.
     2. Its placeholder comes after the other placeholders, and becomes an operand of the attention's node.
     3. A matrix that is not orthogonal or has another shape is refused.
     """
@@ -33,27 +34,33 @@ class RotateKeys(Pass):
         self.rotations = rotations
 
     def requires(self, program: Program) -> None:
-        for site in program.sites:
+        for site in program.cached_sites:
             if site.layer in self.rotations:
                 expected = (site.num_key_value_heads, site.key_head_dim, site.key_head_dim)
                 _check(site.layer, self.rotations[site.layer].to(torch.float64), expected)
 
     def run(self, program: Program) -> bool:
+        constants: dict[int, Node] = {}
         for node in cached_attentions(program):
             layer = node.args[4]
             if layer in self.rotations:
-                node.update_kwarg("key_rotation", _constant(program, node, self.rotations[layer].to(torch.float32)))
+                if layer not in constants:
+                    constants[layer] = _constant(program, node, self.rotations[layer].to(torch.float32))
+                node.update_kwarg("key_rotation", constants[layer])
         return bool(self.rotations)
 
 
 def rotated_layers(program: Program) -> list[int]:
     """The layers whose keys are rotated, whether they are outlined or not."""
-    found = {node.args[4] for node in cached_attentions(program) if node.kwargs.get("key_rotation") is not None}
+    found = {node.args[4] for node in cached_attentions(program) if _rotates_keys(node)}
     for call in program.graph.find_nodes(op="call_module"):
-        nodes = program.graph_module.get_submodule(call.target).graph.nodes
-        if any(node.kwargs.get("key_rotation") is not None for node in nodes):
+        if any(map(_rotates_keys, program.graph_module.get_submodule(call.target).graph.nodes)):
             found.add(call.args[0])
     return sorted(found)
+
+
+def _rotates_keys(node: Node) -> bool:
+    return node.kwargs.get("key_rotation") is not None and has_cache(node)
 
 
 def _check(layer: int, rotation: Tensor, expected: tuple[int, ...]) -> None:

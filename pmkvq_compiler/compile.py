@@ -35,7 +35,7 @@ from pmkvq_compiler.passes.rotate_keys import rotated_layers
 from pmkvq_compiler.plan.feasible import check_feasible
 from pmkvq_compiler.plan.rerank import best_plans
 from pmkvq_compiler.plan.solution import Folds, Solution
-from pmkvq_compiler.problem import Problem, resolve
+from pmkvq_compiler.problem import Problem, resolve, unserved_feature
 from pmkvq_compiler.progress import Progress, Steps
 from pmkvq_compiler.report.contents import Report, report_contents
 from pmkvq_compiler.report.page import write_report
@@ -43,6 +43,7 @@ from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source, open_source
 
 MAX_SHARD_BYTES = 2 * 10**9
@@ -161,17 +162,15 @@ def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, in
     """The source model, its graph with every attention located, and the length in tokens that a sequence may have."""
     with steps("source"):
         source = open_source(options.model, options.dtype)
-        if options.serve and source.has_latent_attention:
-            raise UsageError(
-                f"{source.name} has latent attention, which vLLM keeps as latents and not in pages of keys and values; "
-                f"leave --serve out"
-            )
         max_len = _max_len(source, options)
     with steps("capture"):
         program = capture(source.config)
         if options.dump_passes is not None:
             write_dump(program, options.dump_passes)
         locate(program, source.config.model_type, options.dump_passes)
+    unserved = unserved_feature(source.config, program.sites, program.states)
+    if options.serve and unserved is not None:
+        raise UsageError(f"{source.name} has {unserved}, which the plugin for vLLM cannot serve; leave --serve out")
     return source, program, max_len
 
 
@@ -180,6 +179,13 @@ def _max_len(source: Source, options: CompileOptions) -> int:
     for more positions than the model has."""
     limit = source.max_position_embeddings
     if options.max_len is not None and limit is not None and options.max_len > limit:
+        fixed = fixed_frequencies(source.config)
+        if fixed is not None and options.max_len > fixed.tokens:
+            raise UsageError(
+                f"max_len {options.max_len:,} is beyond the {limit:,} tokens up to which the RoPE of {source.name} "
+                f"({fixed.rope_type}) keeps its frequencies; a longer text would change them, which makes cached keys "
+                f"wrong; choose --max-len {limit} or less"
+            )
         raise UsageError(
             f"max_len {options.max_len:,} is beyond the {limit:,} positions of {source.name}; "
             f"choose --max-len {limit} or less"

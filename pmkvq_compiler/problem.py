@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig
 
 from pmkvq_compiler.budget import LARGEST_BYTES, parse_budget
 from pmkvq_compiler.errors import UsageError
@@ -26,6 +27,7 @@ class Problem:
     """A request for one model. Lengths are in tokens and sizes in bytes."""
 
     sites: tuple[AttentionSite, ...]
+    """The layers that have a cache."""
     states: tuple[StatePlan, ...]
     """The states that ops besides attention carry from token to token. No budget covers them."""
     dtype: torch.dtype
@@ -49,6 +51,13 @@ class Problem:
     effective_len: int | None
     """Number of positions that the tokens of a text are spread over; None stands for the larger of `max_len` and
     `calib_len`."""
+    readers: tuple[AttentionSite, ...] = ()
+    """The layers that read the cache of another one."""
+
+    @property
+    def cache_of(self) -> dict[int, int]:
+        """For each layer that reads the cache of another one, that layer."""
+        return {site.layer: site.reads for site in self.readers if site.reads is not None}
 
     @property
     def original_bytes(self) -> int:
@@ -67,6 +76,8 @@ def resolve(
     with sequences of up to `max_len` tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
+    readers = tuple(site for site in sites if site.reads is not None)
+    sites = tuple(_foldable_in(dtype, site) for site in sites if site.reads is None)
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
     if original > LARGEST_BYTES:
         raise UsageError(
@@ -74,7 +85,7 @@ def resolve(
             f"bits, more than any machine holds; choose a smaller --batch-size or --max-len"
         )
     return Problem(
-        sites=tuple(sites),
+        sites=sites,
         states=states,
         dtype=dtype,
         max_len=max_len,
@@ -89,7 +100,33 @@ def resolve(
         calib_samples=options.calib_samples,
         calib_len=options.calib_len,
         effective_len=options.effective_len,
+        readers=readers,
     )
+
+
+def unserved_feature(
+    config: PretrainedConfig, sites: Sequence[AttentionSite], states: Sequence[StatePlan]
+) -> str | None:
+    """What of a model the plugin for vLLM cannot serve; None if it serves all of it."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "latent attention"  # of which vLLM keeps the latents in its own way
+    if states:
+        return "recurrent states"
+    if any(site.reads is not None for site in sites):
+        return "layers that share keys and values"
+    return "chunked attention" if any(site.chunked for site in sites) else None
+
+
+def _foldable_in(dtype: torch.dtype, site: AttentionSite) -> AttentionSite:
+    """The site with a reason not to fold if weights of `dtype` could not hold what would be folded."""
+    offset = any(one is not None and one.offset for one in (site.key, site.query))
+    if site.reason is not None or not offset or dtype == torch.float32:
+        return site
+    name = str(dtype).removeprefix("torch.")
+    reason = (
+        f"a norm sits between k_proj and RoPE and stores its weights minus 1, which {name} would round after a fold"
+    )
+    return replace(site, reason=reason)
 
 
 def _check_cache(options: CompileOptions, recipe: Recipe) -> None:

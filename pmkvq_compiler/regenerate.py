@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from pmkvq_compiler.emit.package import emit_package
+from pmkvq_compiler.emit.rehearsal import analysis
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.base import run_passes
-from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.errors import ArtifactError
@@ -52,10 +52,10 @@ def _program(artifact: Artifact, source: Source) -> Program:
     """The program of the artifact's plan. Its rotations are identity matrices: the code depends only on which layers
     have one."""
     program = capture(source.config)
-    run_passes(program, [LocateAttention()])
+    run_passes(program, analysis(program))
     rotations = {
         site.layer: torch.eye(site.key_head_dim, dtype=torch.float64).repeat(site.num_key_value_heads, 1, 1)
-        for site in program.sites
+        for site in program.cached_sites
         if site.layer in artifact.manifest.key_rotations
     }
     run_passes(program, pipeline({}, rotations, {}, artifact.manifest.plan))

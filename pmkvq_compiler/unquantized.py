@@ -32,6 +32,7 @@ def exact_layer(site: AttentionSite, max_len: int, block: int, itemsize: int) ->
         sliding_window=site.sliding_window,
         stages=(),
         arena_bytes=0,
+        chunked=site.chunked,
     )
 
 

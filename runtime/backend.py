@@ -44,7 +44,10 @@ class NewTokens:
 
 
 class Attention(Protocol):
-    """The backend of one layer: it attends over the layer's cache, adds new tokens to it, and lowers its codes."""
+    """The backend of one layer: it attends over the layer's cache, adds new tokens to it, and lowers its codes.
+
+    Only models whose layers share caches need `read` and `append`.
+    """
 
     @property
     def name(self) -> str:
@@ -72,6 +75,25 @@ class Attention(Protocol):
         `q` is [B, Hq, S, key_head_dim], `k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim] and `sinks`
         [Hq]. Padding columns of the result hold zeros.
         """
+
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`attend` for layers that share a cache; it adds nothing to `store`.
+
+        `waiting` are K and V of the new tokens, which `append` adds when all of these layers have attended. None means
+        that `store` has them already; that is so in calls of one column.
+        """
+
+    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
+        """Add new tokens to `store`, which is lowered first if they do not fit."""
 
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
         """Rewrite the codes in `store` at the bits of its next stage, inside `with store.lowering()`. `state` is that

@@ -90,13 +90,14 @@ class Cache:
     ) -> None:
         """Set every attribute, for layers that may hold tokens already."""
         self.plan, self.places = plan, plan.places
-        self.max_len = max_len
-        self.batch_size = len(length)
+        self.max_len, self.batch_size = max_len, len(length)
         self.layers = layers
         self.states = states
         self._length = length
         self.new_tokens = NewTokens([], None)
         """The tokens of the current call."""
+        self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        """K and V of this call's tokens where layers share a cache: added at its end, so that all see the same."""
         self.ahead = False
         """Whether steps ran whose tokens are counted in `state` alone; `settle` counts them here, too."""
         self.graph: object = None
@@ -154,6 +155,7 @@ class Cache:
 
     def note_change(self) -> None:
         """`begin_change` where no change broke off. It does not settle what only the device has counted."""
+        self.waiting = {}
         for part in self.parts:
             part.overwritten = False
         counts = [layer.counts for layer in self.layers]
@@ -161,7 +163,7 @@ class Cache:
 
     def end_change(self) -> None:
         """Complete the change: from here on nothing undoes it."""
-        self.change = None
+        self.change, self.waiting = None, {}
 
     def _ready(self) -> None:
         """Undo a change that broke off. Raises `InputError` where it cannot be undone, or is still under way."""
@@ -254,6 +256,8 @@ class Cache:
         """Count the tokens of the call that `begin` announced."""
         if self.change is None:
             raise InputError("this cache was changed in the middle of a call, whose tokens are lost; reset() it")
+        for place, (keys, values) in self.waiting.items():
+            self.attention[place].append(keys, values, self.layers[place], self.new_tokens)
         self._length = [length + count for length, count in zip(self._length, self.new_tokens.counts, strict=True)]
         self.end_change()
 

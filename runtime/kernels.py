@@ -28,6 +28,9 @@ CHANNELS_AT_ONCE = 16
 """Head dimensions must be multiples of this, the rows of a matrix operand. Where 16 codes of K would not fill
 LANE_BITS, K needs a larger multiple."""
 
+LARGEST_HEAD = 512
+"""Channels of the largest head that the kernels hold in registers. The latents of latent attention are larger."""
+
 LANE_BITS = 32
 """Bits of codes that a lane loads at once."""
 
@@ -78,18 +81,34 @@ class LayerKernels:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `Attention`; the soft cap is a constant of the kernels."""
-        assert new.state is not None
-        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         if q.shape[2] == 1:
             self.append(k, v, store, new)
-            return self.decode(q, v.shape[-1], store, new.state, scale, sinks)
-        out = self._prefill(q, k, v, store, new, scale, sinks)
+            return self.read(q, None, store, new, scale, softcap, sinks)
+        out = self.read(q, (k, v), store, new, scale, softcap, sinks)
         self.append(k, v, store, new)
         return out
+
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `Attention`."""
+        assert new.state is not None
+        if waiting is None:
+            return self.decode(q, store.plan.value_head_dim, store, new.state, scale, sinks)
+        q, k, v = map(_with_dense_channels, (q, *waiting))
+        return self._prefill(q, k, v, store, new, scale, sinks)
 
     def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
         """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is
         lowered until they fit."""
+        k, v = map(_with_dense_channels, (k, v))
         lower_until_fit(self, store, new.state, new.counts)
         heads = k.shape[0] * k.shape[1]
         blocks = store.grow(new.counts)
@@ -293,6 +312,10 @@ class LayerKernels:
         )
 
 
+def _with_dense_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
     """For a head of the longest sequence: how many programs unpack it, and the tokens that its room must hold."""
     live = [store.live_blocks(sequence) for sequence in range(len(store.rows))]
@@ -314,8 +337,18 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     return splits, splits + row_splits
 
 
+def is_too_wide(plan: LayerPlan) -> bool:
+    """Whether a layer has larger heads than the kernels hold."""
+    return max(plan.key_head_dim, plan.value_head_dim) > LARGEST_HEAD
+
+
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
+    if is_too_wide(plan):
+        raise InputError(
+            f"head_dim {max(plan.key_head_dim, plan.value_head_dim)} is more than {LARGEST_HEAD}, the most that the "
+            f'Triton kernels hold; load with backend="reference"'
+        )
     key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
     for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
         if channels % unit:

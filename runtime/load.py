@@ -25,7 +25,7 @@ from torch import Tensor
 from .backend import Attention
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
-from .kernels import LayerKernels, check_kernels
+from .kernels import LayerKernels, check_kernels, is_too_wide
 from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import file_digest as file_digest
@@ -266,7 +266,8 @@ def choose_attention(
 
     Kernels that were compiled with the artifact are used if they are for this device and the model's `dtype` (by
     default the plan's). Otherwise Triton compiles the kernels at their first launch; where the artifact has compiled
-    kernels and none fit, a warning says so. With `compiled=False` the artifact's compiled kernels are ignored.
+    kernels and none fit, a warning says so. Layers whose heads are too wide for the kernels are left to the reference
+    path unless "triton" was asked for. With `compiled=False` the artifact's compiled kernels are ignored.
 
     Raises `InputError` where the backend is not known or cannot run on the device, and `ArtifactError` where the
     kernels cannot be read.
@@ -286,13 +287,18 @@ def choose_attention(
         archive = _fitting_archive(files, DTYPES[plan.dtype], device, dtype)
     if archive is None:
         _check_triton(device)
-    for layer in plan.layers:
-        check_kernels(layer)
+    left = [backend is None and is_too_wide(layer) for layer in plan.layers]
+    for layer, too_wide in zip(plan.layers, left, strict=True):
+        if not too_wide:
+            check_kernels(layer)
     modules = {
         name: _run(files, f"kernels/{name}.py") if archive is None else archive.kernels(name)
         for name in dict.fromkeys(names)
     }
-    return [LayerKernels(modules[name], tuning) for name in names]
+    return [
+        REFERENCE if too_wide else LayerKernels(modules[name], tuning)
+        for name, too_wide in zip(names, left, strict=True)
+    ]
 
 
 def _fitting_archive(

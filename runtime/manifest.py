@@ -386,6 +386,8 @@ def _fault(layer: LayerPlan) -> str | None:
         return f"head dimensions must be multiples of {CODES_PACKED}"
     if layer.sliding_window is not None and layer.sliding_window < 1:
         return f"sliding_window is {layer.sliding_window} and must be at least 1"
+    if layer.chunked and layer.sliding_window is None:
+        return "a chunked layer needs a sliding_window, which is the length of its chunks"
     if not layer.quantized:
         return None
     if layer.stages[-1] != (layer.key_bits, layer.value_bits) or not {*itertools.chain(*layer.stages)} <= {*CODE_BITS}:

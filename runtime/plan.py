@@ -36,7 +36,9 @@ class LayerPlan:
     none`).
 
     `key_axis` says which numbers of K share a group: one token of one head ("token"), or one channel over one block
-    ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see.
+    ("channel"). V is always grouped by token. A `sliding_window` layer keeps only what its window can still see. If it
+    is `chunked`, the window does not slide: a query sees the tokens before it in its own chunk of `sliding_window`
+    tokens.
     `arena_bytes` is the layer's whole share of the budget, for all sequences of the plan.
     """
 
@@ -52,6 +54,17 @@ class LayerPlan:
     sliding_window: int | None
     stages: tuple[tuple[int, int], ...]
     arena_bytes: int
+    chunked: bool = False
+
+    def first_seen(self, position: Any) -> Any:
+        """The first position that a query at `position`, an integer or a tensor of integers, may see."""
+        if self.sliding_window is None:
+            return 0 * position
+        return (
+            position // self.sliding_window * self.sliding_window
+            if self.chunked
+            else position - self.sliding_window + 1
+        )
 
     @property
     def quantized(self) -> bool:

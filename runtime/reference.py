@@ -44,17 +44,38 @@ class Reference:
     ) -> Tensor:
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         for sequence, own in enumerate(new.columns):
-            if own.start < own.stop:
-                out[sequence, :, own] = _attend(
-                    q[sequence, :, own] * scale,
-                    k[sequence, :, own],
-                    v[sequence, :, own],
-                    store,
-                    sequence,
-                    softcap,
-                    sinks,
-                )
+            if own.start == own.stop:
+                continue
+            queries, fresh = q[sequence, :, own] * scale, (k[sequence, :, own], v[sequence, :, own])
+            if own.stop - own.start == 1:
+                store.append(sequence, *fresh)
+                out[sequence, :, own] = _attend(queries, None, store, sequence, softcap, sinks)
+            else:
+                out[sequence, :, own] = _attend(queries, fresh, store, sequence, softcap, sinks)
+                store.append(sequence, *fresh)
         return out
+
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        out = q.new_zeros(*q.shape[:3], store.plan.value_head_dim)
+        for sequence, own in enumerate(new.columns):
+            if own.start < own.stop:
+                fresh = None if waiting is None else (waiting[0][sequence, :, own], waiting[1][sequence, :, own])
+                out[sequence, :, own] = _attend(q[sequence, :, own] * scale, fresh, store, sequence, softcap, sinks)
+        return out
+
+    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
+        for sequence, own in enumerate(new.columns):
+            if own.start < own.stop:
+                store.append(sequence, k[sequence, :, own], v[sequence, :, own])
 
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
         store.lower()
@@ -66,21 +87,19 @@ REFERENCE = Reference()
 
 def _attend(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    fresh: tuple[Tensor, Tensor] | None,
     store: LayerCache,
     sequence: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One sequence: scaled `queries` [Hq, S, dk], fresh `keys` and `values` [Hkv, S, d] to [Hq, S, dv]."""
-    heads, count, compute = keys.shape[0], queries.shape[1], torch.promote_types(queries.dtype, torch.float32)
-    start = store.length(sequence)
-    grouped = queries.to(compute).unflatten(0, (heads, -1))
-    if count == 1:
-        store.append(sequence, keys, values)
-        keys, values = keys[:, :0], values[:, :0]
-    keys, values = keys.to(compute), values.to(compute)
+    """One sequence: scaled `queries` [Hq, S, dk] to [Hq, S, dv]. `fresh` are the keys and values [Hkv, S, d] of their
+    tokens, or None if these are in the store."""
+    count, compute = queries.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    start = store.length(sequence) - (count if fresh is None else 0)
+    grouped = queries.to(compute).unflatten(0, (store.plan.num_key_value_heads, -1))
+    none = store.keys[sequence, :, :0], store.values[sequence, :, :0]
+    keys, values = (x.to(compute) for x in (none if fresh is None else fresh))
     stored = store.rows[sequence] + store.live_blocks(sequence) * store.plan.block + keys.shape[1]
     tile = max(1, SCORES // (queries.shape[0] * stored))
     parts = []
@@ -88,8 +107,6 @@ def _attend(
         chunk = grouped[:, :, first : first + tile]
         visible = _visible(store, sequence, start, first, chunk.shape[2], keys.shape[1])
         parts.append(_attend_tile(chunk, keys, values, store, sequence, visible, softcap, sinks))
-    if count > 1:
-        store.append(sequence, keys, values)
     return torch.cat(parts, dim=2).flatten(0, 1).to(queries.dtype)
 
 
@@ -102,7 +119,7 @@ def _visible(store: LayerCache, sequence: int, start: int, first: int, count: in
     positions = torch.cat([store.positions(sequence), own])
     queries = torch.arange(start + first, start + first + count, device=device).unsqueeze(-1)
     visible = positions <= queries
-    return visible if window is None else visible & (positions > queries - window)
+    return visible if window is None else visible & (positions >= store.plan.first_seen(queries))
 
 
 def _attend_tile(

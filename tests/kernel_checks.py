@@ -60,6 +60,7 @@ class Case:
     window: int = 64
     heads: int = 1
     sliding_window: int | None = None
+    chunked: bool = False
     softcap: float | None = None
     has_sinks: bool = False
     dtype: torch.dtype = torch.float16
@@ -73,6 +74,7 @@ class Case:
     def plan(self) -> LayerPlan:
         values = {name: getattr(self, name) for name in ("key_bits", "value_bits", "key_axis", "block", "sink")}
         values |= {"window": self.window, "sliding_window": self.sliding_window, "num_key_value_heads": self.heads}
+        values |= {"chunked": self.chunked}
         values |= {"key_head_dim": self.head_dim, "value_head_dim": self.head_dim}
         if self.direct:
             values["stages"] = ((self.key_bits, self.value_bits),)
@@ -147,7 +149,7 @@ def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
             own_positions = positions[chosen].unsqueeze(-1)
             visible = at <= own_positions
             if case.sliding_window is not None:
-                visible &= at > own_positions - case.sliding_window
+                visible &= at >= plan.first_seen(own_positions)
             expected = reference(q[b, :, part][:, chosen], keys, values, visible, scale, case.softcap, sinks)
             error += (out[b, :, part][:, chosen].double() - expected).square().sum().item()
             total += expected.square().sum().item()
@@ -192,6 +194,27 @@ def check_lowering(wide: int, device: torch.device) -> None:
     twin.layers[0].lower()
     used = slice(0, twin.layers[0].arena.shape[-1] - twin.layers[0].pool.shape[-1] + 8 * block_bytes(plan, *stages[1]))
     assert torch.equal(cache.layers[0].arena[..., used].cpu(), twin.layers[0].arena[..., used])
+
+
+def check_sharing(device: torch.device) -> None:
+    """A second layer that reads a layer's cache gets what it would get from a cache of its own."""
+    case = Case(sliding_window=150, sink=0, steps=steps(120, 1, 70, 1, 1))
+    kernels = [LayerKernels(render_module(case), case.tuning)]
+    whole = cache_plan(case.plan(), max_len=case.max_len)
+    shared, own = (Cache(whole, 1, None, case.dtype, device, kernels) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for (columns,) in case.steps:
+        first, q, k, v = (
+            torch.randn(1, heads, columns.stop, case.head_dim, generator=generator).to(device, case.dtype)
+            for heads in (2, 2, 1, 1)
+        )
+        for cache in (shared, own):
+            cache.begin([columns])
+        cached_attention(first, k, v, shared, 0, 0.125, shared=True)
+        assert torch.equal(cached_attention(q, None, None, shared, 0, 0.125), cached_attention(q, k, v, own, 0, 0.125))
+        for cache in (shared, own):
+            cache.end()
+        compare_stores(copy_to_cpu(shared), copy_to_cpu(own))
 
 
 def take_back(cache: Cache, count: int) -> None:
@@ -241,6 +264,7 @@ SMALL = [
     Case(head_dim=128, group=1, key_bits=16, value_bits=8, window=100, steps=steps(240, 1)),
     Case(sliding_window=230, window=128, steps=steps(200, 1, 170, 40)),
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
+    Case(sliding_window=130, sink=0, chunked=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
     Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
     Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
@@ -279,5 +303,6 @@ if __name__ == "__main__":
         tolerance = INTERPRETED_BFLOAT16 if case.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)
+    check_sharing(torch.device("cpu"))
     for wide in CODE_BITS[:-1]:
         check_lowering(wide, torch.device("cpu"))

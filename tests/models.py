@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
     """A causal language model of `model_type` with random weights and biases (none left at zero)."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides}
+        model_type, **{**SHAPE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **copy.deepcopy(overrides)}
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

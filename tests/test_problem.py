@@ -17,6 +17,7 @@ from pmkvq_compiler.problem import resolve
 from pmkvq_compiler.recipes import RECIPES
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 from tests.plan.test_planner import site
+from tests.programs import located
 
 DRIVER = Path(__file__).parent.parent / "pmkvq_compiler"
 OPTIONS = CompileOptions("model", Path("out"), budget="25%")
@@ -98,3 +99,13 @@ def test_a_recipe_without_formats_needs_no_budget() -> None:
     problem = resolve(replace(OPTIONS, budget=None, recipe="none"), SITES, 2048, torch.float16)
     assert problem.budget is None
     assert not problem.recipe.quantizes
+
+
+@pytest.mark.parametrize(("dtype", "folds"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_weights_that_are_stored_minus_one_are_folded_only_where_they_are_not_rounded(
+    dtype: torch.dtype, folds: bool
+) -> None:
+    for model_type, always in (("gemma3_text", False), ("qwen3", True)):
+        for found in resolve(OPTIONS, located(model_type).sites, 512, dtype).sites:
+            assert (found.reason is None) == (folds or always)
+            assert found.reason is None or "would round after a fold" in found.reason

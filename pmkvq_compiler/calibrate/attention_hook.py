@@ -27,7 +27,7 @@ class AttentionCall:
 
     `query` is [B, Hq, S, dk], `key` [B, Hkv, S, dk] and `value` [B, Hkv, S, dv]. `mask` (bool, True where a query sees
     a key) broadcasts to [B, Hq, S, S]; None means plain causal attention. `sinks` [Hq] are logits without a value: they
-    take part in the softmax and only take probability away.
+    take part in the softmax and only take probability away. `layer` is the one in whose cache `key` and `value` are.
     """
 
     layer: int
@@ -86,11 +86,18 @@ class AttentionCall:
         return torch.ones(length, length, dtype=torch.bool, device=self.key.device).tril()
 
 
+Seen = tuple[AttentionCall, Callable[[Tensor], Tensor]]
+"""A call in another form, and how to make the output of the first form from its output."""
+
+
 @contextmanager
-def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None]:
+def observed(
+    observe: Callable[[AttentionCall], Tensor | None], seen: Callable[[AttentionCall], Seen] | None = None
+) -> Iterator[None]:
     """Within, models whose `attn_implementation` is `ATTENTION` call `observe` with each attention before computing it.
 
-    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output.
+    If `observe` returns a tensor [B, Hq, S, dv], it is used as the attention's output. `seen` may turn the call into
+    another one for it (see `Caches`), and says how to make the model's output of that call's.
     """
 
     def attention(
@@ -114,8 +121,10 @@ def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None
             softcap=softcap,
             sinks=s_aux,
         )
+        call, restore = (call, None) if seen is None else seen(call)
         output = observe(call)
-        return (call.output() if output is None else output).transpose(1, 2).contiguous(), None
+        output = call.output() if output is None else output
+        return (output if restore is None else restore(output)).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attention)
     yield
@@ -128,13 +137,16 @@ AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])
 def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: int = 0) -> Tensor:
     """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or only those of the `last` tokens.
 
-    The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences.
+    The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences. The
+    last tokens are given by their places, because given their number, some architectures run layers for them alone.
     """
+    length = input_ids.shape[1]
+    kept: int | Tensor = torch.arange(length - last, length, device=input_ids.device) if last else 0
     logits: Tensor = model(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=torch.ones_like(input_ids),
         use_cache=False,
-        logits_to_keep=last,
+        logits_to_keep=kept,
     ).logits
     return logits[:, -last:]

@@ -34,6 +34,9 @@ class GradientProduct:
         self._values: dict[int, Tensor] = {}
 
     def __call__(self, call: AttentionCall) -> None:
+        seen = self._keys.get(call.layer)
+        if seen is not None and seen.data_ptr() == call.key.data_ptr():
+            return  # another layer reads the same cache; the gradients of all of them arrive together
         for x, losses, tensors in ((call.key, self.key, self._keys), (call.value, self.value, self._values)):
             tensors[call.layer] = x.detach()
             x.register_hook(partial(self._add, losses, tensors, call.layer))

@@ -59,7 +59,10 @@ def key_powers(source: Source, sites: Sequence[AttentionSite], ranges: Ranges) -
             _tell_unusual("K", site.layer, ranges.key[site.layer], site.reason)
             continue
         weights = partial(_rows, source, site.key), partial(_rows, source, site.query)
-        powers |= _powers(site.layer, site.key_head_dim, ranges.key[site.layer], *weights, source.dtype)
+        found = ranges.key[site.layer]
+        if site.heads_share_scales:
+            found = found.amax().expand_as(found)
+        powers |= _powers(site.layer, site.key_head_dim, found, *weights, source.dtype)
     return powers
 
 
@@ -90,7 +93,7 @@ def _powers(
 
 
 def _rows(source: Source, projection: Projection) -> Tensor:
-    return source.read(projection.weight)[projection.start : projection.start + projection.rows]
+    return source.read(projection.weight)[projection.start : projection.start + projection.rows] + projection.offset
 
 
 def _tell_unusual(tensor: str, layer: int, ranges: Tensor, reason: str | None) -> None:

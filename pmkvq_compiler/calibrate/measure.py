@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.calibration import (
     CHECK_LOGITS,
     CHECK_TOKENS,
@@ -72,7 +73,7 @@ def calibrate(source: Source, problem: Problem, progress: Progress, notes: Path 
         value_gradient={},
         check_ids=check_ids,
         check_logits=reference_logits(body, check_ids, CHECK_LOGITS),
-        check_layers=layer_outputs(body, problem.sites, check_ids),
+        check_layers=layer_outputs(body, (*problem.sites, *problem.readers), check_ids),
     )
     if not problem.recipe.quantizes:
         return calibration
@@ -82,7 +83,8 @@ def calibrate(source: Source, problem: Problem, progress: Progress, notes: Path 
             f"layers that are far apart, so it needs the whole model; choose another recipe or more memory"
         )
     with tempfile.TemporaryDirectory() as place:
-        walk = partial(walk_model, model, Path(place) if notes is None else notes)
+        seen = Caches.of(body, problem).seen
+        walk = partial(walk_model, model, Path(place) if notes is None else notes, seen=seen)
         if "scale" in problem.recipe.key_transforms:
             calibration = _with_scales(calibration, problem, partial(walk, samples, progress), stretch)
         walk_one = partial(walk, samples[:1], progress)
@@ -96,7 +98,11 @@ def _with_scales(
     """Add the maxima of K at stretched positions, and the scales that are found from them."""
     recipe, maxima = problem.recipe, dict[int, Tensor]()
     walk("Measuring keys", partial(_record_maxima, maxima), stretch)
-    foldable = {site.layer: maxima[site.layer] for site in problem.sites if site.reason is None}
+    foldable = {
+        site.layer: _of_all_heads(maxima[site.layer]) if site.heads_share_scales else maxima[site.layer]
+        for site in problem.sites
+        if site.reason is None
+    }
     search = ScaleSearch(foldable, min(problem.bits), recipe.sink, recipe.block)
     walk("Searching scales", search, stretch)
     alphas, scales = search.best()
@@ -148,6 +154,11 @@ def _with_losses(
         key_gradient=_averaged("keys", product.key, texts),
         value_gradient=_averaged("values", product.value, texts),
     )
+
+
+def _of_all_heads(maxima: Tensor) -> Tensor:
+    """Maxima [Hkv, d] that are the same for all heads."""
+    return maxima.amax(dim=0, keepdim=True).expand_as(maxima)
 
 
 def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:

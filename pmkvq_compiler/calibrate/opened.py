@@ -31,17 +31,23 @@ Placement = Literal["one device", "all GPUs", "layer by layer"]
 def opened(source: Source, problem: Problem) -> PreTrainedModel | StreamedModel:
     """The model on the problem's device, in the dtype that it runs in there. Raises the errors of `load_model`.
 
-    The device "cuda" stands for all GPUs if the model does not fit one. A model that is not stored as transformers
-    keeps it, such as a GGUF file, cannot be read layer by layer and is loaded whole in any case.
+    The device "cuda" stands for all GPUs if the model does not fit one. Some models cannot be read layer by layer and
+    are loaded whole in any case: those that are not stored as transformers keeps them, such as GGUF files, and those
+    in which a layer takes more than hidden states from another one, keeps latents, or has no attention.
     """
     every = problem.device == "cuda"
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [problem.device]
     needed, free = _needed_bytes(source, problem), [free_bytes(device) for device in devices]
     where = placement(needed, free)
-    if where == "layer by layer" and source.has_plain_tensors:
+    if where == "layer by layer" and source.has_plain_tensors and _has_plain_layers(problem):
         return StreamedModel(source, problem.sites, problem.device)
     spread = len(devices) > 1 and where != "one device"
     return source.load_model(ATTENTION, problem.device, spread=spread).requires_grad_(False)
+
+
+def _has_plain_layers(problem: Problem) -> bool:
+    """Whether every layer attends to keys and values of its own, as far as the problem says."""
+    return not (problem.states or problem.readers or any(site.latent is not None for site in problem.sites))
 
 
 def placement(needed: int, free: Sequence[int]) -> Placement:

@@ -13,6 +13,7 @@ would seem to matter most; with it they cost next to nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -35,6 +36,21 @@ LARGEST_GROWTH = 60.0
 """The largest growth of a score, in nats, that is taken into account: its exponential still fits float32."""
 
 
+@dataclass
+class _Readers:
+    """The attentions that read one cache, in one text.
+
+    They are compared at the same query `positions` [Q]. `waiting` of them have not got their gradients yet; `key` and
+    `value` hold what each format does to the loss through the others [1, Q]. The same noise reaches the loss through
+    all of them, so these changes are summed before they are squared.
+    """
+
+    positions: Tensor
+    waiting: int = 0
+    key: dict[Format, Tensor] = field(default_factory=dict)
+    value: dict[Format, Tensor] = field(default_factory=dict)
+
+
 class OutputLoss:
     """Observes attention calls and, in the backward pass, adds up the predicted loss of each format."""
 
@@ -52,16 +68,24 @@ class OutputLoss:
         self.key: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in key_formats.items()}
         self.value: Losses = {layer: dict.fromkeys(formats, 0.0) for layer, formats in value_formats.items()}
         self.texts: dict[int, int] = {}
+        self._readers: dict[int, _Readers] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         output = call.output()
+        if call.layer not in self._readers:
+            self._readers[call.layer] = _Readers(self._drawn(call))
+        readers = self._readers[call.layer]
+        readers.waiting += 1
+        output.register_hook(partial(self._add, call.detached().at(readers.positions), readers))
+        return output
+
+    def _drawn(self, call: AttentionCall) -> Tensor:
+        """Positions of queries in the second half of a text; the same ones in whatever order layers and texts come."""
         length = call.key.shape[-2]
         text = self.texts[call.layer] = self.texts.get(call.layer, 0) + 1
-        generator = torch.Generator().manual_seed(call.layer << 32 | text)  # whatever the order of layers and texts
-        positions = length // 2 + torch.randperm(length - length // 2, generator=generator)[:QUERIES]
-        sampled = call.detached().at(positions.to(call.key.device))
-        output.register_hook(partial(self._add, sampled, positions.to(call.key.device)))
-        return output
+        generator = torch.Generator().manual_seed(call.layer << 32 | text)
+        drawn = length // 2 + torch.randperm(length - length // 2, generator=generator)[:QUERIES]
+        return drawn.to(call.key.device)
 
     def measured(self, layer: int) -> dict[str, Tensor]:
         """The losses of a layer so far, for each format."""
@@ -74,10 +98,21 @@ class OutputLoss:
             losses.update(zip(losses, tensors[name].tolist(), strict=True))
 
     @torch.no_grad()
-    def _add(self, call: AttentionCall, positions: Tensor, gradient: Tensor) -> None:
-        """Add the losses of one text. Sums are kept for each block of keys and serve all windows: a window decides how
-        many blocks are quantized for a query."""
-        gradient = gradient[:, :, positions]
+    def _add(self, call: AttentionCall, readers: _Readers, gradient: Tensor) -> None:
+        """Add the changes of one attention to those of the others that read the same cache; after the last one, add the
+        losses of the text."""
+        self._add_changes(call, readers, gradient[:, :, readers.positions])
+        readers.waiting -= 1
+        if readers.waiting == 0:
+            del self._readers[call.layer]
+            for losses, changes in ((self.key, readers.key), (self.value, readers.value)):
+                for kept, change in changes.items():
+                    losses[call.layer][kept] += change.square().mean().item() / 2
+
+    def _add_changes(self, call: AttentionCall, readers: _Readers, gradient: Tensor) -> None:
+        """Sums are kept for each block of keys and serve all windows: a window decides how many blocks are quantized
+        for a query."""
+        positions = readers.positions
         scores = call.scores(call.query, call.key)
         weights = call.weights(scores)
         exact = call.values_under(weights, call.value)
@@ -85,9 +120,9 @@ class OutputLoss:
         quantized = slice(self.sink, self.sink + blocks * self.block)
         old = {kept.window: self._old_blocks(call, positions, kept.window) for kept in self.value[call.layer]}
 
-        def add(losses: dict[Format, float], kept: Format, output: Tensor, magnified: float = 1.0) -> None:
-            change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64)
-            losses[kept] += change.square().mean().item() / 2 / magnified**2
+        def add(changes: dict[Format, Tensor], kept: Format, output: Tensor, magnified: float = 1.0) -> None:
+            change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64) / magnified
+            changes[kept] = changes[kept] + change if kept in changes else change
 
         def sums(weights: Tensor, value: Tensor) -> Tensor:
             return _block_sums(weights[..., quantized], value[:, :, quantized], self.block)
@@ -104,12 +139,12 @@ class OutputLoss:
             changed = _of_first(sums(weights * growth, value))
             for kept in formats:
                 mixed = _at(unchanged, old[kept.window]) + _at(changed, old[kept.window])
-                add(self.key[call.layer], kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
+                add(readers.key, kept, mixed[..., :-1] / mixed[..., -1:], MAGNIFIED)
         for code, formats in by_code(self.value[call.layer]):
             matrices = self.value_matrices.get(call.layer, {}).get(code.transform)
             changed = _of_first(sums(weights, stored(call.value, code, self.sink, self.block, matrices) - call.value))
             for kept in formats:
-                add(self.value[call.layer], kept, exact + _at(changed, old[kept.window]))
+                add(readers.value, kept, exact + _at(changed, old[kept.window]))
 
     def _magnified_key(self, call: AttentionCall, code: Format) -> Tensor:
         """The keys with the errors of a format multiplied by `MAGNIFIED`."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall, Seen, observed
 from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.calibrate.streamed_model import StreamedModel, Text
 from pmkvq_compiler.calibrate.walk import Objective, check_operands, gradient_at, gradient_of, walk_texts
@@ -78,6 +78,7 @@ def walk_model(
     observe: Callable[[AttentionCall], Tensor | None] | Observer,
     stretch: Fraction = Fraction(1),
     objective: Objective | None = None,
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> None:
     """`walk_texts`, with a backward pass layer by layer if the model's layers are read when they are needed."""
     if isinstance(model, StreamedModel) and objective is not None:
@@ -86,7 +87,7 @@ def walk_model(
         walk_streamed(model, Notes(notes), samples, progress, step, observe, objective)
     else:
         body = model.model if isinstance(model, StreamedModel) else model
-        walk_texts(body, samples, progress, step, observe, stretch, objective)
+        walk_texts(body, samples, progress, step, observe, stretch, objective, seen)
 
 
 def walk_streamed(
@@ -187,13 +188,17 @@ def observed_together(
     model: PreTrainedModel | StreamedModel,
     input_ids: Tensor,
     observers: Sequence[Callable[[AttentionCall], Tensor | None]],
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> Iterator[Logits]:
-    """The logits of a text [1, S] at positions 0 to S - 1 with each observer. A layer is read once for all of them."""
+    """The logits of a text [1, S] at positions 0 to S - 1 with each observer. A layer is read once for all of them.
+
+    `seen` is that of `observed`; a model that is read layer by layer needs none.
+    """
     positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
     if not isinstance(model, StreamedModel):
         input_ids, positions = input_ids.to(model.device), positions.to(model.device)
         for observe in observers:
-            with observed(observe):
+            with observed(observe, seen):
                 yield logits_of(model, input_ids, positions)
         return
     text = model.begin(input_ids, positions)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import AttentionCall, observed, run
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall, Seen, observed, run
 from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.progress import Progress
@@ -52,10 +52,11 @@ def walk_texts(
     observe: Callable[[AttentionCall], Tensor | None],
     stretch: Fraction = Fraction(1),
     objective: Objective | None = None,
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> None:
     """Run the model on each sample and call `observe` with each attention. Positions are `stretch` times as far apart.
 
-    If there is an `objective`, its gradients are computed as well.
+    If there is an `objective`, its gradients are computed as well. `seen` is that of `observed`.
     """
 
     def checked(call: AttentionCall) -> Tensor | None:
@@ -66,7 +67,7 @@ def walk_texts(
         lambda module, arguments, output: output.requires_grad_(objective is not None)
     )
     try:
-        with observed(checked), torch.set_grad_enabled(objective is not None):
+        with observed(checked, seen), torch.set_grad_enabled(objective is not None):
             for index, sample in enumerate(samples):
                 progress(step, index, len(samples))
                 positions = stretched_positions(len(sample), int(len(sample) * stretch))

@@ -37,6 +37,7 @@ def kernel_source(
         block=plan.block,
         key_by_channel=plan.key_axis == "channel",
         sliding_window=plan.sliding_window,
+        chunked=plan.chunked,
         softcap=softcap,
         has_sinks=has_sinks,
         paged=paged,

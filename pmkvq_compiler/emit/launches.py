@@ -122,6 +122,22 @@ class Observer:
         self.calls.append(Call(q, k, v, scale, softcap, sinks))
         return q.new_empty(*q.shape[:3], v.shape[-1])
 
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        k, v = waiting or (self.calls[-1].k, self.calls[-1].v)  # `attend` makes the launches of `read`, too
+        return self.attend(q, k, v, store, new, scale, softcap, sinks)
+
+    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
+        pass
+
     def lower(self, store: LayerCache, state: Tensor | None) -> None:
         store.lower()
 

@@ -41,7 +41,8 @@ def layer_errors(model: runtime.CompiledModel, input_ids: Tensor, expected: Laye
     layers = [name for name, function in code.items() if _is_layer(function)]
     if not expected.hidden or not layers:
         return found
-    code["cached_attention"] = partial(_attend, code["cached_attention"], expected, found)
+    attentions, keys = iter(sorted(expected.scores)), dict[int, Tensor]()
+    code["cached_attention"] = partial(_attend, code["cached_attention"], expected, found, attentions, keys)
     code |= {name: partial(_run_layer, code[name], expected, found) for name in layers}
     hidden_states, logits_of = code["bind"](Widened(model.weights))
     widened = replace(model, hidden_states=hidden_states, logits=logits_of, dtype=torch.float32)
@@ -85,20 +86,26 @@ def _attend(
     attention: Callable[..., Tensor],
     expected: LayerOutputs,
     found: list[LayerError],
+    attentions: Iterator[int],
+    keys: dict[int, Tensor],
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cache: runtime.Cache,
     layer: int,
     **others: Any,
 ) -> Tensor:
-    """Run the attention of a layer, after comparing its scores."""
-    group = q.shape[1] // k.shape[1]
-    scores = (q[0, :, -QUERIES:] @ k[0].repeat_interleave(group, dim=0).transpose(1, 2)).cpu()
-    reference = expected.scores[layer]
+    """Run the attention of the next of the layers `attentions`, after comparing its scores. `keys` are those of the
+    layers before it, by the index of their cache."""
+    own = next(attentions)
+    if k is not None:
+        keys[layer] = k[0]
+    group = q.shape[1] // keys[layer].shape[0]
+    scores = (q[0, :, -QUERIES:] @ keys[layer].repeat_interleave(group, dim=0).transpose(1, 2)).cpu()
+    reference = expected.scores[own]
     errors = (scores - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
     head = int(errors.nan_to_num(float("inf")).argmax())
-    found.append(LayerError(f"the scores of head {head} in layer {layer}", float(errors[head])))
+    found.append(LayerError(f"the scores of head {head} in layer {own}", float(errors[head])))
     return attention(q, k, v, cache, layer, **others)
 
 

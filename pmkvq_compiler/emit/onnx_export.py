@@ -52,7 +52,7 @@ def write_onnx(program: Program, folder: Path, weight_files: Iterable[str]) -> l
     assert plan is not None
     attentions = [
         Attention.of(site, layer, plan.max_len, plan.dtype)
-        for site, layer in zip(program.sites, layer_plans(program), strict=True)
+        for site, layer in zip(program.cached_sites, layer_plans(program), strict=True)
     ]
     weights = {name: tensor for file in weight_files for name, tensor in external_tensors(folder, file).items()}
     model = _translated(_Traced(program, weights))
@@ -82,6 +82,18 @@ def check_expressible(program: Program) -> None:
         raise CompileError(
             "the model multiplies each token by the matrices of its experts (aten::_grouped_mm), for which ONNX has no "
             "operator; compile it without --onnx"
+        )
+    chunked = next((site for site in program.sites if site.chunked), None)
+    if chunked is not None:
+        raise CompileError(
+            f"layer {chunked.layer} attends in chunks of {chunked.sliding_window} tokens, which the ONNX model cannot "
+            f"do; compile it without --onnx"
+        )
+    reader = next((site for site in program.sites if site.reads is not None), None)
+    if reader is not None:
+        raise CompileError(
+            f"layer {reader.layer} attends to the keys and values of layer {reader.reads}, which the ONNX model cannot "
+            f"share between layers; compile it without --onnx"
         )
 
 

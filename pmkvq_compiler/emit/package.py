@@ -46,6 +46,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "architecture": _architecture(source),
         "plan": plan,
         "state_bytes": plan.state_bytes(DTYPES[plan.dtype].itemsize),
+        "left_out": ", ".join(map(in_markdown, source.left_out)),
     }
     target = folder / package
     target.mkdir(parents=True)
@@ -64,7 +65,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
-    kernels = kernel_files(program.sites, plan.layers)
+    kernels = kernel_files(program.cached_sites, plan.layers)
     pages |= {target / "kernels" / name: text for name, text in kernels.items()}
     pages |= {target / "runtime" / name: text for name, text in _runtime_files().items()}
     for path, text in pages.items():

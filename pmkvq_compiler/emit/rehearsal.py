@@ -14,7 +14,8 @@ import torch
 
 from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.errors import CompileError, first_line
-from pmkvq_compiler.passes.base import PassError, run_passes
+from pmkvq_compiler.passes.base import Pass, PassError, run_passes
+from pmkvq_compiler.passes.compress_latents import CompressLatents, latents
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
@@ -31,7 +32,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
     Raises `CompileError` if the program cannot be printed as a Python model.
     """
     try:
-        run_passes(program, [LocateAttention()], dump)
+        run_passes(program, analysis(program), dump)
         tried = dataclasses.replace(
             program,
             graph_module=copy.deepcopy(program.graph_module),
@@ -40,7 +41,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
             edits=[],
             history=[*program.history],
         )
-        plan = exact_plan(program.sites, TOKENS, 1, torch.float32, BLOCK, program.states)
+        plan = exact_plan(program.cached_sites, TOKENS, 1, torch.float32, BLOCK, program.states)
         run_passes(tried, pipeline({}, {}, {}, plan))
         compile(model_source(tried), "model.py", "exec")
     except (PassError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, SyntaxError) as error:
@@ -48,6 +49,11 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
             f"{model_type} computes something besides its attention that cannot be compiled ({_cause(error)}); choose "
             f"another architecture"
         ) from error
+
+
+def analysis(program: Program) -> list[Pass]:
+    """The passes that find out what the caches of a captured program hold."""
+    return [CompressLatents(), LocateAttention()] if latents(program) else [LocateAttention()]
 
 
 def _cause(error: Exception) -> str:

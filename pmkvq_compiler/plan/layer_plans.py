@@ -70,6 +70,7 @@ def _quantized(
         sliding_window=site.sliding_window,
         stages=stages if recipe.progressive else stages[-1:],
         arena_bytes=0,
+        chunked=site.chunked,
     )
     return fitted(plan, max_len)
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.calibrate.attention_hook import AttentionCall
+from pmkvq_compiler.calibrate.attention_hook import AttentionCall, Seen
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.logits import Logits
 from pmkvq_compiler.calibrate.opened import opened
@@ -61,7 +62,9 @@ def best_plans(
     proposals = [propose(problem, calibration) for problem in problems]
     if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
-    return try_plans(opened(source, problems[0]), read_samples(source, problems[0]), proposals, calibration, progress)
+    model = opened(source, problems[0])
+    seen = Caches.of(model.model if isinstance(model, StreamedModel) else model, problems[0]).seen
+    return try_plans(model, read_samples(source, problems[0]), proposals, calibration, progress, seen)
 
 
 def _quantizes(plan: CachePlan) -> bool:
@@ -76,8 +79,10 @@ def try_plans(
     proposals: Sequence[Sequence[Solution]],
     calibration: Calibration,
     progress: Progress,
+    seen: Callable[[AttentionCall], Seen] | None = None,
 ) -> list[Tried]:
     """The best of each list of proposals over `samples`, int64 [S] each; `model` must be loaded with `ATTENTION`.
+    `seen` is that of `observed`.
 
     After each text only the better half of a list goes on to the next one: a single text tells most plans apart.
     """
@@ -90,7 +95,7 @@ def try_plans(
         plans = [_at_final_widths(solution.plan, len(sample)) for solution in solutions]
         folds = [Folds.of(solution, calibration) for solution in solutions]
         attends = [progressive(plan, fold, [1], MAGNIFIED) for plan, fold in zip(plans, folds, strict=True)]
-        expected, *found = _second_halves(model, sample.unsqueeze(0), [AttentionCall.output, *attends])
+        expected, *found = _second_halves(model, sample.unsqueeze(0), [AttentionCall.output, *attends], seen)
         for solution, logits in zip(solutions, found, strict=True):
             moved = torch.cat([divergences(logits[part], expected[part], torch.float32) for part in expected.parts()])
             losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
@@ -101,7 +106,10 @@ def try_plans(
 
 
 def _second_halves(
-    model: PreTrainedModel | StreamedModel, ids: Tensor, attends: Sequence[Callable[[AttentionCall], Tensor]]
+    model: PreTrainedModel | StreamedModel,
+    ids: Tensor,
+    attends: Sequence[Callable[[AttentionCall], Tensor]],
+    seen: Callable[[AttentionCall], Seen] | None,
 ) -> list[Logits]:
     """Logits of a text's second half, whose tokens have old tokens to attend to, for each way to attend.
 
@@ -109,7 +117,7 @@ def _second_halves(
     """
     observers = [partial(_attend_in_float32, attend) for attend in attends]
     second = ids.shape[1] - ids.shape[1] // 2
-    return [logits.last(second) for logits in observed_together(model, ids, observers)]
+    return [logits.last(second) for logits in observed_together(model, ids, observers, seen)]
 
 
 def _attend_in_float32(attend: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:

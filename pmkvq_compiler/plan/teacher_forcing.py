@@ -89,7 +89,7 @@ class _Layer:
         queries = positions[start:].unsqueeze(-1)
         visible = positions <= queries
         if layer.sliding_window is not None:
-            visible &= positions > queries - layer.sliding_window
+            visible &= positions >= layer.first_seen(queries)
         scores = call.scores(call.query[:, :, start:stop], keys)
         return call.values_under(call.weights(scores, visible), values)
 

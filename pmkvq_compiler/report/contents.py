@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.matrices import NO_VALUE_PROJECTION
+from pmkvq_compiler.emit.model_source import span
 from pmkvq_compiler.formats import Transform
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.fold_value_transform import can_transform
@@ -18,12 +19,14 @@ from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.plan.charged import FED_AT_ONCE
 from pmkvq_compiler.plan.rerank import Tried
 from pmkvq_compiler.plan.solution import Folds, PlanRow, plan_table
-from pmkvq_compiler.problem import Problem
-from pmkvq_compiler.report.charts import Sample
+from pmkvq_compiler.problem import Problem, unserved_feature
+from pmkvq_compiler.report.charts import Sample, readable_bytes
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CachePlan, original_bytes
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source
+from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Report:
     bytes_over_tokens: list[Sample]
     state_bytes: int = 0
     """What recurrent states of fixed size take beside the budget."""
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    """What else is to be known about this model, as (name, value, remark)."""
     check: dict[str, float] | None = None
     """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
@@ -94,6 +99,7 @@ def report_contents(
     """The report without check and times, which come after the artifact is written."""
     solution, plan = tried.solution, tried.solution.plan
     folded = Folds.of(solution, calibration).values
+    unserved = unserved_feature(source.config, (*problem.sites, *problem.readers), problem.states)
     rows = [
         ReportRow(
             **asdict(row),
@@ -118,18 +124,59 @@ def report_contents(
         original_bytes=problem.original_bytes,
         true_bits=16 * plan.arena_bytes / problem.original_bytes,
         predicted_loss=tried.loss,
-        serving=None if source.has_latent_attention else serving(plan),
+        serving=serving(plan) if unserved is None else None,
         bytes_over_tokens=bytes_over_tokens(plan),
         state_bytes=plan.state_bytes(problem.dtype.itemsize),
+        notes=_notes(source, problem),
+    )
+
+
+def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
+    found = []
+    if source.left_out:
+        remark = f"the artifact is the language model ({source.config.model_type}) and takes text alone"
+        found.append(("left out", ", ".join(source.left_out), remark))
+    expanded = _expanded_bytes(problem)
+    if expanded:
+        remark = "at 16 bits, if the cache held the keys and values of every head instead of the latents"
+        found.append(("expanded cache", readable_bytes(expanded), remark))
+    fixed = fixed_frequencies(source.config)
+    if fixed is not None:
+        remark = (
+            f"tokens up to which the frequencies of its RoPE ({fixed.rope_type}) stay the same; longer texts do not fit"
+        )
+        found.append(("longest text", f"{fixed.tokens:,}", remark))
+    if problem.readers:
+        read = sorted({site.reads for site in problem.readers if site.reads is not None})
+        readers = [site.layer for site in problem.readers]
+        remark = f"{span(readers)}: the keys and values are those of {span(read)}"
+        found.append(("layers without a cache", str(len(readers)), remark))
+    return found
+
+
+def _expanded_bytes(problem: Problem) -> int:
+    """Bytes of the cache at 16 bits if latents were expanded to keys and values of every head; 0 without latents."""
+    if all(site.latent is None for site in problem.sites):
+        return 0
+    return cache_bytes_at_16_bits([_expanded(site) for site in problem.sites], problem.max_len, problem.batch_size)
+
+
+def _expanded(site: AttentionSite) -> AttentionSite:
+    if site.latent is None:
+        return site
+    return replace(
+        site,
+        num_key_value_heads=site.latent.num_heads,
+        key_head_dim=site.latent.key_dim + site.key_head_dim - site.value_head_dim,
+        value_head_dim=site.latent.value_dim,
     )
 
 
 def serving(plan: CachePlan) -> Serving | None:
     """What sequences of `max_len` tokens take in vLLM, on one device; None where vLLM keeps the cache in its own way:
-    where nothing is quantized, and in models with recurrent states (its caller knows a third case, latent
-    attention)."""
+    where nothing is quantized (and `unserved_feature` names the other cases)."""
     layers = paged_layers(plan, getattr(torch, plan.dtype).itemsize)
-    if plan.states or all(layer.exact for layer in layers):
+    if all(layer.exact for layer in layers):
         return None
     pool = pool_of(layers, plan.max_len)
     return Serving(
@@ -189,11 +236,11 @@ def reproduction_command(options: CompileOptions) -> str:
     """The `pmkvq-compile` command with these options, without those that have their default values."""
     defaults = CompileOptions(model=options.model, output=options.output)
     words = ["pmkvq-compile", options.model, "--output", str(options.output)]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == getattr(defaults, field.name):
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value == getattr(defaults, option.name):
             continue
-        words.append("--" + field.name.replace("_", "-"))
+        words.append("--" + option.name.replace("_", "-"))
         if value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return shlex.join(words)

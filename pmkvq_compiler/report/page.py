@@ -104,7 +104,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
         found.append(("vLLM's cache", readable_bytes(report.serving.cache_bytes), f"for {tokens}, in whole blocks"))
         sequences = f"{report.serving.sequences_per_gib:,.1f} sequences of {report.max_len:,}, at the final bits"
         found.append(("tokens in a GiB of vLLM", f"{report.serving.tokens_per_gib:,}", sequences))
-    return found
+    return found + report.notes
 
 
 def folds(rows: Sequence[ReportRow]) -> list[tuple[str, str, str, dict[str, str]]]:

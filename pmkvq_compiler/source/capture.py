@@ -4,7 +4,7 @@ of each other op that carries a state from token to token."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -21,26 +22,33 @@ from transformers import (
 )
 
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.passes.locate_attention import cache_owners
 from pmkvq_compiler.passes.ops import MARKER
 from pmkvq_compiler.passes.program import WRAPPER, Constant, Program
+from pmkvq_compiler.source.masks import Sight, sight_of
+from pmkvq_compiler.source.positions import counted_positions, take_positions_from_input
+from pmkvq_compiler.source.rope import fix_frequencies
 from pmkvq_compiler.source.state_functions import has_state_functions, state_markers
 from pmkvq_compiler.source.token_mixing import check_mixing, number_states
 
 IMPLEMENTATION = "pmkvq"
 INPUTS = ("input_ids", "position_ids")
 HEAD_DIM_MULTIPLE = 8
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"})
+ATTENTION_LAYERS = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding"}
+)
 STATE_LAYERS = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"})
 OTHER_LAYERS = frozenset({"mlp", "moe"})
 """The types of layers, by transformers' names for them, with attention, with another state, and with neither."""
-KNOWN = "causal or sliding-window attention, short convolutions, gated delta rule or Mamba"
-ARANGES = frozenset(getattr(torch.ops.aten.arange, overload) for overload in torch.ops.aten.arange.overloads())
+KNOWN = "causal, sliding-window or chunked attention, short convolutions, gated delta rule or Mamba"
 POSITIONS_TRIED = 1 << 20
 """The most positions at which an attention mask is compared with a plain sliding window."""
 
 
 def capture(config: PretrainedConfig) -> Program:
     """The graph `(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]` of the causal language model of `config`.
+
+    RoPE frequencies that change with the length of the text are those of short texts (see `rope`).
 
     The model is captured in bfloat16, whatever dtype its weights are stored in. So a cast to the model's own dtype and
     a cast to float32 look different in the graph. Buffers have the values and dtypes that they have in a float32 model.
@@ -55,8 +63,10 @@ def capture(config: PretrainedConfig) -> Program:
     exported = _export(model.to("meta"), recorder)  # type: ignore[arg-type]
     program = _to_program(exported, model, buffers)
     program.states = number_states(program.graph, config.model_type)
+    take_positions_from_input(program.graph)
     _check_graph(program, config)
-    _set_sliding_windows(program.graph_module.graph, recorder, config)
+    _set_windows(program.graph, recorder, config)
+    _check_shared(program.graph, config)
     return program
 
 
@@ -64,29 +74,11 @@ def _check_config(config: PretrainedConfig) -> None:
     """Refuse models that the configuration already rules out: a failed capture would give a less clear reason."""
     if config.is_encoder_decoder:
         raise CompileError(f"{config.model_type} is an encoder-decoder model; only decoder-only models can be compiled")
-    text = config.get_text_config()
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise CompileError(
-            f"{config.model_type} has layers with chunked attention, which the cache cannot represent; choose a "
-            f"model with causal or sliding-window attention"
-        )
     others = sorted(set(_layer_types(config)) - ATTENTION_LAYERS - STATE_LAYERS - OTHER_LAYERS)
     if others:
         raise CompileError(
             f"{config.model_type} has layers of type {', '.join(others)}, which keep another state than the cache can "
             f"hold; choose a model whose layers are {KNOWN}"
-        )
-    shared = getattr(text, "num_kv_shared_layers", None)
-    if shared:
-        raise CompileError(
-            f"the last {shared} layers of {config.model_type} share the keys and values of layers before them, but the "
-            f"cache keeps separate ones for each layer; choose a model whose layers share none"
-        )
-    moving = {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {}))
-    if moving:
-        raise CompileError(
-            f"{config.model_type} has RoPE of type {moving.pop()}, whose frequencies change with the length of the "
-            f"text, so keys that are already cached would become wrong; choose another rope_type in config.json"
         )
 
 
@@ -94,15 +86,6 @@ def _layer_types(config: PretrainedConfig) -> tuple[str, ...]:
     """The types of the model's layers by transformers' names for them; empty if the configuration names none."""
     text = config.get_text_config()
     return tuple((getattr(text, "layer_types", None) or ())[: text.num_hidden_layers])
-
-
-def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
-    """The `rope_type` of all layers, or of each type of layer if these differ."""
-    for name, value in parameters.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif name == "rope_type":
-            yield value
 
 
 def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -130,6 +113,7 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
             f"{config.model_type} carries a recurrent state from token to token that the cache cannot hold; choose a "
             f"model whose layers are {KNOWN}"
         )
+    fix_frequencies(model)
     model.tie_weights()
     kept = set(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
@@ -142,7 +126,7 @@ class _AttentionRecorder:
     """The attention function of one capture. It leaves markers, and remembers the mask of each layer.
 
     transformers describes a mask as a function of positions. Here, the mask tensor that the model passes around is only
-    a key by which that function is found again.
+    a key by which that function is found again, also from a view of it.
     """
 
     IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"})
@@ -158,7 +142,7 @@ class _AttentionRecorder:
 
     def make_mask(self, *, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
         token = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
-        self.masks[id(token)] = token, mask_function
+        self.masks[_memory(token)] = token, mask_function
         return token
 
     def attend(
@@ -188,10 +172,29 @@ class _AttentionRecorder:
                 f"the attention of layer {layer} takes {', '.join(unknown)}, which the cache cannot represent; choose "
                 f"another model"
             )
-        self.mask_of_layer[layer] = self.masks[id(attention_mask)][1] if id(attention_mask) in self.masks else None
+        known = None if attention_mask is None else self.masks.get(_memory(attention_mask))
+        self.mask_of_layer[layer] = None if known is None else known[1]
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out = MARKER(q, k, v, s_aux, scale, layer, 0, float(softcap or 0))
         return out.transpose(1, 2).contiguous(), None
+
+
+def _memory(tensor: Tensor) -> int:
+    """What identifies the memory of a tensor; its views have the same."""
+    return tensor.untyped_storage()._cdata
+
+
+class _NumbersAsOps(TorchFunctionMode):
+    """Within, a tensor that is made of one number on the meta device is an op of the graph and not a constant, which
+    would have lost the number."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], (int, float)) and str(kwargs.get("device")) == "meta":
+            return torch.full((), args[0], **kwargs)
+        return func(*args, **kwargs)
 
 
 class _LanguageModel(nn.Module):
@@ -203,7 +206,10 @@ class _LanguageModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         ones = torch.ones_like(input_ids)
-        return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=ones, use_cache=False).logits
+        with _NumbersAsOps():
+            return self.model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=ones, use_cache=False
+            ).logits
 
 
 def _export(model: PreTrainedModel, recorder: _AttentionRecorder) -> ExportedProgram:
@@ -287,14 +293,12 @@ def _check_graph(program: Program, config: PretrainedConfig) -> None:
                     f"layer {marker.args[5]} has {name} heads of {head_dim} channels, which is not a multiple of "
                     f"{HEAD_DIM_MULTIPLE}, so its codes cannot be packed; choose another model"
                 )
-    sequence = markers[0].meta["val"].shape[2]
-    check_mixing(graph, model_type, sequence)
-    for node in graph.nodes:
-        if node.target in ARANGES and str(node.meta["val"].shape[0]) == str(sequence):
-            raise CompileError(
-                f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
-                f"continue from a cache; choose another model"
-            )
+    check_mixing(graph, model_type, markers[0].meta["val"].shape[2])
+    for node in counted_positions(graph):
+        raise CompileError(
+            f"{model_type} counts positions itself ({node.name}) instead of taking position_ids, so it cannot "
+            f"continue from a cache; choose another model"
+        )
 
 
 def _check_layers(program: Program, layers: list[int], config: PretrainedConfig) -> None:
@@ -325,45 +329,45 @@ def _check_layers(program: Program, layers: list[int], config: PretrainedConfig)
             )
 
 
-def _set_sliding_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
-    """Write into each marker the sliding window that its layer's mask describes."""
-    positions = min(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
-    windows: dict[int, int] = {}
+def _set_windows(graph: Graph, recorder: _AttentionRecorder, config: PretrainedConfig) -> None:
+    """Write into each marker what its layer's mask lets a query see."""
+    text = config.get_text_config()
+    positions = min(getattr(text, "max_position_embeddings", None) or 1 << 17, POSITIONS_TRIED)
+    chunk = getattr(text, "attention_chunk_size", None)
+    sights: dict[int, Sight] = {}
     for marker in graph.find_nodes(op="call_function", target=MARKER):
         layer = marker.args[5]
         mask = recorder.mask_of_layer[layer]
-        if id(mask) not in windows:
+        if id(mask) not in sights:
             try:
-                windows[id(mask)] = _window_of(mask, positions)
+                sights[id(mask)] = sight_of(mask, positions, chunk)
             except Exception as error:  # a mask function may need anything
                 reason = str(error) if isinstance(error, ValueError) else "it depends on more than positions"
                 raise CompileError(
                     f"the attention mask of layer {layer} of {config.model_type} is neither causal nor a sliding "
                     f"window, so the cache cannot represent it: {reason}; choose another model"
                 ) from error
-        marker.update_arg(6, windows[id(mask)])
+        marker.update_arg(6, sights[id(mask)].window)
+        if sights[id(mask)].chunked:
+            marker.update_kwarg("chunked", True)
 
 
-def _window_of(mask: Callable[..., Tensor] | None, positions: int) -> int:
-    """The number of tokens that a query sees, or 0 if it sees all before it. Raises `ValueError` if `mask` is neither
-    causal nor a causal sliding window."""
-    if mask is None:
-        raise ValueError("it was not made by transformers' masking functions")
-    zero, keys = torch.tensor(0), torch.arange(positions)
+def _check_shared(graph: Graph, config: PretrainedConfig) -> None:
+    """Refuse layers that share keys and values but do not attend to them in the same way: one set of kernels serves all
+    layers that read a cache."""
+    owners = cache_owners(graph.find_nodes(op="call_function", target=MARKER))
+    for marker, owner in owners.items():
+        if marker.args[0].meta["val"].shape != owner.args[0].meta["val"].shape or _manner(marker) != _manner(owner):
+            raise CompileError(
+                f"layer {marker.args[5]} of {config.model_type} attends to the keys and values of layer "
+                f"{owner.args[5]} with other heads, another sliding window or another soft cap, and one cache cannot "
+                f"serve both; choose another model"
+            )
 
-    def row(query: int) -> Tensor:
-        return torch.as_tensor(mask(zero, zero, torch.tensor(query), keys)).expand(positions)
 
-    if bool(row(0)[1:].any()):
-        raise ValueError("tokens see those that come after them")
-    window = int(row(positions - 1).sum())
-    if window == 0:
-        raise ValueError("tokens do not even see themselves")
-    edges = {0, 1, window - 1, window, window + 1, 2 * window, positions // 2, positions // 3, positions - 2}
-    for query in sorted(edges & set(range(positions))):
-        if not torch.equal(row(query), (keys <= query) & (keys > query - window)):
-            raise ValueError(f"the query at position {query} sees other tokens")
-    return 0 if window == positions else window
+def _manner(marker: Node) -> tuple[Any, ...]:
+    _, _, _, sinks, _, _, window, softcap = marker.args
+    return window, marker.kwargs.get("chunked", False), softcap, sinks is not None
 
 
 def _brief(error: Exception) -> str:

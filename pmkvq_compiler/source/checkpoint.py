@@ -6,7 +6,9 @@ them or not.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,25 +48,35 @@ class Checkpoint:
         """
         self.files = _weight_files(folder, named)
         self.tensors: dict[str, StoredTensor] = {}
+        self._stored_names: Mapping[str, str] = {}
         for file in self.files:
             for name, tensor in _stored_tensors(file).items():
                 if name in self.tensors:
                     _check_same(name, self.tensors[name].file, file)
                 self.tensors[name] = tensor
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with only the tensors in `names`, which are called by its values from here on."""
+        twin = copy.copy(self)
+        twin.tensors = {name: self.tensors[stored] for stored, name in names.items()}
+        twin._stored_names = {name: stored for stored, name in names.items()}
+        return twin
+
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype. Raises `CompileError` if it cannot be read."""
-        return _read(self.tensors[name].file, name)
+        return _read(self.tensors[name].file, self._stored_names.get(name, name))
 
     def slices(self) -> dict[str, Any]:
         """Every tensor as an object that transformers takes for a safetensors slice, read when it is needed."""
-        return {name: _Slice(name, tensor) for name, tensor in self.tensors.items()}
+        stored = self._stored_names
+        return {name: _Slice(stored.get(name, name), tensor) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A tensor as transformers reads it. The file is opened for this tensor alone: a mapping of the whole file would
-    stay in memory as long as any tensor of it is used, and would count as memory of this process."""
+    """A tensor as transformers reads it, by its name in the file. The file is opened for this tensor alone: a mapping
+    of the whole file would stay in memory as long as any tensor of it is used, and would count as memory of this
+    process."""
 
     name: str
     tensor: StoredTensor

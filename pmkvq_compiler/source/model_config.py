@@ -31,7 +31,9 @@ MOST_LAYERS = 10_000
 """A config with more layers is a mistake, which would otherwise take long to be found."""
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, MOST_LAYERS)),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)),
+    **dict.fromkeys(
+        ("max_position_embeddings", "original_max_position_embeddings", "n_positions", "n_ctx"), (1, 1 << 40)
+    ),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), (0, 1)),
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq"), (1, 1e18)),
     "factor": (1e-6, 1e6),
@@ -126,15 +128,20 @@ def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, Stored
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, SLACK * largest)}
     limits |= dict.fromkeys(COUNTS, max(largest, len(stored)))  # each may be a module of its own, which takes time
-    for size, limit in limits.items():
-        value = getattr(text, size, None)
-        if not isinstance(value, int) or (value == 0 and size in OPTIONAL):
-            continue
-        if not 1 <= value <= limit:
-            raise CompileError(
-                f"{size} in config.json of {name} is {value:,}, but the tensors of the checkpoint allow 1 to "
-                f"{limit:,}; fetch config.json and the weights again"
-            )
+    _check_size(name, "num_hidden_layers", getattr(text, "num_hidden_layers", None), limits.pop("num_hidden_layers"))
+    # where layers differ, transformers does not tell a size of all of them
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    for layer in layers:
+        for size, limit in limits.items():
+            _check_size(name, size, getattr(layer, size, None), limit)
+
+
+def _check_size(name: str, size: str, value: Any, limit: int) -> None:
+    if isinstance(value, int) and not 1 <= value <= limit and not (value == 0 and size in OPTIONAL):
+        raise CompileError(
+            f"{size} in config.json of {name} is {value:,}, but the tensors of the checkpoint allow 1 to "
+            f"{limit:,}; fetch config.json and the weights again"
+        )
 
 
 def layer_count(names: Collection[str]) -> int:

@@ -41,6 +41,8 @@ from pmkvq_compiler.source.gguf_header import read_header
 from pmkvq_compiler.source.gguf_tensors import check_tensors, default_dtype
 from pmkvq_compiler.source.model_card import read_card
 from pmkvq_compiler.source.model_config import check_causal_lm, check_sizes, read_config, read_json, settle
+from pmkvq_compiler.source.multimodal import language_model, only_language
+from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.stored_names import model_class, skeleton, stored_names
 from pmkvq_compiler.source.tokenizer_files import has_tokenizer, tokenizer_files, try_tokenizer
 
@@ -120,8 +122,9 @@ def _quiet() -> Iterator[None]:
 class Source:
     """One model: config, tokenizer and tensors. If a loaded copy is needed, `read` and `load_model` share it.
 
-    Attributes: `name`, `config`, `generation_config`, `dtype` (that the artifact stores), `base_model` (a hub id) and
-    `license`. The last two are None if they are unknown.
+    Attributes: `name`, `config`, `generation_config`, `dtype` (that the artifact stores), `base_model` (a hub id),
+    `license` and `left_out`. A hub id and a license that are unknown are None. Of a multimodal model, this is the
+    language model inside, and `left_out` lists the other modules.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Source:
         license: str | None = None,
     ) -> None:
         self.name = name
+        self.left_out: list[str] = []
         self._folder = folder
         self._gguf_path = (folder / (gguf_file or "")).resolve()
         self._checkpoint: Checkpoint | None = None
@@ -147,9 +151,14 @@ class Source:
             check_tensors(self._gguf_path, header, shapes)
             self._has_tokenizer = "tokenizer.ggml.model" in header.fields
         else:
-            self.config = read_config(folder)
+            self.config = whole = read_config(folder)
+            inside = language_model(name, whole)
+            if inside is not None:
+                self.config = inside.config
             check_causal_lm(name, self.config)
-            self._checkpoint = Checkpoint(folder, getattr(self.config, "transformers_weights", None))
+            self._checkpoint = Checkpoint(folder, getattr(whole, "transformers_weights", None))
+            if inside is not None:
+                self._checkpoint, self.left_out = only_language(name, inside, self._checkpoint)
             check_sizes(name, self.config, self._checkpoint.tensors)
             settle(self.config)
             self._checkpoint_names = stored_names(name, self.config, self._checkpoint)
@@ -164,13 +173,11 @@ class Source:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The number of positions that the model supports; None if its config sets no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def has_latent_attention(self) -> bool:
-        """Whether vLLM would keep the model's latents, from which keys and values are made, and not these."""
-        return getattr(self.config, "kv_lora_rank", None) is not None
+        """The number of positions that the model supports, with the RoPE frequencies that it begins with; None if its
+        config sets no limit."""
+        positions: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        fixed = fixed_frequencies(self.config)
+        return positions if fixed is None else min(fixed.tokens, positions or fixed.tokens)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

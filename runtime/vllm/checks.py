@@ -119,6 +119,16 @@ def _check_model(config: VllmConfig, artifact: Artifact) -> None:
             f"{artifact.folder} has latent attention, which vLLM keeps as latents and the plan as keys and values; "
             f"serve the original model"
         )
+    if getattr(model.hf_text_config, "num_kv_shared_layers", None):
+        raise InputError(
+            f"{artifact.folder} has layers that read the caches of other layers, which the plugin for vLLM does not "
+            f"serve; load it with pmkvq_compiler.runtime, or serve the original model"
+        )
+    if any(layer.chunked for layer in plan.layers):
+        raise InputError(
+            f"{artifact.folder} attends in chunks, which the plugin for vLLM does not serve; load it with "
+            f"pmkvq_compiler.runtime, or serve the original model"
+        )
     count = model.get_total_num_hidden_layers() if hasattr(model, "get_total_num_hidden_layers") else None
     count = count or model.hf_text_config.num_hidden_layers
     if len(plan.layers) != count:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
+from pmkvq_compiler.calibrate.caches import Caches
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, OutputLoss
 from pmkvq_compiler.formats import Format, stored
 from pmkvq_compiler.runtime.quantize import fake_quantize
+from tests.families import FAMILIES
 from tests.models import tiny_model
 
 SINK, BLOCK, LENGTH = 4, 32, 200
@@ -97,6 +99,56 @@ def test_predicted_losses_are_those_of_the_model() -> None:
         divergence += (expected.exp() * (expected - found)).sum(-1)[LENGTH // 2 :].mean().item()
     predicted = sum(measure.value[layer][kept] for layer in range(3))
     assert 0.5 < predicted / divergence < 2
+
+
+@pytest.mark.parametrize(("name", "readers"), [("gemma3n", {3: 1, 4: 2}), ("gemma4", {3: 1, 4: 2})])
+def test_a_shared_cache_weighs_what_all_its_readers_feel(name: str, readers: dict[int, int]) -> None:
+    """The values of one cache in 4 bits, as every layer reads them: what was predicted is the divergence that comes."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    overrides = {**family.overrides, "sliding_window": LENGTH}
+    model = tiny_model(family.model_type, **overrides).requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    kept = Format(4, "token", "none", 32)
+    texts, positions = torch.randint(3, 128, (12, LENGTH)), torch.arange(LENGTH).unsqueeze(0)
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_(True))
+    none: dict[int, list[Format]] = {1: [], 2: []}
+    together, alone = (OutputLoss(none, {1: [kept], 2: [kept]}, {}, {}, SINK, BLOCK) for _ in range(2))
+    divergence = {1: 0.0, 2: 0.0}
+    for text in texts.split(1):
+        for measure, cache_of in ((together, readers), (alone, {3: 9, 4: 9})):
+
+            def observe(one: AttentionCall, measure: OutputLoss = measure) -> Tensor | None:
+                return measure(one) if one.layer in (1, 2) else None
+
+            with observed(observe, Caches(cache_of).seen):
+                logits = run(model, text, positions)[0]
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(1))
+            F.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
+        expected = logits.detach().log_softmax(-1)
+        for layer in (1, 2):
+
+            def quantized(one: AttentionCall, layer: int = layer) -> Tensor | None:
+                return one.output(value=stored(one.value, kept, SINK, BLOCK)) if one.layer == layer else None
+
+            with torch.no_grad(), observed(quantized, Caches(readers).seen):
+                found = run(model, text, positions)[0].log_softmax(-1)
+            divergence[layer] += (expected.exp() * (expected - found)).sum(-1)[LENGTH // 2 :].mean().item()
+    for layer in (1, 2):
+        assert 0.5 < together.value[layer][kept] / divergence[layer] < 2
+        assert together.value[layer][kept] != alone.value[layer][kept]
+
+
+def test_the_papers_measure_takes_a_shared_cache_once() -> None:
+    key, value = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(2))
+    kept = Format(2, "token", "none", 64)
+    measure = GradientProduct({0: [kept]}, {0: [kept]})
+    gradients = torch.randn(2, 1, 2, 40, 8)
+    for _ in range(2):
+        measure(AttentionCall(0, torch.randn(1, 4, 40, 8), key, value, None, 0.25, None, None))
+    (key * gradients[0] + key * gradients[1]).sum().backward()
+    error = fake_quantize(key.detach(), 2, dim=-1) - key.detach()
+    assert measure.key[0][kept] == pytest.approx((error * gradients.sum(0)).abs().sum().item(), rel=1e-5)
 
 
 def test_the_papers_measure_is_the_sum_of_error_times_gradient_paired_as_its_code_pairs_layers() -> None:

@@ -141,6 +141,66 @@ def test_copy_into_a_slice_becomes_a_scatter() -> None:
     assert "aten.slice_scatter.default" in targets(program)
 
 
+def test_op_in_place_on_a_view_becomes_functional_if_nothing_else_reads_the_memory() -> None:
+    program = program_of(
+        [
+            (aten.mul.Tensor, ([0], 2.0)),
+            (aten.transpose.int, ([1], 0, 1)),
+            (aten.add_.Tensor, ([2], 1.0)),
+            (aten.neg.default, ([2],)),
+        ]
+    )
+    before, after = run_both(program)
+    assert torch.equal(before, after)
+    assert "aten.add.Tensor" in targets(program)
+
+
+def test_op_in_place_on_a_view_is_refused_if_another_view_is_read_afterwards() -> None:
+    program = program_of(
+        [
+            (aten.mul.Tensor, ([0], 2.0)),
+            (aten.select.int, ([1], 0, 0)),
+            (aten.transpose.int, ([1], 0, 1)),
+            (aten.add_.Tensor, ([3], 1.0)),
+            (aten.neg.default, ([2],)),
+        ]
+    )
+    with pytest.raises(PostconditionError, match=r"aten.add_.Tensor\) is not allowed once a graph is canonical"):
+        run_passes(program, [Canonicalize()])
+
+
+AUGMENTED = [
+    (aten.mul.Tensor, ([0], 2.0)),
+    (aten.select.int, ([1], 0, 3)),
+    (aten.clone.default, ([2],)),
+    (aten.slice.Tensor, ([1], 0, 1, 3)),
+    (aten.add_.Tensor, ([4], [3])),
+    (aten.slice.Tensor, ([1], 0, 1, 3)),
+    (aten.copy_.default, ([6], [5])),
+]
+"""`x[1:3] += x[3]`, as Python traces it."""
+
+
+def test_an_augmented_assignment_to_a_slice_becomes_a_scatter() -> None:
+    program = program_of([*AUGMENTED, (aten.neg.default, ([1],))])
+    before, after = run_both(program)
+    assert torch.equal(before, after)
+    assert "aten.slice_scatter.default" in targets(program)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        (aten.add.Tensor, ([1], [2])),  # reads a view of the memory that was made before the change
+        (aten.sub.Tensor, ([4], [4])),
+    ],
+)
+def test_an_augmented_assignment_is_refused_if_a_view_from_before_is_read_afterwards(last: tuple[object, ...]) -> None:
+    program = program_of([*AUGMENTED, last], shape=(4, 3))  # type: ignore[list-item]
+    with pytest.raises(PostconditionError, match="is not allowed once a graph is canonical"):
+        run_passes(program, [Canonicalize()])
+
+
 def test_op_in_place_on_a_view_is_refused() -> None:
     program = program_of(
         [

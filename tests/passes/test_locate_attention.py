@@ -14,6 +14,35 @@ def test_full_rotate_half_rope_behind_a_linear_layer_folds(model_type: str) -> N
     assert [site.reason for site in located(model_type).sites] == [None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "rows", "offset", "shared"),
+    [("qwen3", (16, 16), 0, True), ("gemma3_text", (16, 16), 1, True), ("olmo2", (64, 32), 0, False)],
+)
+def test_a_norm_before_rope_folds_into_its_own_weight(
+    model_type: str, rows: tuple[int, int], offset: float, shared: bool
+) -> None:
+    for layer, site in enumerate(located(model_type).sites):
+        name = f"model.layers.{layer}.self_attn.{{}}_norm.weight"
+        assert site.reason is None
+        assert site.query == Projection(name.format("q"), None, start=0, rows=rows[0], offset=offset)
+        assert site.key == Projection(name.format("k"), None, start=0, rows=rows[1], offset=offset)
+        assert site.heads_share_scales == shared
+
+
+def test_a_norm_whose_weight_is_shared_with_another_layer_does_not_fold() -> None:
+    program = captured("qwen3")
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    own, other = (placeholders[f"model_layers_{layer}_self_attn_k_norm_weight"] for layer in (1, 0))
+    own.replace_all_uses_with(other)
+    run_passes(program, [LocateAttention()])
+    reasons = [site.reason for site in program.sites]
+    assert reasons[2] is None
+    for reason in reasons[:2]:
+        assert reason is not None
+        assert "model_layers_0_self_attn_k_norm_weight" in reason
+        assert "besides this attention" in reason
+
+
 def test_site_says_where_q_k_and_v_come_from() -> None:
     site = located("qwen2").sites[1]
     name = "model.layers.1.self_attn.{}_proj"
@@ -33,9 +62,6 @@ def test_site_says_window_softcap_and_sinks() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("qwen3", "a norm sits between k_proj and RoPE (rsqrt_"),
-        ("gemma3_text", "a norm sits between k_proj and RoPE (rsqrt_"),
-        ("olmo2", "a norm sits between k_proj and RoPE (rsqrt_"),
         ("stablelm", "RoPE turns only 4 of the 16 channels of k_proj (cat_"),
         ("gpt_neox", "RoPE turns only 4 of the 16 channels of query_key_value (cat_"),
         ("cohere", "RoPE pairs neighbouring channels instead of halves of a head (add_"),

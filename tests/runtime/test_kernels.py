@@ -137,3 +137,9 @@ def covering() -> list[Case]:
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_kernels_on_the_device_equal_float64(case: Case) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+def test_heads_that_are_too_wide_for_the_kernels_are_refused() -> None:
+    check_kernels(layer_plan(key_head_dim=512, value_head_dim=512))
+    with pytest.raises(InputError, match=r'head_dim 576 is more than 512.*load with backend="reference"'):
+        check_kernels(layer_plan(key_head_dim=576, value_head_dim=512))

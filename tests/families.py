@@ -1,0 +1,92 @@
+"""Model types that people download: what makes a tiny model of each, and what the compiler folds into its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PART = "RoPE turns only"
+NEIGHBOURS = "RoPE pairs neighbouring channels"
+HALVES = "concatenates halves that RoPE has turned"
+LATENT = "the cache holds latents"
+NO_ROPE = "there is no RoPE between k_proj"
+NORM = "a norm sits between k_proj and the attention"
+SHARED = "several layers attend to the same keys and values"
+FUSED = "concatenates the channels that RoPE has turned with a part that has no channels"
+
+
+@dataclass(frozen=True)
+class Family:
+    """`keys` are the reasons, by layer, why scales of K are not folded (None: they are), and `values` says whether maps
+    of V are. One entry stands for all layers."""
+
+    model_type: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[str | None, ...] = (None,)
+    values: bool = True
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+FIVE = {"num_hidden_layers": 5, "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2]}
+FIVE |= {"sliding_window": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+ROUTED |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LATENTS = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+LATENTS |= {"head_dim": 8, "num_key_value_heads": 4}
+PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+LONGROPE |= {"short_factor": [1 + n / 8 for n in range(8)], "long_factor": [2 + n / 8 for n in range(8)]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama"),
+    "mistral": Family("mistral", {"sliding_window": 8}),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "qwen3_moe": Family("qwen3_moe", EXPERTS),
+    "gemma2": Family("gemma2", SLIDING),
+    "gemma3_text": Family("gemma3_text", SLIDING),
+    "gemma3n": Family(
+        "gemma3n_text",
+        {
+            **FIVE,
+            **PER_LAYER,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+        },
+        keys=(None, SHARED, SHARED, SHARED, SHARED),
+        values=False,
+    ),
+    "gemma4": Family(
+        "gemma4_text",
+        {**FIVE, **PER_LAYER, "global_head_dim": 32, "num_global_key_value_heads": 1},
+        keys=(None, SHARED, SHARED, SHARED, SHARED),
+        values=False,
+    ),
+    "gpt_oss": Family("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}, keys=(HALVES,)),
+    "deepseek_v2": Family("deepseek_v2", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
+    "deepseek_v3": Family("deepseek_v3", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
+    "glm4_moe": Family("glm4_moe", ROUTED, keys=(PART,)),
+    "glm4_moe_lite": Family("glm4_moe_lite", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
+    "minicpm3": Family("minicpm3", LATENTS, keys=(LATENT,), values=False),
+    "olmo2": Family("olmo2"),
+    "olmo3": Family("olmo3", SLIDING),
+    "phi3": Family("phi3", keys=(FUSED,), values=False),
+    "phi3, longrope": Family(
+        "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, keys=(FUSED,), values=False
+    ),
+    "llama, dynamic": Family("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
+    "smollm3": Family("smollm3", {"num_hidden_layers": 4}, keys=(None, None, None, NO_ROPE)),
+    "llama4": Family(
+        "llama4_text",
+        {"num_hidden_layers": 4, "attention_chunk_size": 12, "num_local_experts": 4, "intermediate_size_mlp": 96}
+        | {"floor_scale": 16},
+        keys=(NORM, NORM, NORM, NO_ROPE),
+    ),
+    "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS, NO_ROPE, NEIGHBOURS)),
+    "exaone4": Family("exaone4", SLIDING, keys=(None, NORM, None)),
+    "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),
+}

@@ -1,0 +1,186 @@
+"""Every family of models that people download: a tiny random one, compiled, against its source.
+
+A few families run by default; `PMKVQ_FAMILIES=all` runs all of them, and `PMKVQ_FAMILIES="qwen3;gemma4"` some.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmkvq_compiler.emit.model_source import model_source
+from pmkvq_compiler.emit.rehearsal import locate
+from pmkvq_compiler.passes.base import run_passes
+from pmkvq_compiler.passes.fold_value_transform import can_transform
+from pmkvq_compiler.passes.pipeline import pipeline
+from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.runtime.load import import_generated
+from pmkvq_compiler.runtime.model import CompiledModel
+from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
+from pmkvq_compiler.runtime.reference import REFERENCE
+from pmkvq_compiler.source.capture import capture
+from pmkvq_compiler.source.source import Source, open_source
+from pmkvq_compiler.unquantized import exact_plan
+from tests.families import FAMILIES, Family
+from tests.models import tiny_folder
+from tests.programs import relative_error
+
+DEFAULT = "gemma3n;gemma4;deepseek_v3;smollm3;phi3, longrope"
+CHOSEN = os.environ.get("PMKVQ_FAMILIES", DEFAULT)
+NAMES = list(FAMILIES) if CHOSEN == "all" else CHOSEN.split(";")
+
+BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
+BLOCK, WINDOW = 16, 32
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A family's source model, and its compiled model with an exact cache and with one of 8 bits."""
+
+    family: Family
+    source: PreTrainedModel
+    program: Program
+    exact: CompiledModel
+    eight_bit: CompiledModel
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(family.model_type)
+    tiny_folder(folder, family.model_type, **family.overrides)
+    source, program = located_source(folder)
+    exact = exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK)
+    layers = tuple(at_8_bits(layer) for layer in exact.layers)
+    quantized = dataclasses.replace(
+        exact, recipe="8 bits", budget=sum(one.arena_bytes for one in layers), layers=layers
+    )
+    models = [generated(program, source, plan, folder) for plan in (exact, quantized)]
+    return Compiled(family, source.load_model("eager"), program, *models)
+
+
+def located_source(folder: Path) -> tuple[Source, Program]:
+    source = open_source(str(folder))
+    program = capture(source.config)
+    locate(program, source.config.model_type)
+    return source, program
+
+
+def exact_model(source: Source, program: Program, folder: Path) -> CompiledModel:
+    return generated(program, source, exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK), folder)
+
+
+def at_8_bits(layer: LayerPlan) -> LayerPlan:
+    plan = dataclasses.replace(layer, key_bits=8, value_bits=8, key_axis="channel", window=WINDOW, stages=((8, 8),))
+    return dataclasses.replace(plan, arena_bytes=BATCH * sequence_bytes(plan, MAX_LEN, 4))
+
+
+def generated(program: Program, source: Source, plan: CachePlan, folder: Path) -> CompiledModel:
+    """The model that an artifact with this plan would hold, without the artifact."""
+    program = dataclasses.replace(
+        program,
+        graph_module=copy.deepcopy(program.graph_module),
+        weights=dict(program.weights),
+        constants=dict(program.constants),
+        edits=[],
+        history=[*program.history],
+    )
+    run_passes(program, pipeline({}, {}, {}, plan))
+    path = folder / f"model_{plan.recipe.replace(' ', '_')}.py"
+    path.write_text(model_source(program))
+    code = import_generated(path)
+    weights = {name: source.read(name) for name in program.weights.values()}
+    weights |= {constant.name: constant.value for constant in program.constants.values()}
+    hidden_states, logits = code.bind(weights)
+    return CompiledModel(
+        plan=plan,
+        weights=weights,
+        hidden_states=hidden_states,
+        logits=logits,
+        vocab_size=code.VOCAB_SIZE,
+        eos_token_ids=frozenset(),
+        pad_token_id=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=[REFERENCE] * len(plan.layers),
+    )
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(3, 128, (BATCH, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def expected(compiled: Compiled, ids: Tensor) -> Tensor:
+    logits: Tensor = compiled.source(ids).logits
+    return logits
+
+
+def in_pieces(model: CompiledModel, ids: Tensor, piece: int) -> Tensor:
+    cache = model.new_cache(BATCH)
+    return torch.cat([model(part, cache) for part in ids.split(piece, dim=1)], dim=1)
+
+
+def test_logits_are_those_of_the_source_in_one_call_in_pieces_and_token_by_token(compiled: Compiled) -> None:
+    ids = tokens(LENGTH)
+    reference = expected(compiled, ids)
+    assert relative_error(compiled.exact(ids), reference) <= 1e-5
+    for piece in (5, 1):
+        assert relative_error(in_pieces(compiled.exact, ids, piece), reference) <= 1e-5
+
+
+def test_padding_on_the_left_changes_nothing(compiled: Compiled) -> None:
+    ids, lengths = tokens(LENGTH), torch.tensor([LENGTH, 23, 11])
+    mask = torch.arange(LENGTH) >= LENGTH - lengths.unsqueeze(1)
+    cache = compiled.exact.new_cache(BATCH)
+    found = torch.cat(
+        [compiled.exact(ids[:, part] * mask[:, part], cache, attention_mask=mask[:, part]) for part in (FIRST, REST)],
+        dim=1,
+    )
+    for row, length in enumerate(lengths.tolist()):
+        alone = expected(compiled, ids[row : row + 1, LENGTH - length :])
+        assert relative_error(found[row : row + 1, LENGTH - length :], alone) <= 1e-5
+
+
+FIRST, REST = slice(0, 31), slice(31, LENGTH)
+
+
+def test_eight_bits_stay_close(compiled: Compiled) -> None:
+    ids = tokens(2 * LENGTH)
+    assert relative_error(in_pieces(compiled.eight_bit, ids, 5), expected(compiled, ids)) <= 1e-2
+
+
+def test_greedy_text_is_that_of_transformers(compiled: Compiled) -> None:
+    ids = tokens(8)[:1]
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    text = compiled.source.generate(ids, max_new_tokens=NEW_TOKENS, **options)  # type: ignore[operator]
+    assert compiled.exact.generate(ids, NEW_TOKENS).tolist() == text.tolist()
+
+
+def test_the_bytes_of_the_plan_are_those_that_the_cache_owns(compiled: Compiled) -> None:
+    for model in (compiled.exact, compiled.eight_bit):
+        cache = model.new_cache(BATCH)
+        owned = {layer.arena.untyped_storage().data_ptr(): layer.arena.untyped_storage() for layer in cache.layers}
+        assert sum(storage.nbytes() for storage in owned.values()) == cache.bytes_reserved == model.plan.arena_bytes
+
+
+def test_layers_that_share_a_cache_have_one(compiled: Compiled) -> None:
+    shared = compiled.source.config.get_text_config().to_dict().get("num_kv_shared_layers") or 0
+    assert len(compiled.program.sites) - len(compiled.exact.plan.layers) == shared
+
+
+def test_what_is_folded_is_what_the_table_says(compiled: Compiled) -> None:
+    sites, family = compiled.program.sites, compiled.family
+    reasons = family.keys * len(sites) if len(family.keys) == 1 else family.keys
+    for site, reason in zip(sites, reasons, strict=False):
+        assert reason in (site.reason, None) or reason in str(site.reason)
+        assert (site.reason is None) == (reason is None)
+        assert can_transform(site) == family.values
