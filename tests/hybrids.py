@@ -94,9 +94,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def hybrid(model_type: str) -> tuple[PreTrainedModel, CompiledModel]:
-    """A tiny model of transformers, and its compiled form without quantization."""
-    source = tiny_model(model_type, **HYBRIDS[model_type])
+def hybrid(model_type: str, **changes: Any) -> tuple[PreTrainedModel, CompiledModel]:
+    """A tiny model of transformers with `changes` of its configuration, and its compiled form without quantization."""
+    source = tiny_model(model_type, **{**HYBRIDS[model_type], **changes})
     program = capture(source.config)
     locate(program, model_type)
     plan = exact_plan(program.sites, MAX_LEN, BATCH_SIZE, torch.float32, 16, program.states)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_left_padding_enters_no_state(family: str, size: int) -> None:
     for row in range(3):
         alone = in_pieces(model, ids[row : row + 1, mask[row] > 0], size)
         assert relative_error(out[row, mask[row] > 0], alone[0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_left_padding_enters_no_state_where_a_bias_lets_it_into_that_of_transformers() -> None:
+    """transformers zeroes padding before a projection, whose bias then enters the convolution."""
+    source, model = hybrid("lfm2", conv_bias=True)
+    ids, mask = tokens(2, 23), torch.ones(2, 23, dtype=torch.long)
+    mask[0, :9] = 0
+    out = in_pieces(model, ids, 5, mask)
+    for row in range(2):
+        own = mask[row] > 0
+        assert relative_error(out[row, own], source(ids[row : row + 1, own]).logits[0]) <= 1e-5
 
 
 @every_family
@@ -297,7 +310,7 @@ def test_the_artifact_generates_by_itself_and_in_transformers(artifact: Path) ->
 
 def test_onnx_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(CompileError, match=r"recurrent state .* compile it without --onnx"):
-        check_expressible(captured("lfm2", **HYBRIDS["lfm2"]))
+        check_expressible(replace(captured("llama"), states=hybrid("lfm2")[1].plan.states))
 
 
 @pytest.mark.skipif(not os.environ.get(LONG), reason="Triton's interpreter is slow")
@@ -336,13 +349,15 @@ def test_a_function_that_computes_something_else_is_refused(monkeypatch: pytest.
     from transformers.models.lfm2 import modeling_lfm2
 
     right = modeling_lfm2.causal_conv1d_fn
-    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", lambda *args, **kwargs: right(*args, **kwargs) + 1)
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        return right(*args, **kwargs) + 1
+
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", wrong)
     config = AutoConfig.for_model("lfm2", **{**SHAPE, **HYBRIDS["lfm2"]})
     with pytest.raises(CompileError, match="causal_conv1d_fn whose recurrent state this version does not know"):
         capture(config)
-    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", right)
-    capture(config)
-    assert modeling_lfm2.causal_conv1d_fn is right, "the model's code is as it was"
+    assert modeling_lfm2.causal_conv1d_fn is wrong, "the model's code is as it was"
 
 
 def test_a_state_that_goes_through_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
