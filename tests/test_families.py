@@ -172,6 +172,13 @@ def test_the_bytes_of_the_plan_are_those_that_the_cache_owns(compiled: Compiled)
         assert sum(storage.nbytes() for storage in owned.values()) == cache.bytes_reserved == model.plan.arena_bytes
 
 
+def test_the_guide_has_the_row_of_every_family() -> None:
+    guide = (Path(__file__).parent.parent / "examples/how_it_works/README.md").read_text()
+    rows = [family.row(name) for name, family in FAMILIES.items()]
+    table = guide[guide.index("| family | attention |") :].split("\n\n")[0].splitlines()
+    assert table[2:] == rows
+
+
 def test_layers_that_share_a_cache_have_one(compiled: Compiled) -> None:
     shared = compiled.source.config.get_text_config().to_dict().get("num_kv_shared_layers") or 0
     assert len(compiled.program.sites) - len(compiled.exact.plan.layers) == shared
