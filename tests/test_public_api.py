@@ -50,7 +50,7 @@ pmkvq_compiler.runtime
     CachePlan(recipe: str, budget: int, max_len: int, batch_size: int, dtype: str, layers: tuple[LayerPlan, ...]) -> None
     CachePlan.to_json(self) -> dict[str, Any]
     CachePlan.from_json(data: dict[str, Any]) -> CachePlan
-    LayerPlan(num_key_value_heads: int, key_head_dim: int, value_head_dim: int, key_bits: int, value_bits: int, key_axis: KeyAxis, sink: int, window: int, block: int, sliding_window: int | None, stages: tuple[tuple[int, int], ...], arena_bytes: int) -> None
+    LayerPlan(num_key_value_heads: int, key_head_dim: int, value_head_dim: int, key_bits: int, value_bits: int, key_axis: KeyAxis, sink: int, window: int, block: int, sliding_window: int | None, stages: tuple[tuple[int, int], ...], arena_bytes: int, chunked: bool = False) -> None
     ArtifactError(Exception)
     InputError(ValueError)
     CacheFull(RuntimeError)
