@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,12 @@ IN_WORDS = {
     FUSED: "q, k and v come from one projection",
 }
 """The reasons as the guide says them."""
+
+
+def chosen(names: Iterable[str], default: str) -> list[str]:
+    """The names to test: those of `default`, all if `PMKVQ_FAMILIES` is "all", or those that it lists."""
+    asked, known = os.environ.get("PMKVQ_FAMILIES", default), list(names)
+    return known if asked == "all" else [name for name in asked.split(";") if name in known]
 
 
 @dataclass(frozen=True)

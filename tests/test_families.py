@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +28,9 @@ from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, Family, chosen
 from tests.models import tiny_folder
 from tests.programs import relative_error
-
-DEFAULT = "gemma3n;gemma4;deepseek_v3;smollm3;phi3, longrope"
-CHOSEN = os.environ.get("PMKVQ_FAMILIES", DEFAULT)
-NAMES = list(FAMILIES) if CHOSEN == "all" else CHOSEN.split(";")
 
 BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
 BLOCK, WINDOW = 16, 32
@@ -52,7 +47,7 @@ class Compiled:
     eight_bit: CompiledModel
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=chosen(FAMILIES, "gemma4;minicpm3;smollm3;llama4"))
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.model_type)
