@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +16,42 @@ NORM = "a norm sits between k_proj and the attention"
 SHARED = "several layers attend to the same keys and values"
 FUSED = "concatenates the channels that RoPE has turned with a part that has no channels"
 
+IN_WORDS = {
+    PART: "RoPE turns only some channels",
+    NEIGHBOURS: "RoPE pairs neighbouring channels",
+    HALVES: "RoPE has another form",
+    LATENT: "keys are also values",
+    NO_ROPE: "there is no RoPE",
+    NORM: "a norm comes last",
+    SHARED: "several layers read the keys",
+    FUSED: "q, k and v come from one projection",
+}
+"""The reasons as the guide says them."""
+
+
+def chosen(names: Iterable[str], default: str) -> list[str]:
+    """The names to test: those of `default`, all if `PMKVQ_FAMILIES` is "all", or those that it lists."""
+    asked, known = os.environ.get("PMKVQ_FAMILIES", default), list(names)
+    return known if asked == "all" else [name for name in asked.split(";") if name in known]
+
 
 @dataclass(frozen=True)
 class Family:
     """`keys` are the reasons, by layer, why scales of K are not folded (None: they are), and `values` says whether maps
-    of V are. One entry stands for all layers."""
+    of V are. One entry stands for all layers. `note` is what is special about the family's attention."""
 
     model_type: str
     overrides: dict[str, Any] = field(default_factory=dict)
     keys: tuple[str | None, ...] = (None,)
     values: bool = True
+    note: str = ""
+
+    def row(self, name: str) -> str:
+        """The family's row of the table in the guide `examples/how_it_works`."""
+        reasons = list(dict.fromkeys(reason for reason in self.keys if reason is not None))
+        answer = "in some layers; in others " if None in self.keys else "no: "
+        keys = answer + " or ".join(IN_WORDS[reason] for reason in reasons) if reasons else "yes"
+        return f"| {name} | {self.note} | {keys} | {'yes' if self.values else 'no'} |"
 
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
@@ -42,12 +70,12 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
-    "mistral": Family("mistral", {"sliding_window": 8}),
+    "mistral": Family("mistral", {"sliding_window": 8}, note="sliding windows"),
     "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "qwen3_moe": Family("qwen3_moe", EXPERTS),
-    "gemma2": Family("gemma2", SLIDING),
-    "gemma3_text": Family("gemma3_text", SLIDING),
+    "qwen3": Family("qwen3", note="norms of Q and K"),
+    "qwen3_moe": Family("qwen3_moe", EXPERTS, note="norms of Q and K"),
+    "gemma2": Family("gemma2", SLIDING, note="sliding windows, soft caps"),
+    "gemma3_text": Family("gemma3_text", SLIDING, note="sliding windows, norms of Q and K"),
     "gemma3n": Family(
         "gemma3n_text",
         {
@@ -59,34 +87,58 @@ FAMILIES: dict[str, Family] = {
         },
         keys=(None, SHARED, SHARED, SHARED, SHARED),
         values=False,
+        note="the last layers share caches, sliding windows",
     ),
     "gemma4": Family(
         "gemma4_text",
         {**FIVE, **PER_LAYER, "global_head_dim": 32, "num_global_key_value_heads": 1},
         keys=(None, SHARED, SHARED, SHARED, SHARED),
         values=False,
+        note="the last layers share caches, sliding windows",
     ),
-    "gpt_oss": Family("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}, keys=(HALVES,)),
-    "deepseek_v2": Family("deepseek_v2", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
-    "deepseek_v3": Family("deepseek_v3", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
-    "glm4_moe": Family("glm4_moe", ROUTED, keys=(PART,)),
-    "glm4_moe_lite": Family("glm4_moe_lite", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False),
-    "minicpm3": Family("minicpm3", LATENTS, keys=(LATENT,), values=False),
-    "olmo2": Family("olmo2"),
-    "olmo3": Family("olmo3", SLIDING),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        keys=(HALVES,),
+        note="sliding windows, sinks",
+    ),
+    "deepseek_v2": Family("deepseek_v2", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False, note="latent attention"),
+    "deepseek_v3": Family("deepseek_v3", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False, note="latent attention"),
+    "glm4_moe": Family("glm4_moe", ROUTED, keys=(PART,), note="partial RoPE"),
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite", {**ROUTED, **LATENTS}, keys=(LATENT,), values=False, note="latent attention"
+    ),
+    "minicpm3": Family("minicpm3", LATENTS, keys=(LATENT,), values=False, note="latent attention"),
+    "olmo2": Family("olmo2", note="norms of Q and K"),
+    "olmo3": Family("olmo3", SLIDING, note="sliding windows, norms of Q and K"),
     "phi3": Family("phi3", keys=(FUSED,), values=False),
     "phi3, longrope": Family(
-        "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, keys=(FUSED,), values=False
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128},
+        keys=(FUSED,),
+        values=False,
+        note="up to the length where the frequencies change",
     ),
-    "llama, dynamic": Family("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
-    "smollm3": Family("smollm3", {"num_hidden_layers": 4}, keys=(None, None, None, NO_ROPE)),
+    "llama, dynamic": Family(
+        "llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 128},
+        note="up to the length where the frequencies change",
+    ),
+    "smollm3": Family(
+        "smollm3", {"num_hidden_layers": 4}, keys=(None, None, None, NO_ROPE), note="one layer in four without RoPE"
+    ),
     "llama4": Family(
         "llama4_text",
         {"num_hidden_layers": 4, "attention_chunk_size": 12, "num_local_experts": 4, "intermediate_size_mlp": 96}
         | {"floor_scale": 16},
         keys=(NORM, NORM, NORM, NO_ROPE),
+        note="chunks, layers without RoPE",
     ),
-    "cohere2": Family("cohere2", SLIDING, keys=(NEIGHBOURS, NO_ROPE, NEIGHBOURS)),
-    "exaone4": Family("exaone4", SLIDING, keys=(None, NORM, None)),
+    "cohere2": Family(
+        "cohere2", SLIDING, keys=(NEIGHBOURS, NO_ROPE, NEIGHBOURS), note="sliding windows, layers without RoPE"
+    ),
+    "exaone4": Family(
+        "exaone4", SLIDING, keys=(None, NORM, None), note="sliding windows, norms of Q and K, layers without RoPE"
+    ),
     "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +28,9 @@ from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, Family, chosen
 from tests.models import tiny_folder
 from tests.programs import relative_error
-
-DEFAULT = "gemma3n;gemma4;deepseek_v3;smollm3;phi3, longrope"
-CHOSEN = os.environ.get("PMKVQ_FAMILIES", DEFAULT)
-NAMES = list(FAMILIES) if CHOSEN == "all" else CHOSEN.split(";")
 
 BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
 BLOCK, WINDOW = 16, 32
@@ -52,7 +47,7 @@ class Compiled:
     eight_bit: CompiledModel
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=chosen(FAMILIES, "gemma4;minicpm3;smollm3;llama4"))
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(family.model_type)
@@ -170,6 +165,13 @@ def test_the_bytes_of_the_plan_are_those_that_the_cache_owns(compiled: Compiled)
         cache = model.new_cache(BATCH)
         owned = {layer.arena.untyped_storage().data_ptr(): layer.arena.untyped_storage() for layer in cache.layers}
         assert sum(storage.nbytes() for storage in owned.values()) == cache.bytes_reserved == model.plan.arena_bytes
+
+
+def test_the_guide_has_the_row_of_every_family() -> None:
+    guide = (Path(__file__).parent.parent / "examples/how_it_works/README.md").read_text()
+    rows = [family.row(name) for name, family in FAMILIES.items()]
+    table = guide[guide.index("| family | attention |") :].split("\n\n")[0].splitlines()
+    assert table[2:] == rows
 
 
 def test_layers_that_share_a_cache_have_one(compiled: Compiled) -> None:

@@ -234,13 +234,13 @@ def test_every_guide_can_be_reached_from_the_readme() -> None:
     assert {path for path in links if ROOT / "examples" in path.parents} - reached == set()
 
 
-def test_latent_attention_compiles_and_keeps_keys_and_values_of_every_head(compile_tiny: CompileTiny) -> None:
-    """As the README's limits say."""
+def test_latent_attention_compiles_and_keeps_the_latent_once_for_all_heads(compile_tiny: CompileTiny) -> None:
+    """As the guide says of models."""
     artifact = compile_tiny("deepseek_v3", {**LATENT_ATTENTION, "num_hidden_layers": 2}, recipe="pm-kvq", budget="90%")
     model = runtime.load(artifact)
-    rotary, plain = LATENT_ATTENTION["qk_rope_head_dim"], LATENT_ATTENTION["qk_nope_head_dim"]
+    rotary, rank = LATENT_ATTENTION["qk_rope_head_dim"], LATENT_ATTENTION["kv_lora_rank"]
     heads = {(one.num_key_value_heads, one.key_head_dim, one.value_head_dim) for one in model.plan.layers}
-    assert heads == {(LATENT_ATTENTION["num_key_value_heads"], plain + rotary, LATENT_ATTENTION["v_head_dim"])}
+    assert heads == {(1, rank + rotary, rank)}
     cache = model.new_cache()
     model.generate(torch.full((1, 300), 5), max_new_tokens=100, eos_token_id=(), cache=cache)
     assert cache.bytes_used <= model.plan.budget
