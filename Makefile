@@ -18,11 +18,11 @@ test: venv
 
 # Artifacts in vLLM, which wants other versions than the compiler is developed with, so it has an environment of its own.
 test-serve: venv-serve
-	env -i HOME="$$HOME" PATH="$$PATH" $(SERVE)/bin/python -m pytest -q -rs tests/serve
+	env -i HOME="$$HOME" PATH="$$PATH" $(SERVE)/bin/python -m pytest -q -rs -n auto --dist loadfile tests/serve
 
 # Damaged files, killed compiles and interrupted calls by the thousand. The tests above try some of each.
 fuzz: venv
-	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto tests/fuzz
+	env -i HOME="$$HOME" PATH="$$PATH" PMKVQ_FUZZ=1 $(BIN)/pytest -q -n auto --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ def dump_text(program: Program) -> str:
         f"inputs: {', '.join(_inputs(program))}",
         f"{len(program.weights)} weights, {len(program.constants)} constants",
         *("site: " + _site(site) for site in program.sites),
+        *(f"state {state.index} of layer {state.layer}: {list(state.shape)}" for state in program.states),
         *("edit: " + _edit(edit) for edit in program.edits),
         f"plan: {'none yet' if program.plan is None else f'{program.plan.arena_bytes:,} bytes'}",
     ]

@@ -191,8 +191,8 @@ def _add_request(parser: argparse.ArgumentParser, defaults: CompileOptions) -> N
     parser.add_argument(
         "--serve",
         action="store_true",
-        help="plan for vLLM, too: the budget is then also the size of its cache (--kv-cache-memory-bytes), in which as "
-        "many sequences take more, in pages and whole blocks",
+        help="plan for vLLM: the budget is then also the size of its cache, in which the same sequences take more, "
+        "because it consists of blocks of one size",
     )
     parser.add_argument(
         "-o",

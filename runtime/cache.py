@@ -41,7 +41,8 @@ class Change:
 
 
 class Cache:
-    """The key/value cache of a model: a `LayerCache` for each layer, and the length of every sequence.
+    """The cache of a model: a `LayerCache` for each layer with attention, the recurrent states beside them, and the
+    length of every sequence.
 
     One thread uses it at a time; a second one gets an `InputError` instead of waiting. A call that breaks off leaves
     the cache as it was. If the call had already overwritten something, the cache refuses everything but `reset`.
@@ -208,7 +209,7 @@ class Cache:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states of layers without attention, which are fixed in size and not part of the budget."""
+        """Bytes of the recurrent states, which are fixed in size and not part of the budget."""
         return self.states.nbytes
 
     @property

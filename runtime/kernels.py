@@ -37,10 +37,10 @@ LINE_BITS = 4 * LANE_BITS
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
-ROWS_DECODED = 64
-"""Rows of sink and window that a program of the decode kernel reads."""
+ROWS_DECODED = 16
+"""Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
 
-FEWEST_BLOCKS = 4
+FEWEST_BLOCKS = 2
 """The fewest blocks of the pool that a program of the decode kernel reads: merging its result costs time, too."""
 
 REGISTERS = 65536

@@ -21,8 +21,9 @@ from .cache import Cache
 
 CHUNK = 64
 """Tokens of a chunk, at most."""
-PRODUCTS = 1 << 24
-"""Numbers that the products of a chunk may take if every channel of a key decays by itself; chunks are shorter then."""
+PRODUCTS = 1 << 18
+"""Numbers that the products of a chunk may take if every channel of a key decays by itself. Chunks are shorter then: a
+token's share of the work grows with the chunk."""
 NORM_EPS = 1e-6
 
 

@@ -64,21 +64,18 @@ class StateStore:
         for name, tensor in self.tensors.items():
             tensor.copy_(source.tensors[name][list(sequences)])
 
-    def copy_on(self, device: torch.device | str) -> StateStore:
-        """The same states in memory of their own on a device."""
+    def copy_on(self, device: torch.device | str | None = None) -> StateStore:
+        """The same states in memory of their own on a device (by default their own)."""
         twin = StateStore.__new__(StateStore)
-        twin.tensors = {name: tensor.to(device, copy=True) for name, tensor in self.tensors.items()}
+        twin.tensors = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in self.tensors.items()}
         twin.overwritten = self.overwritten
         return twin
 
     def __copy__(self) -> StateStore:
-        twin = StateStore.__new__(StateStore)
-        twin.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        twin.overwritten = self.overwritten
-        return twin
+        return self.copy_on()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StateStore:
-        return self.__copy__()
+        return self.copy_on()
 
     def __getstate__(self) -> dict[str, Any]:
         """The states are pickled as bytes: a tensor would be shared with the receiving process."""

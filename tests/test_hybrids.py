@@ -6,9 +6,12 @@ import copy
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from pmkvq_compiler import runtime
 from pmkvq_compiler.emit.onnx_export import check_expressible
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source import state_functions
 from pmkvq_compiler.source.capture import capture
 
 from .conftest import CompileTiny
-from .fuzz import LONG
+from .fuzz import LONG, rounds
+from .fuzz.interrupts import Broken, Traced
 from .hybrids import HYBRIDS, at_eight_bits, hybrid
 from .models import SHAPE
 from .programs import captured, relative_error
@@ -181,6 +186,37 @@ def test_a_call_that_breaks_off_leaves_no_half_state() -> None:
         model(tokens(1, 3), cache)
     cache.reset()
     assert torch.equal(model(tokens(1, 5), cache), model(tokens(1, 5)))
+
+
+@pytest.mark.parametrize("break_off", [Broken, Traced])
+def test_an_interrupt_leaves_the_states_as_they_were_or_says_so(break_off: Any) -> None:
+    _, model = hybrid("lfm2")
+    ids, later = tokens(2, 9), tokens(2, 3, seed=1)
+    cache = model.new_cache(2)
+    model(ids, cache)
+    uses: list[Callable[[Cache], object]] = [
+        lambda cache: model(later, cache),
+        lambda cache: cache.reorder([1, 0]),
+        lambda cache: cache.reset(),
+    ]
+    afterwards = [model(later, cache.select([0, 1]))]
+    for use in uses:
+        with break_off() as counted:
+            use(done := copy.deepcopy(cache))
+        afterwards.append(model(later, done))
+        for at in random.Random(0).sample(range(1, counted.count + 1), min(counted.count, rounds(8, 400))):
+            broken = copy.deepcopy(cache)
+            with suppress(KeyboardInterrupt), break_off(at=at):
+                use(broken)
+            try:
+                out = model(later, broken)
+            except runtime.InputError:
+                with pytest.raises(runtime.InputError, match=r"holds half of it; reset\(\) it"):
+                    model(later, broken)
+                broken.reset()
+                assert torch.equal(model(ids, broken), model(ids))
+                continue
+            assert any(torch.equal(out, one) for one in (afterwards[0], afterwards[-1])), at
 
 
 def test_another_models_states_are_refused() -> None:

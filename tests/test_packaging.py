@@ -48,6 +48,12 @@ def test_wheel_has_one_top_level_package(wheel: list[str]) -> None:
     assert {name for name in packages if not name.endswith(".dist-info")} == {"pmkvq_compiler"}
 
 
+def test_the_process_that_checks_an_artifact_does_without_transformers() -> None:
+    """Importing it would take longer than the check of a small model, in every compile."""
+    code = "import sys, pmkvq_compiler.emit.check; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_wheel_has_every_source_template_and_text(wheel: list[str]) -> None:
     expected = {
         path.relative_to(ROOT).as_posix() if name == "pmkvq_compiler" else f"pmkvq_compiler/{path.relative_to(ROOT)}"

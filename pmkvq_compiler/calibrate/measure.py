@@ -28,7 +28,6 @@ from pmkvq_compiler.calibrate.calibration import (
 )
 from pmkvq_compiler.calibrate.gradient_product import GradientProduct
 from pmkvq_compiler.calibrate.key_scales import ScaleSearch
-from pmkvq_compiler.calibrate.layer_outputs import layer_outputs
 from pmkvq_compiler.calibrate.matrices import key_matrices_of, key_powers, normalized, value_matrices_of, value_powers
 from pmkvq_compiler.calibrate.opened import opened
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
@@ -38,6 +37,7 @@ from pmkvq_compiler.calibrate.streamed_walk import walk_model
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.calibrate.transforms import Moments
 from pmkvq_compiler.calibrate.walk import reference_logits, sampled_loss, text_loss
+from pmkvq_compiler.calibrate.watch_layers import layer_outputs
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.formats import Losses, key_formats, value_formats
 from pmkvq_compiler.passes.fold_value_transform import can_transform

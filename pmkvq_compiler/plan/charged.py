@@ -31,8 +31,8 @@ def share_of(problem: Problem, layer: LayerPlan) -> int:
     paged = _paged(problem, layer)
     pages = Group("pages", (0,), layer.block, layer.sliding_window).blocks(problem.max_len, FED_AT_ONCE)
     rows = Group("rows", (0,), ROW_BLOCK, paged.window).blocks(problem.max_len, 0)
-    row_bytes = (problem.batch_size + 1) * rows * ROW_BLOCK * paged.row_bytes  # those of a prompt that is read, twice
-    return problem.batch_size * pages * paged.page_bytes + row_bytes
+    windows = problem.batch_size + 1  # a sequence whose prompt is being read has two
+    return problem.batch_size * pages * paged.page_bytes + windows * rows * ROW_BLOCK * paged.row_bytes
 
 
 def _paged(problem: Problem, layer: LayerPlan) -> PagedLayer:

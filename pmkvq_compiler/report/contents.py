@@ -73,8 +73,8 @@ class Report:
     serving: Serving | None
     """None where vLLM would keep the cache in its own way."""
     bytes_over_tokens: list[Sample]
-    state_bytes: int | None = None
-    """What states of fixed size take beside the budget, in a model that has them."""
+    state_bytes: int = 0
+    """What recurrent states of fixed size take beside the budget."""
     check: dict[str, float] | None = None
     """The figures of the check, by name."""
     seconds: dict[str, float] | None = None
@@ -120,7 +120,7 @@ def report_contents(
         predicted_loss=tried.loss,
         serving=None if source.has_latent_attention else serving(plan),
         bytes_over_tokens=bytes_over_tokens(plan),
-        state_bytes=plan.state_bytes(problem.dtype.itemsize) if plan.states else None,
+        state_bytes=plan.state_bytes(problem.dtype.itemsize),
     )
 
 

@@ -97,7 +97,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
             "nats a token at the final bits, with errors doubled; use it to compare budgets",
         ),
     ]
-    if report.state_bytes is not None:
+    if report.state_bytes:
         states = f"for {report.batch_size} sequence(s) of any length, beside the budget"
         found.append(("recurrent states", readable_bytes(report.state_bytes), states))
     if report.serving is not None:

@@ -3,8 +3,9 @@
 Two functions are wrapped: the one that makes a server's configuration, after which an artifact is checked, and
 `Attention.__init__`, which gives a planned layer the backend of packed pages. Several copies of this module may be
 installed, one in each artifact; the first one wraps, and all of them enter themselves for the format version that they
-know. `COPIES` of the wrapped functions is what copies of different versions share: a dictionary from a format version
-to a module with `prepare` and `attach`. Leave it as it is.
+know. They do so in a dictionary from a format version to a module with `prepare` and `attach`, which the wrapped
+functions carry in their attribute `COPIES`. Copies of different releases share it, so neither its name nor its form may
+change.
 """
 
 from __future__ import annotations

@@ -46,13 +46,13 @@ class Metadata:
     single: bool
 
     def batch(self, rows: Metadata) -> Batch:
-        """The batch, of which this is the part of its pages and `rows` that of its rows."""
+        """The whole batch: `self` has the table of its pages and `rows` that of its rows."""
         bounds = (self.longest_new, self.longest, self.several, self.single)
         return Batch(self.starts, self.lengths, self.table, rows.table, *bounds)
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
-    """Takes what is on the device as it is, so that the kernels of a captured graph find it there again."""
+    """Hands on vLLM's own tensors: the kernels of a captured graph read them at the same addresses in every step."""
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

@@ -70,6 +70,7 @@ def prepare(config: VllmConfig) -> None:
         return
     _check_model(config, artifact)
     _check_features(config)
+    _check_stages(config)
     _check_kernels(config, artifact)
     block = plan.layers[0].block
     cache = config.cache_config
@@ -150,6 +151,19 @@ def _check_features(config: VllmConfig) -> None:
             raise InputError(
                 f"{name} does not go with an artifact, whose plan says how keys and values are kept; leave it out"
             )
+
+
+def _check_stages(config: VllmConfig) -> None:
+    """Raises `InputError` for pipeline stages that vLLM itself would fail to run at the first request."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    stages, mode = config.parallel_config.pipeline_parallel_size, config.compilation_config.mode
+    if stages > 1 and mode == CompilationMode.NONE and current_platform.is_cpu():
+        raise InputError(
+            f"--pipeline-parallel-size {stages} does not go with --enforce-eager on a CPU, where vLLM makes nothing to "
+            f"hand from stage to stage; leave --enforce-eager out"
+        )
 
 
 def _check_kernels(config: VllmConfig, artifact: Artifact) -> None:

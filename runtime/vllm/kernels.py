@@ -90,8 +90,10 @@ class KernelPages:
         block = self.layer.plan.block
         pieces = -(-batch.longest_new // TOKENS_KEPT)
         if batch.longest_new == 1 and self.layer.plan.sink % block != 1:
-            # What a sequence takes over from another one ends where a page does, so its first token completes no block
-            # by itself, unless the sink is a token longer than pages: it waits for nobody's rows.
+            # One launch may keep a token and quantize the block that it completes, because the block's other tokens are
+            # kept already. They are not if another sequence keeps them in this very step. But what is taken over from
+            # another sequence ends with a page, so the first token behind it completes a block only where the sink is
+            # one token longer than its pages.
             modes = [("token", 1, 1)]
         elif self.layer.exact:
             modes = [("rows", pieces, TOKENS_KEPT)]

@@ -81,11 +81,11 @@ class PagedLayer:
         return 0 if self.exact else self.heads * self.token_bytes
 
     def quantized_until(self, position: int) -> int:
-        """The token (its position) up to which a query at `position` sees codes; behind it, rows.
+        """The position up to which a query at `position` sees codes; from there on it sees tokens as they are.
 
-        It is where the single-process cache stands when the query's own token was its last: the window sends its oldest
-        block away when the next token needs its place. What a query sees thus depends on its position alone, not on
-        which tokens are fed together.
+        In the single-process cache the oldest block leaves the window when the next token needs its place. This is
+        where the blocks end there once the query's own token is in. So what a query sees depends on its position alone,
+        not on which tokens are fed together.
         """
         plan = self.plan
         blocks = -(-(position + 1 - plan.sink - self.window) // plan.block)
@@ -107,8 +107,8 @@ class Group:
     window: int | None
 
     def blocks(self, max_len: int, in_flight: int) -> int:
-        """Blocks that a sequence of `max_len` tokens takes. Pages of a window also hold the up to `in_flight` tokens
-        that are fed at once; rows of such tokens are kept only of those that the next token still sees."""
+        """Blocks that a sequence of `max_len` tokens takes. Pages of a window also hold tokens that are fed at once, up
+        to `in_flight` of them. Of these, rows are kept only where the next token still sees them."""
         if self.window is None:
             return -(-max_len // self.block)
         if self.kind == "pages":
@@ -127,8 +127,8 @@ class Pool:
         return sum(group.blocks(max_len, in_flight) for group in self.groups)
 
     def bytes_needed(self, sequences: int, max_len: int, in_flight: int) -> int:
-        """Bytes in which so many sequences of `max_len` tokens fit at once, the last of which is being read: its rows
-        take their place twice. Block 0 is nobody's."""
+        """Bytes in which so many sequences of `max_len` tokens fit while the prompt of one of them is read, which takes
+        the blocks of its rows twice. Block 0 holds nothing."""
         rows = sum(group.blocks(max_len, 0) for group in self.groups if group.kind == "rows")
         return self.block_bytes * (1 + sequences * self.blocks_per_sequence(max_len, in_flight) + rows)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 WORTH_KEEPING = 4
-"""Blocks of rows that no next step reads are kept for prefix hits while they take less than this part of the free."""
+"""Blocks of rows that no later step reads are kept for prefix hits, at most one in so many of the free blocks."""
 
 
 class GroupOfItsOwn:

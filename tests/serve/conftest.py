@@ -86,17 +86,17 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """`reasoner(budget="2.8bits")`: the project's own reasoner as an artifact."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(REASONER / "model")
+    tokenizer, rng = AutoTokenizer.from_pretrained(REASONER / "model"), random.Random(2)
+    folder = tmp_path_factory.mktemp("reasoner")  # of all artifacts, which then share what is measured
+    texts = [[*itertools.chain(*token_ids(tokenizer, *ledger(rng, most_entries(1000))))] for _ in range(8)]
+    (folder / "calib.jsonl").write_text("".join(json.dumps({"input_ids": text}) + "\n" for text in texts))
     made: dict[str, Path] = {}
 
     def compile_once(**options: Any) -> Path:
         key = json.dumps(options, sort_keys=True)
         if key not in made:
-            folder, rng = tmp_path_factory.mktemp("reasoner"), random.Random(2)
-            texts = [[*itertools.chain(*token_ids(tokenizer, *ledger(rng, most_entries(1000))))] for _ in range(8)]
-            (folder / "calib.jsonl").write_text("".join(json.dumps({"input_ids": text}) + "\n" for text in texts))
             chosen = {"max_len": 2048, "calib_samples": 8, "calib_len": 900, **options}
-            made[key] = folder / "artifact"
+            made[key] = folder / f"artifact_{len(made)}"
             calib = str(folder / "calib.jsonl")
             compile_model(CompileOptions(str(REASONER / "model"), made[key], calib=calib, **chosen), silent)
         return made[key]

@@ -9,6 +9,9 @@ from types import FunctionType
 
 import pytest
 
+from pmkvq_compiler.runtime.vllm.layout import pool_of
+from tests.runtime.test_layout import MODELS
+
 METHODS = [
     "get_num_blocks_to_allocate",
     "allocate_new_blocks",
@@ -64,6 +67,16 @@ def test_specs_and_attention_have_vllms_signatures() -> None:
     ]
     for own, theirs in pairs:
         assert parameters(own) == parameters(theirs), own
+
+
+@pytest.mark.parametrize("name", ["mixed", "mostly sliding", "some layers as they are"])
+def test_a_spec_of_every_group_takes_the_bytes_of_a_block(name: str) -> None:
+    from pmkvq_compiler.runtime.vllm.specs import spec_of
+
+    pool = pool_of(MODELS[name][0], 4096)
+    for number, group in enumerate(pool.groups):
+        spec = spec_of(pool, number)
+        assert (spec.page_size_bytes, spec.block_size) == (pool.block_bytes, group.block)
 
 
 def test_wrapped_functions_take_what_is_passed_to_them() -> None:

@@ -54,6 +54,7 @@ def copied(served_tiny: Served, tmp_path: Path) -> Path:
         ({"block_size": 16}, "--block-size 16"),
         ({"disable_hybrid_kv_cache_manager": True}, "hybrid"),
         ({"enable_lora": True, "max_lora_rank": 8}, "--enable-lora"),
+        ({"pipeline_parallel_size": 2}, "--enforce-eager"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -199,3 +200,13 @@ def test_entering_twice_wraps_once(served_tiny: Served) -> None:
     before = EngineArgs.create_engine_config, Attention.__init__
     register()
     assert before == (EngineArgs.create_engine_config, Attention.__init__)
+
+
+def test_recurrent_states_are_refused_before_anything_is_loaded(served_tiny: Served) -> None:
+    """A cache that is not quantized is served as any other model's is, and states with it."""
+    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    with pytest.raises((InputError, ValueError)) as caught:
+        configure(served_tiny("lfm2", layers, budget="60%"))
+    assert isinstance(caught.value, InputError), caught.value
+    assert "recurrent state" in sentence(caught.value)
+    assert configure(served_tiny("lfm2", layers, budget=None, recipe="none")).model_config.is_hybrid

@@ -55,11 +55,17 @@ def generate(python: Path | str, model: str, prompts: list[list[int]], place: Pa
     return json.loads(found[1])
 
 
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+"""Pipeline stages need a model that vLLM traces, on a CPU; compiling it would take long and change nothing here."""
+
+
 @pytest.mark.parametrize(
-    "ranks", [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 3}, {"pipeline_parallel_size": 2}], ids=str
+    "ranks",
+    [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 3}, {"pipeline_parallel_size": 2, **TRACED}],
+    ids=["2 ranks", "3 ranks", "2 stages"],
 )
-def test_ranks_do_not_change_the_text(served_tiny: Served, alone: Alone, ranks: dict[str, int], tmp_path: Path) -> None:
-    """With keys that are rotated, each rank by its own heads' rotations."""
+def test_ranks_do_not_change_the_text(served_tiny: Served, alone: Alone, ranks: dict[str, Any], tmp_path: Path) -> None:
+    """With keys that are rotated, each tensor-parallel rank by its own heads' rotations."""
     artifact = served_tiny(**MODELS["rotated keys"])
     assert generate(sys.executable, str(artifact), CHUNKED, tmp_path, **ranks) == alone(artifact, CHUNKED)
 
