@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def opened(source: Source, problem: Problem) -> PreTrainedModel | StreamedModel:
     The device "cuda" stands for all GPUs if the model does not fit one. A model that is not stored as transformers
     keeps it, such as a GGUF file, cannot be read layer by layer and is loaded whole in any case.
     """
+    gc.collect()  # a model that was opened before and is no longer used refers to itself, and would stay
     every = problem.device == "cuda"
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [problem.device]
     needed, free = _needed_bytes(source, problem), [free_bytes(device) for device in devices]
