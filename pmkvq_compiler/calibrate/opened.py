@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def opened(source: Source, problem: Problem) -> PreTrainedModel | StreamedModel:
     are loaded whole in any case: those that are not stored as transformers keeps them, such as GGUF files, and those
     in which a layer takes more than hidden states from another one, keeps latents, or has no attention.
     """
+    gc.collect()  # a model that was opened before and is no longer used refers to itself, and would stay
     every = problem.device == "cuda"
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [problem.device]
     needed, free = _needed_bytes(source, problem), [free_bytes(device) for device in devices]
@@ -62,6 +64,8 @@ def placement(needed: int, free: Sequence[int]) -> Placement:
 
 def check_device(device: str, weight_bytes: int) -> str:
     """The device to check an artifact on: the CPU, which maps weights from files, if they do not fit `device`."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # another process checks it, which cannot use what this one holds in reserve
     return device if ROOM_TO_CHECK * weight_bytes <= free_bytes(device) else "cpu"
 
 

@@ -45,8 +45,8 @@ class StreamedModel:
         self.dtype = source.running_dtype(device)
         self.model: PreTrainedModel = source.unread_model(ATTENTION).requires_grad_(False)
         paths = [site.module for site in sites if site.module is not None]
-        if len(set(paths)) < len(sites):
-            raise self._refusal("its layers are not a list of modules")
+        if len(set(paths)) < max(len(sites), source.config.get_text_config().num_hidden_layers):
+            raise self._refusal("its layers are not a list of modules that attend")
         self.paths = paths
         self.layers = [self.model.get_submodule(path) for path in paths]
         self._names = {id(module): path for path, module in self.model.named_modules()}

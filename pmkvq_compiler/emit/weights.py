@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.progress import Progress
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
+from pmkvq_compiler.source.finite import reach
 
 SHARDS_AT_ONCE = 4
 """How many files are written at the same time, on a machine with as many cores."""
@@ -104,8 +106,8 @@ def _edited(planned: TensorSpec, value: Tensor, program: Program) -> Tensor:
     for edit in edits:
         value = edit.apply(value)
     stored = value.to(planned.dtype)
-    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-        where = "the checkpoint" if not bool(torch.isfinite(value).all()) else str(planned.dtype).removeprefix("torch.")
+    if not math.isfinite(reach(stored)):
+        where = str(planned.dtype).removeprefix("torch.") if math.isfinite(reach(value)) else "the checkpoint"
         raise CompileError(
             f"weight {planned.name} holds NaN or infinity in {where}; fetch the checkpoint again, or choose another "
             f"--dtype"

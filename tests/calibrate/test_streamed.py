@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
     assert stops == 3 + 2 * 3, "forward, and backward for each of two measures"
     assert_close(found, expected)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_model_is_gone_when_the_next_one_is_opened(tmp_path: Path, little_memory: Callable[[], None]) -> None:
+    source, problem = request_of(tmp_path, "llama", {})
+    little_memory()
+    first = weakref.ref(module.opened(source, problem))
+    second = module.opened(source, problem)
+    assert isinstance(second, StreamedModel)
+    assert first() is None
 
 
 def test_a_damaged_note_is_named(tmp_path: Path, little_memory: Callable[[], None]) -> None:

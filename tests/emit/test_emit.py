@@ -254,26 +254,34 @@ def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) ->
         assert file.metadata() == {"format": "pt"}
 
 
-def test_writing_weights_takes_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
-    """Sixteen tensors of 32 MiB go into four files, and a tensor is read only when it is written."""
-    code = """
+PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from pmkvq_compiler.emit.tensor_file import TensorSpec, write_tensors
-from concurrent.futures import ThreadPoolExecutor
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-specs = [TensorSpec(f"w{n}", torch.Size([16, 1 << 20]), torch.bfloat16) for n in range(16)]
+from pmkvq_compiler.emit import weights
+from pmkvq_compiler.source.source import open_source
+from tests.conftest import silent
+from tests.programs import located
+weights.SHARDS_AT_ONCE = 2
+source = open_source(sys.argv[1])
+program = located("llama", vocab_size=1 << 18, hidden_size=256)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()
-value = lambda spec: torch.ones(spec.shape, dtype=spec.dtype)
-with ThreadPoolExecutor(4) as pool:
-    list(pool.map(lambda n: write_tensors(Path(sys.argv[1], f"{n}"), specs[4 * n : 4 * n + 4], value, {}), range(4)))
+weights.write_weights(program, source.read, Path(sys.argv[2]), torch.bfloat16, 150 << 20, silent)
 print(peak() - before)
 """
-    grown = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    ).stdout
-    assert int(grown) < 32 * 8, "MiB, where all tensors take 512"
+
+
+def test_writing_weights_takes_the_memory_of_the_tensors_that_are_written_at_the_moment(tmp_path: Path) -> None:
+    """The embedding and the head have 128 MiB each, and are written at the same time."""
+    (tmp_path / "out").mkdir()
+    tiny_model("llama", vocab_size=1 << 18, hidden_size=256).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    assert int(done.stdout.splitlines()[-1]) < 300, "MiB"
 
 
 @pytest.mark.parametrize(

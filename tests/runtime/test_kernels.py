@@ -20,7 +20,7 @@ from .plans import layer_plan
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..kernel_checks import RAGGED, TOLERANCE, Case, render_module, run_case, steps
-from ..kernel_compile import compile_case, compile_kernel
+from ..kernel_compile import compile_case, compile_kernel, signature
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,6 +59,16 @@ def test_kernels_compile_without_a_device(capability: int, changes: dict[str, ob
     decode = compiled["decode"].asm["ptx"]
     assert "mma.sync" in decode, "the matrix unit does the products"
     assert not re.search(r"cvt\.rn\.f\d+\.[su](8|16)", decode), "codes become operands without a conversion"
+
+
+@pytest.mark.parametrize("name", ["append", "lower", "decode", "merge", "prefill", "unpack"])
+def test_no_variant_is_compiled_for_a_count(name: str) -> None:
+    """Layers have other windows, rings and splits, and so has every batch: one variant of a kernel serves them all."""
+    kernel = getattr(render_module(Case(steps=steps(1))), name)
+    types = signature([one.name for one in kernel.params if not one.is_constexpr], torch.float16, {})
+    counts = {argument for argument, kind in types.items() if kind == "i32"}
+    assert counts >= {"batch_size"}
+    assert {one.name for one in kernel.params if one.do_not_specialize} == counts
 
 
 @pytest.mark.parametrize("wide", CODE_BITS[:-1])
