@@ -67,6 +67,11 @@ def resolve(
     with sequences of up to `max_len` tokens. Raises `UsageError` for options that no cache can have."""
     recipe = resolved(options)
     _check_cache(options, recipe)
+    if options.serve and states:
+        raise UsageError(
+            "the model has layers with a recurrent state, which vLLM serves only from the original model; leave "
+            "--serve out"
+        )
     original = cache_bytes_at_16_bits(sites, max_len, options.batch_size)
     if original > LARGEST_BYTES:
         raise UsageError(
