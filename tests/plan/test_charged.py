@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import silent, token_lines
 from tests.emit.test_emit import LATENT_ATTENTION
+from tests.hybrids import HYBRIDS
 from tests.models import tiny_folder
 
 
@@ -28,8 +30,14 @@ def test_a_report_says_what_the_planned_sequences_take_in_vllm(tmp_path: Path) -
     assert json.loads(json.dumps(report.to_json()))["serving"]["cache_bytes"] == report.serving.cache_bytes
 
 
-def test_a_server_of_latents_is_not_planned(tmp_path: Path) -> None:
-    source = tiny_folder(tmp_path / "source", "deepseek_v3", **LATENT_ATTENTION)
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "named"),
+    [("deepseek_v3", LATENT_ATTENTION, "latent attention"), ("lfm2", HYBRIDS["lfm2"], "recurrent state")],
+)
+def test_what_vllm_does_not_serve_in_pages_is_not_planned(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], named: str
+) -> None:
+    source = tiny_folder(tmp_path / "source", model_type, **overrides)
     options = CompileOptions(str(source), tmp_path / "out", budget="60%", max_len=100, serve=True, dry_run=True)
-    with pytest.raises(UsageError, match="latent attention"):
+    with pytest.raises(UsageError, match=named):
         compile_model(options, silent)
