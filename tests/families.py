@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .fuzz import LONG
+
 PART = "RoPE turns only"
 NEIGHBOURS = "RoPE pairs neighbouring channels"
 HALVES = "concatenates halves that RoPE has turned"
@@ -29,10 +31,9 @@ IN_WORDS = {
 """The reasons as the guide says them."""
 
 
-def chosen(names: Iterable[str], default: str) -> list[str]:
-    """The names to test: those of `default`, all if `PMKVQ_FAMILIES` is "all", or those that it lists."""
-    asked, known = os.environ.get("PMKVQ_FAMILIES", default), list(names)
-    return known if asked == "all" else [name for name in asked.split(";") if name in known]
+def chosen(names: Iterable[str], *short: str) -> list[str]:
+    """The names to test: all of them in `make fuzz`, those in `short` elsewhere."""
+    return [name for name in names if name in short or os.environ.get(LONG)]
 
 
 @dataclass(frozen=True)
