@@ -117,8 +117,12 @@ def observed(observe: Callable[[AttentionCall], Tensor | None]) -> Iterator[None
         output = observe(call)
         return (call.output() if output is None else output).transpose(1, 2).contiguous(), None
 
+    before = AttentionInterface()[ATTENTION]
     AttentionInterface.register(ATTENTION, attention)
-    yield
+    try:
+        yield
+    finally:
+        AttentionInterface.register(ATTENTION, before)  # else the observer, and the model that it knows, would stay
 
 
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
