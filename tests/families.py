@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-from .fuzz import LONG
 
 PART = "RoPE turns only"
 NEIGHBOURS = "RoPE pairs neighbouring channels"
@@ -29,11 +25,6 @@ IN_WORDS = {
     FUSED: "q, k and v come from one projection",
 }
 """The reasons as the guide says them."""
-
-
-def chosen(names: Iterable[str], *short: str) -> list[str]:
-    """The names to test: all of them in `make fuzz`, those in `short` elsewhere."""
-    return [name for name in names if name in short or os.environ.get(LONG)]
 
 
 @dataclass(frozen=True)

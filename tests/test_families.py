@@ -28,7 +28,8 @@ from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
-from tests.families import FAMILIES, Family, chosen
+from tests.families import FAMILIES, Family
+from tests.fuzz import chosen
 from tests.models import tiny_folder
 from tests.programs import relative_error
 

@@ -7,6 +7,7 @@ import pytest
 from examples.deploy.four_ways import same_code, with_onnxruntime
 
 from .conftest import CompileTiny
+from .fuzz import LONG_ONLY
 from .test_huggingface import prompt
 
 pytest.importorskip("onnxruntime")
@@ -15,7 +16,7 @@ pytest.importorskip("hatchling", reason="builds the artifact's wheel")
 NEW_TOKENS = 64
 
 
-@pytest.mark.parametrize("recipe", ["best", "kivi"])
+@pytest.mark.parametrize("recipe", ["best", pytest.param("kivi", marks=LONG_ONLY)])
 @pytest.mark.filterwarnings("ignore")
 def test_greedy_text_is_the_same_in_four_ways(compile_tiny: CompileTiny, recipe: str) -> None:
     """Where rounding made a tie fall another way in onnxruntime, its logits agree to 1e-3 until then."""

@@ -22,6 +22,7 @@ from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny, silent
 from .folders import TEXT, model_folder
+from .fuzz import chosen
 from .models import SHAPE
 
 CHAT_TEMPLATE = (
@@ -293,7 +294,7 @@ def test_rows_are_selected_and_repeated(model: Any) -> None:
     assert torch.equal(twice, model(tail.repeat(2, 1), past_key_values=alone).logits)
 
 
-@pytest.mark.parametrize("model_type", PLAIN)
+@pytest.mark.parametrize("model_type", chosen(PLAIN, "qwen3", "gpt_oss"))
 def test_plain_transformers_loads_the_folded_weights(compile_tiny: CompileTiny, model_type: str) -> None:
     """Without remote code: the ordinary class, nothing missing, the logits of the source model."""
     folder = compile_tiny(model_type, None, budget="80%" if model_type == "gpt_oss" else "70%")

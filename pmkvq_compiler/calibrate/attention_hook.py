@@ -145,7 +145,7 @@ def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: i
     last tokens are given by their places, because given their number, some architectures run layers for them alone.
     """
     length = input_ids.shape[1]
-    kept: int | Tensor = torch.arange(length - last, length, device=input_ids.device) if last else 0
+    kept: int | Tensor = torch.arange(max(0, length - last), length, device=input_ids.device) if last else 0
     logits: Tensor = model(
         input_ids=input_ids,
         position_ids=position_ids,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 PIECE = 64 << 20
 """Bytes of a file that are digested by one thread."""
+READ_AT_ONCE = 1 << 20
 
 
 def fingerprint(facts: dict[str, Any], files: Iterable[Path]) -> str:
@@ -25,15 +26,17 @@ def fingerprint(facts: dict[str, Any], files: Iterable[Path]) -> str:
 
 def _file_digest(path: Path) -> str:
     """sha256 (hex) over the digests of a file's pieces, which are read and digested in parallel."""
-    size = path.stat().st_size
-    if size == 0:
-        return hashlib.sha256().hexdigest()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    starts = range(0, path.stat().st_size, PIECE)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(partial(_piece_digest, path), starts)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
-        def piece(start: int) -> bytes:
-            with memoryview(data) as view, view[start : start + PIECE] as part:
-                return hashlib.sha256(part).digest()
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(piece, range(0, size, PIECE)))
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+def _piece_digest(path: Path, start: int) -> bytes:
+    """sha256 of a piece. It is read bit by bit: pages of a mapped file would count as memory of this process."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        for _ in range(PIECE // READ_AT_ONCE):
+            digest.update(file.read(READ_AT_ONCE))
+    return digest.digest()

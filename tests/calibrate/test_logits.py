@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pmkvq_compiler.calibrate import logits as module
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed, run
 from pmkvq_compiler.calibrate.logits import Logits, logits_of
 from pmkvq_compiler.calibrate.walk import gradient_of, sampled_loss, text_loss
+from tests.fuzz import LONG_ONLY
 from tests.models import tiny_folder, tiny_model
 
 POSITIONS = torch.arange(50).unsqueeze(0)
@@ -117,7 +117,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 """
 
 
-LENGTHS = [1024, pytest.param(4096, marks=pytest.mark.skipif(not os.environ.get("PMKVQ_FUZZ"), reason="a minute"))]
+LENGTHS = [1024, pytest.param(4096, marks=LONG_ONLY)]
 
 
 @pytest.mark.parametrize("length", LENGTHS)

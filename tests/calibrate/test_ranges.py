@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pmkvq_compiler.calibrate.ranges import exponents, unusual
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import silent, token_lines
+from tests.fuzz import LONG_ONLY
 from tests.models import tiny_folder
 
 OPTIONS: dict[str, Any] = {
@@ -28,7 +28,6 @@ OPTIONS: dict[str, Any] = {
     "bits": (4,),
     "budget": "100%",
 }
-LONG = pytest.mark.skipif("PMKVQ_FUZZ" not in os.environ, reason="for a long run, PMKVQ_FUZZ=1")
 PROMPT = torch.randint(3, 128, (1, 190), generator=torch.Generator().manual_seed(3))
 
 
@@ -65,8 +64,10 @@ def error_of(folder: Path, **options: Any) -> float:
     [
         (("v_proj", "o_proj"), (1e-7, 1e7), {}),
         (("k_proj", "q_proj"), (1e7,), {"recipe": "rotation"}),
-        pytest.param(("k_proj", "q_proj"), (1e-7, 1e5), {}, marks=LONG),
-        pytest.param(("v_proj", "o_proj"), (1e-7,), {"recipe": "best", "budget": "90%", "bits": (2, 4)}, marks=LONG),
+        pytest.param(("k_proj", "q_proj"), (1e-7, 1e5), {}, marks=LONG_ONLY),
+        pytest.param(
+            ("v_proj", "o_proj"), (1e-7,), {"recipe": "best", "budget": "90%", "bits": (2, 4)}, marks=LONG_ONLY
+        ),
     ],
 )
 def test_a_scaled_model_loses_no_more_than_it_would_unscaled(

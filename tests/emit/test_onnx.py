@@ -23,6 +23,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import CompileTiny, silent
 from tests.folders import model_folder, tree
+from tests.fuzz import LONG_ONLY
 from tests.models import tiny_folder
 from tests.programs import relative_error
 
@@ -115,7 +116,7 @@ def test_pieces_and_batches_are_the_runtimes(channel_axis: Path) -> None:
     assert any("key_codes" in name and value.shape[2] > 1 for name, value in decoder.state.items())
 
 
-@pytest.mark.parametrize("recipe", ["kivi", "rotation", "best"])
+@pytest.mark.parametrize("recipe", ["kivi", "rotation", pytest.param("best", marks=LONG_ONLY)])
 def test_every_recipe_is_the_runtimes(compile_tiny: CompileTiny, recipe: str) -> None:
     folder = compile_tiny("qwen2", recipe=recipe, budget="70%", onnx=True)
     model, cache = as_in_onnx(folder)
@@ -164,7 +165,7 @@ def test_unquantized_cache_of_a_bfloat16_model(compile_tiny: CompileTiny) -> Non
         assert relative_error(decoder(piece), model(piece, cache)) <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=LONG_ONLY)])
 def test_cache_stays_in_the_budget(compile_tiny: CompileTiny, dtype: str) -> None:
     folder = compile_tiny("qwen2", budget="60%", bits=(4, 2), dtype=dtype, onnx=True)
     (model, cache), decoder = as_in_onnx(folder), Decoder(folder)

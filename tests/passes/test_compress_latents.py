@@ -17,7 +17,8 @@ from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite, Latent
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
-from tests.families import FAMILIES, chosen
+from tests.families import FAMILIES
+from tests.fuzz import chosen
 from tests.models import tiny_model
 from tests.programs import captured, relative_error, run_in_float64
 

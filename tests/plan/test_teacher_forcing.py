@@ -22,6 +22,7 @@ from pmkvq_compiler.problem import resolve
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
 from tests.folders import TEXT, model_folder
+from tests.fuzz import LONG_ONLY
 
 MAX_LEN, PROMPTS = 448, (130, 75)
 
@@ -31,7 +32,14 @@ def silent(*_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "budget"), [("best", "62%"), ("best", "75%"), ("pm-kvq", "65%"), ("kivi", "70%"), ("rotation", "55%")]
+    ("recipe", "budget"),
+    [
+        ("best", "62%"),
+        pytest.param("best", "75%", marks=LONG_ONLY),
+        ("pm-kvq", "65%"),
+        pytest.param("kivi", "70%", marks=LONG_ONLY),
+        ("rotation", "55%"),
+    ],
 )
 def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe: str, budget: str) -> None:
     folder = model_folder(tmp_path / "model")

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.source import open_source
-from tests.families import EXPERTS, FAMILIES, chosen
+from tests.families import EXPERTS, FAMILIES
+from tests.fuzz import chosen
 from tests.models import SHAPE
 from tests.programs import relative_error
 from tests.test_families import exact_model, located_source
