@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.plan import CODE_BITS, LayerPlan, block_bytes, sequence_bytes
 from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, Tuning, read_tunings
 
+from . import fuzz
 from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
 
@@ -266,11 +268,15 @@ SMALL = [
     Case(sliding_window=150, sink=0, softcap=5.0, has_sinks=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(sliding_window=130, sink=0, chunked=True, steps=steps(60, 1, 250, 1, 64, 1)),
     Case(steps=RAGGED),
-    Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
     Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
-    Case(steps=steps(196, 1), taken_back=64),
     Case(steps=steps(196, 90), taken_back=64),
 ]
+
+if os.environ.get(fuzz.LONG):
+    SMALL += [
+        Case(steps=RAGGED, heads=2, tuning=dataclasses.replace(CONSERVATIVE, prefill_scratch=1 << 18)),
+        Case(steps=steps(196, 1), taken_back=64),
+    ]
 
 
 def repair_interpreter() -> None:

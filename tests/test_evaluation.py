@@ -19,7 +19,7 @@ from .folders import TEXT, model_folder
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
 
 ROOT = Path(__file__).parent.parent
-QUESTIONS = 6
+QUESTIONS = 4
 
 
 def test_tasks_of_the_papers_benchmarks_are_found_and_judged() -> None:

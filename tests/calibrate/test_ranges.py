@@ -62,7 +62,8 @@ def error_of(folder: Path, **options: Any) -> float:
 @pytest.mark.parametrize(
     ("tensors", "scales", "options"),
     [
-        (("v_proj", "o_proj"), (1e-7, 1e7), {}),
+        (("v_proj", "o_proj"), (1e-7,), {}),
+        pytest.param(("v_proj", "o_proj"), (1e7,), {}, marks=LONG_ONLY),
         (("k_proj", "q_proj"), (1e7,), {"recipe": "rotation"}),
         pytest.param(("k_proj", "q_proj"), (1e-7, 1e5), {}, marks=LONG_ONLY),
         pytest.param(

@@ -13,6 +13,7 @@ from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.errors import CompileError, Defect
 from pmkvq_compiler.passes.locate_attention import markers
 from pmkvq_compiler.source.capture import capture
+from tests.fuzz import LONG_ONLY
 from tests.models import SHAPE, tiny_model
 from tests.programs import captured, located
 
@@ -130,8 +131,8 @@ def test_the_trial_of_the_passes_changes_nothing() -> None:
 
 ROOT = Path(__file__).parent.parent.parent
 
-SEVENTY_BILLION = """
-import re
+LARGE = """
+import re, sys
 from pathlib import Path
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.emit.model_source import model_source
@@ -140,21 +141,24 @@ from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
 from tests.programs import full_plan
 from transformers import LlamaConfig
-config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+layers = int(sys.argv[1])
+config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
                      num_key_value_heads=8, vocab_size=128256)
 program = capture(config)
-assert len(program.weights) == 80 * 9 + 3
+assert len(program.weights) == layers * 9 + 3
 run_passes(program, [LocateAttention()])
 assert all(site.reason is None for site in program.sites)
 run_passes(program, pipeline({}, {}, {}, full_plan(program.sites)))
-assert "for layer in range(80):" in model_source(program)
+assert f"for layer in range({layers}):" in model_source(program)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_seventy_billion_parameters_need_little_memory() -> None:
+@pytest.mark.parametrize("layers", [20, pytest.param(80, marks=LONG_ONLY)])
+def test_twenty_or_seventy_billion_parameters_need_little_memory(layers: int) -> None:
     """A process of its own; what `getrusage` says of one would begin at the peak of the process that started it."""
-    done = subprocess.run([sys.executable, "-c", SEVENTY_BILLION], capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [sys.executable, "-c", LARGE, str(layers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     kibibytes = int(done.stdout)
     assert kibibytes < 1.2e6
