@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from pmkvq_compiler.options import CompileOptions
 from .folders import TEXT, model_folder
 from .models import SHAPE, tiny_folder
 
-torch.set_num_threads(1)  # tiny tensors gain nothing from threads, which wait for each other on a busy machine
+# Tiny tensors gain nothing from threads, which wait for each other on a busy machine: neither here nor in processes that
+# tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CompileTiny = Callable[..., Path]
 

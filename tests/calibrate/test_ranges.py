@@ -64,7 +64,7 @@ def error_of(folder: Path, **options: Any) -> float:
     [
         (("v_proj", "o_proj"), (1e-7,), {}),
         pytest.param(("v_proj", "o_proj"), (1e7,), {}, marks=LONG_ONLY),
-        (("k_proj", "q_proj"), (1e7,), {"recipe": "rotation"}),
+        pytest.param(("k_proj", "q_proj"), (1e7,), {"recipe": "rotation"}, marks=LONG_ONLY),
         pytest.param(("k_proj", "q_proj"), (1e-7, 1e5), {}, marks=LONG_ONLY),
         pytest.param(
             ("v_proj", "o_proj"), (1e-7,), {"recipe": "best", "budget": "90%", "bits": (2, 4)}, marks=LONG_ONLY

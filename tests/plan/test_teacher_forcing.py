@@ -36,7 +36,7 @@ def silent(*_: Any) -> None:
     [
         ("best", "62%"),
         pytest.param("best", "75%", marks=LONG_ONLY),
-        ("pm-kvq", "65%"),
+        pytest.param("pm-kvq", "65%", marks=LONG_ONLY),
         pytest.param("kivi", "70%", marks=LONG_ONLY),
         ("rotation", "55%"),
     ],
