@@ -18,8 +18,8 @@ from pmkvq_compiler.options import CompileOptions
 from .folders import TEXT, model_folder
 from .models import SHAPE, tiny_folder
 
-# Tiny tensors gain nothing from threads, which wait for each other on a busy machine: neither here nor in processes that
-# tests start.
+# Tiny tensors gain nothing from threads, which wait for each other on a busy machine: here, and in processes that tests
+# start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
