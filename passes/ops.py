@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,17 +127,20 @@ def state_markers(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target in STATE_OPS]
 
 
+def state_shape(marker: OpOverload, operands: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of the state of one sequence that the op of a `marker` carries, by the op's operands."""
+    if marker is CONVOLUTION:
+        channels, width = operands[1].shape
+        return channels, width - 1
+    inputs, keys = (operands[2], operands[1]) if marker is DELTA_RULE else (operands[0], operands[3])
+    return inputs.shape[2], keys.shape[3], inputs.shape[3]
+
+
 def state_plan(marker: Node) -> StatePlan:
     """The state that the op of a marker carries."""
-    layer, index = marker.args[-2:]
-    if marker.target is CONVOLUTION:
-        channels, width = marker.args[1].meta["val"].shape
-        return StatePlan(layer, index, (channels, width - 1), float32=False)
-    if marker.target is DELTA_RULE:
-        keys, values = marker.args[1].meta["val"].shape, marker.args[2].meta["val"].shape
-        return StatePlan(layer, index, (values[2], keys[3], values[3]), float32=True)
-    inputs, keys = marker.args[0].meta["val"].shape, marker.args[3].meta["val"].shape
-    return StatePlan(layer, index, (inputs[2], keys[3], inputs[3]), float32=True)
+    *operands, layer, index = marker.args
+    values = [one.meta["val"] if isinstance(one, Node) else one for one in operands]
+    return StatePlan(layer, index, state_shape(marker.target, values), float32=marker.target is not CONVOLUTION)
 
 
 def cached_attention(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -175,6 +176,18 @@ class Program:
     @property
     def graph(self) -> Graph:
         return self.graph_module.graph
+
+    def copy(self) -> Program:
+        """A program that passes may rewrite while this one stays as it is."""
+        return replace(
+            self,
+            graph_module=copy.deepcopy(self.graph_module),
+            weights=dict(self.weights),
+            constants=dict(self.constants),
+            sites=[*self.sites],
+            edits=[*self.edits],
+            history=[*self.history],
+        )
 
     @property
     def cached_sites(self) -> list[AttentionSite]:

@@ -25,6 +25,14 @@ ALIGNMENT = 16
 """The arena of a head begins and ends at a multiple of this many bytes."""
 
 
+def first_seen(position: Any, window: int | None, chunked: bool) -> Any:
+    """The first position that a query at `position`, an integer or a tensor of integers, may see. With a window that
+    slides it may be negative."""
+    if window is None:
+        return 0 * position
+    return position // window * window if chunked else position - window + 1
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The cache of one layer.
@@ -57,14 +65,8 @@ class LayerPlan:
     chunked: bool = False
 
     def first_seen(self, position: Any) -> Any:
-        """The first position that a query at `position`, an integer or a tensor of integers, may see."""
-        if self.sliding_window is None:
-            return 0 * position
-        return (
-            position // self.sliding_window * self.sliding_window
-            if self.chunked
-            else position - self.sliding_window + 1
-        )
+        """The first position that a query at `position` may see; see the function of this name."""
+        return first_seen(position, self.sliding_window, self.chunked)
 
     @property
     def quantized(self) -> bool:

@@ -30,10 +30,7 @@ def compare(
     """Decode a ragged batch whose second sequence ends early, then use the cache in other ways and decode again."""
     torch.manual_seed(0)
     model = runtime.load(artifact, device, dtype, "triton")
-    prompted = model.new_cache(batch_size=len(PROMPTS))
-    ids, mask = padded(PROMPTS)
-    model(ids, prompted, attention_mask=mask)
-    called, replayed = (prompted.select(range(len(PROMPTS))) for _ in range(2))
+    called, replayed = prompted_caches(model, PROMPTS)
     captured: list[list[tuple[int, int]]] = []
 
     def counted(step: Step) -> Step:
@@ -77,6 +74,14 @@ def compare(
     replayed.reset()
     assert replayed.length == [0, 0]
     assert replayed.bytes_used == 0
+
+
+def prompted_caches(model: runtime.CompiledModel, lengths: tuple[int, ...]) -> tuple[runtime.Cache, runtime.Cache]:
+    """Two caches that hold the same random prompts of these lengths."""
+    prompted = model.new_cache(batch_size=len(lengths))
+    ids, mask = padded(lengths)
+    model(ids, prompted, attention_mask=mask)
+    return prompted.select(range(len(lengths))), prompted.select(range(len(lengths)))
 
 
 def padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -7,21 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmkvq_compiler.emit.model_source import model_source, vocab_size
+from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
-from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.unquantized import exact_plan
 
 from .emit.test_emit import module_of
 from .models import tiny_model
+from .programs import compiled_model
 
 MAX_LEN, BATCH_SIZE = 160, 3
 
@@ -101,22 +100,7 @@ def hybrid(model_type: str, **changes: Any) -> tuple[PreTrainedModel, CompiledMo
     locate(program, model_type)
     plan = exact_plan(program.sites, MAX_LEN, BATCH_SIZE, torch.float32, 16, program.states)
     run_passes(program, pipeline({}, {}, {}, plan))
-    state = source.state_dict()
-    weights: dict[str, Tensor] = {name: state[name] for name in program.weights.values()}
-    weights |= {constant.name: constant.value for constant in program.constants.values()}
-    hidden_states, logits = module_of(model_source(program)).bind(weights)
-    return source, CompiledModel(
-        plan=plan,
-        weights=weights,
-        hidden_states=hidden_states,
-        logits=logits,
-        vocab_size=vocab_size(program),
-        eos_token_ids=frozenset(),
-        pad_token_id=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attention=[REFERENCE] * len(plan.layers),
-    )
+    return source, compiled_model(module_of(model_source(program)), plan, program, source.state_dict())
 
 
 def at_eight_bits(model: CompiledModel) -> CompiledModel:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.ops import MARKER, cached_attention
 from pmkvq_compiler.passes.program import AttentionSite, Program
+from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.runtime.rotation import rotate_heads
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.unquantized import exact_plan
@@ -29,16 +30,7 @@ MAX_LEN = 64
 
 def captured(model_type: str, **overrides: Any) -> Program:
     """The program of a tiny model as captured; a copy that a test may change."""
-    program = _capture(model_type, json.dumps(overrides))
-    return dataclasses.replace(
-        program,
-        graph_module=copy.deepcopy(program.graph_module),
-        weights=dict(program.weights),
-        constants=dict(program.constants),
-        sites=[],
-        edits=[],
-        history=[],
-    )
+    return _capture(model_type, json.dumps(overrides)).copy()
 
 
 @functools.cache
@@ -121,6 +113,25 @@ def run_in_float64(program: Program, model: PreTrainedModel, input_ids: Tensor) 
     interpreter = Float64Interpreter(program)
     inputs = [values[node.name] for node in program.graph.find_nodes(op="placeholder")]
     return interpreter.run(*inputs), interpreter.keys
+
+
+def compiled_model(code: Any, plan: CachePlan, program: Program, weights: Mapping[str, Tensor]) -> CompiledModel:
+    """The float32 model of `program`, whose generated module is `code`, on the CPU; `weights` are by tensor name."""
+    tensors = {name: weights[name] for name in program.weights.values()}
+    tensors |= {constant.name: constant.value for constant in program.constants.values()}
+    hidden_states, logits = code.bind(tensors)
+    return CompiledModel(
+        plan=plan,
+        weights=tensors,
+        hidden_states=hidden_states,
+        logits=logits,
+        vocab_size=code.VOCAB_SIZE,
+        eos_token_ids=frozenset(),
+        pad_token_id=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=[REFERENCE] * len(plan.layers),
+    )
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

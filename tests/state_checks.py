@@ -15,7 +15,7 @@ import torch
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.graph import Capture, GraphDecoder, capture_cuda_graph
 
-from .graph_checks import assert_close, assert_same, padded
+from .graph_checks import assert_close, assert_same, prompted_caches
 from .kernel_checks import repair_interpreter
 
 PROMPTS = (70, 33)
@@ -27,10 +27,7 @@ def compare(
     """A ragged batch whose second sequence ends early: its states stay as they are from then on."""
     torch.manual_seed(0)
     model = runtime.load(artifact, device, dtype, "triton")
-    prompted = model.new_cache(batch_size=len(PROMPTS))
-    ids, mask = padded(PROMPTS)
-    model(ids, prompted, attention_mask=mask)
-    called, replayed = (prompted.select(range(len(PROMPTS))) for _ in range(2))
+    called, replayed = prompted_caches(model, PROMPTS)
     decoder = GraphDecoder(model, replayed, capture)
     running = torch.ones(len(PROMPTS), dtype=torch.bool, device=model.device)
     ended: list[torch.Tensor] = []

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
-from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
 from tests.families import FAMILIES, Family
 from tests.fuzz import chosen
 from tests.models import tiny_folder
-from tests.programs import relative_error
+from tests.programs import compiled_model, relative_error
 
 BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
 BLOCK, WINDOW = 16, 32
@@ -81,33 +79,12 @@ def at_8_bits(layer: LayerPlan) -> LayerPlan:
 
 def generated(program: Program, source: Source, plan: CachePlan, folder: Path) -> CompiledModel:
     """The model that an artifact with this plan would hold, without the artifact."""
-    program = dataclasses.replace(
-        program,
-        graph_module=copy.deepcopy(program.graph_module),
-        weights=dict(program.weights),
-        constants=dict(program.constants),
-        edits=[],
-        history=[*program.history],
-    )
+    program = program.copy()
     run_passes(program, pipeline({}, {}, {}, plan))
     path = folder / f"model_{plan.recipe.replace(' ', '_')}.py"
     path.write_text(model_source(program))
-    code = import_generated(path)
     weights = {name: source.read(name) for name in program.weights.values()}
-    weights |= {constant.name: constant.value for constant in program.constants.values()}
-    hidden_states, logits = code.bind(weights)
-    return CompiledModel(
-        plan=plan,
-        weights=weights,
-        hidden_states=hidden_states,
-        logits=logits,
-        vocab_size=code.VOCAB_SIZE,
-        eos_token_ids=frozenset(),
-        pad_token_id=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attention=[REFERENCE] * len(plan.layers),
-    )
+    return compiled_model(import_generated(path), plan, program, weights)
 
 
 def tokens(length: int) -> Tensor:

@@ -33,7 +33,7 @@ from pmkvq_compiler.calibrate.matrices import key_matrices_of, key_powers, norma
 from pmkvq_compiler.calibrate.opened import opened
 from pmkvq_compiler.calibrate.output_loss import OutputLoss
 from pmkvq_compiler.calibrate.ranges import Ranges
-from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel, module_of
 from pmkvq_compiler.calibrate.streamed_walk import walk_model
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.calibrate.transforms import Moments
@@ -58,7 +58,7 @@ def calibrate(source: Source, problem: Problem, progress: Progress, notes: Path 
     samples = read_samples(source, problem)
     stretch = Fraction(effective_length(source, problem), problem.calib_len)
     model = opened(source, problem)
-    body = model.model if isinstance(model, StreamedModel) else model
+    body = module_of(model)
     check_ids = samples[0][None, : min(CHECK_TOKENS, problem.max_len)]
     calibration = Calibration(
         fingerprint=calibration_fingerprint(source, problem),

@@ -37,6 +37,11 @@ class Text:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+def module_of(model: PreTrainedModel | StreamedModel) -> PreTrainedModel:
+    """The module of a model, whether its layers are in memory or read when they are needed."""
+    return model.model if isinstance(model, StreamedModel) else model
+
+
 class StreamedModel:
     """The model of a source on a device; `model` is complete but for the weights of its `layers`."""
 

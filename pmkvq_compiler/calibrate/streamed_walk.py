@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall, Seen, observed
 from pmkvq_compiler.calibrate.logits import Logits, logits_of
-from pmkvq_compiler.calibrate.streamed_model import StreamedModel, Text
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel, Text, module_of
 from pmkvq_compiler.calibrate.walk import Objective, check_operands, gradient_at, gradient_of, walk_texts
 from pmkvq_compiler.errors import CompileError, first_line
 from pmkvq_compiler.progress import Progress
@@ -86,8 +86,7 @@ def walk_model(
         assert isinstance(observe, Observer)
         walk_streamed(model, Notes(notes), samples, progress, step, observe, objective)
     else:
-        body = model.model if isinstance(model, StreamedModel) else model
-        walk_texts(body, samples, progress, step, observe, stretch, objective, seen)
+        walk_texts(module_of(model), samples, progress, step, observe, stretch, objective, seen)
 
 
 def walk_streamed(

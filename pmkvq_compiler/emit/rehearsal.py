@@ -6,8 +6,6 @@ takes a fraction of the capture's time.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -33,14 +31,7 @@ def locate(program: Program, model_type: str, dump: Path | None = None) -> None:
     """
     try:
         run_passes(program, analysis(program), dump)
-        tried = dataclasses.replace(
-            program,
-            graph_module=copy.deepcopy(program.graph_module),
-            weights=dict(program.weights),
-            constants=dict(program.constants),
-            edits=[],
-            history=[*program.history],
-        )
+        tried = program.copy()
         plan = exact_plan(program.cached_sites, TOKENS, 1, torch.float32, BLOCK, program.states)
         run_passes(tried, pipeline({}, {}, {}, plan))
         compile(model_source(tried), "model.py", "exec")

@@ -27,7 +27,7 @@ from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.logits import Logits
 from pmkvq_compiler.calibrate.opened import opened
 from pmkvq_compiler.calibrate.output_loss import MAGNIFIED, text_window
-from pmkvq_compiler.calibrate.streamed_model import StreamedModel
+from pmkvq_compiler.calibrate.streamed_model import StreamedModel, module_of
 from pmkvq_compiler.calibrate.streamed_walk import observed_together
 from pmkvq_compiler.calibrate.texts import read_samples
 from pmkvq_compiler.divergence import divergences
@@ -63,7 +63,7 @@ def best_plans(
     if not any(_quantizes(solution.plan) for solution in itertools.chain(*proposals)):
         return [Tried(proposed[0], 0.0) for proposed in proposals]
     model = opened(source, problems[0])
-    seen = Caches.of(model.model if isinstance(model, StreamedModel) else model, problems[0]).seen
+    seen = Caches.of(module_of(model), problems[0]).seen
     return try_plans(model, read_samples(source, problems[0]), proposals, calibration, progress, seen)
 
 

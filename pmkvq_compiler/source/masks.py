@@ -12,6 +12,8 @@ from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from pmkvq_compiler.runtime.plan import first_seen
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -20,11 +22,6 @@ class Sight:
 
     window: int
     chunked: bool = False
-
-    def first_seen(self, position: int) -> int:
-        if self.window == 0:
-            return 0
-        return position // self.window * self.window if self.chunked else max(0, position - self.window + 1)
 
 
 def sight_of(mask: Callable[..., Tensor] | None, positions: int, chunk: int | None = None) -> Sight:
@@ -51,7 +48,9 @@ def sight_of(mask: Callable[..., Tensor] | None, positions: int, chunk: int | No
     size = sight.window or positions
     edges = {0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, positions // 2, positions // 3, positions - 2}
     for query in sorted(edges & set(range(positions))):
-        if not torch.equal(row(query), (keys <= query) & (keys >= sight.first_seen(query))):
+        if not torch.equal(
+            row(query), (keys <= query) & (keys >= first_seen(query, sight.window or None, sight.chunked))
+        ):
             raise ValueError(f"the query at position {query} sees other tokens")
     return sight
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from pmkvq_compiler.errors import CompileError
-from pmkvq_compiler.passes.ops import CONVOLUTION, DELTA_RULE, SCAN
-from pmkvq_compiler.runtime import recurrence
+from pmkvq_compiler.passes.ops import CONVOLUTION, DELTA_RULE, SCAN, STATE_OPS, state_shape
 from pmkvq_compiler.runtime.backend import NewTokens
 from pmkvq_compiler.runtime.plan import StatePlan
 from pmkvq_compiler.runtime.states import StateStore
@@ -219,17 +219,13 @@ def _agrees(name: str, function: Callable[..., Any]) -> bool:
 def _running() -> Functions:
     """The functions as the runtime runs them, for one call from the beginning of two texts of five tokens."""
 
-    def run(operation: Callable[..., Tensor], state: Callable[..., tuple[int, ...]]) -> Callable[..., Tensor]:
+    def run(marker: OpOverload) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
-            plan = StatePlan(0, 0, state(*args), float32=True)
-            store = StateStore([plan], 2, torch.float32, "cpu")
-            return operation(*args[:-2], SimpleNamespace(states=store, new_tokens=new), 0, 0)
+            operands = args[:-2]
+            store = StateStore([StatePlan(0, 0, state_shape(marker, operands), float32=True)], 2, torch.float32, "cpu")
+            return STATE_OPS[marker](*operands, SimpleNamespace(states=store, new_tokens=new), 0, 0)
 
         return call
 
     new = NewTokens([slice(0, 5)] * 2, None)
-    return Functions(
-        run(recurrence.causal_conv1d, lambda x, weight, *_: (weight.shape[0], weight.shape[1] - 1)),
-        run(recurrence.gated_delta_rule, lambda q, k, v, *_: (v.shape[2], k.shape[3], v.shape[3])),
-        run(recurrence.selective_scan, lambda x, step, rate, key, *_: (x.shape[2], key.shape[3], x.shape[3])),
-    )
+    return Functions(run(CONVOLUTION), run(DELTA_RULE), run(SCAN))
