@@ -11,7 +11,7 @@ which loads the artifact and checks it; both count the pages of files that are m
 GPU that tensors of the one process took, or that both processes took during the check.
 
 With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
-the whole model: a line through both. With `--memory`, no more of the device's memory is used. A model that needs more
+the whole model: a line through both. With `--memory`, no more of each device's memory is used. A model that needs more
 is then read layer by layer, and so are its parts.
 
 Writes DIR/scale.csv and scale.md.
@@ -179,11 +179,11 @@ def used_bytes(index: int) -> int:
 
 
 def limit_memory(limit: int, streamed: bool) -> None:
-    """Use no more than `limit` bytes of a GPU; on the CPU, only say that no more is free. Where the model stands for a
+    """Use no more than `limit` bytes of each GPU; on the CPU, only say that no more is free. Where the model stands for a
     part of one that is `streamed`, say that nothing is free, so that it is read layer by layer, too."""
     free = opened.free_bytes
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(index)[1], index)
     opened.free_bytes = lambda device: 0 if streamed else min(free(device), limit)
 
 
