@@ -179,8 +179,10 @@ def used_bytes(index: int) -> int:
 
 
 def limit_memory(limit: int, streamed: bool) -> None:
-    """Use no more than `limit` bytes of each GPU; on the CPU, only say that no more is free. Where the model stands for a
-    part of one that is `streamed`, say that nothing is free, so that it is read layer by layer, too."""
+    """Use no more than `limit` bytes of each GPU; on the CPU, only say that no more is free.
+
+    Where the model stands for a part of one that is `streamed`, say that nothing is free, so that it is, too.
+    """
     free = opened.free_bytes
     for index in range(torch.cuda.device_count()):
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(index)[1], index)
