@@ -24,7 +24,7 @@ from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.calibrate.storage import load_or_calibrate
 from pmkvq_compiler.calibrate.streamed_model import StreamedModel
-from pmkvq_compiler.compile import captured
+from pmkvq_compiler.compile import captured, compile_model
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.plan.rerank import best_plans
@@ -253,10 +253,11 @@ def test_a_model_is_on_one_device_or_on_all_or_read_layer_by_layer(needed: int, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("model_type", "overrides"), KINDS)
 def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, problem = request_of(tmp_path, "qwen2", {"num_hidden_layers": 6}, device="cuda")
+    source, problem = request_of(tmp_path, model_type, {"num_hidden_layers": 6, **overrides}, device="cuda")
     one = calibrate(source, problem, silent)
     (plan,) = best_plans(source, [problem], one, silent)
     monkeypatch.setattr(module, "placement", lambda needed, free: "all GPUs")
@@ -266,6 +267,21 @@ def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
     assert_close(calibrate(source, problem, silent), one)
     (found,) = best_plans(source, [problem], one, silent)
     assert found.solution == plan.solution
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_compiled_on_two_gpus(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama", num_hidden_layers=6)
+    calib = token_lines(tmp_path / "calib.jsonl", lines=2, count=170)
+    options: dict[str, Any] = {"budget": "60%", "block": 32, "max_len": 400, "calib_len": 100, "device": "cuda"}
+    options |= {"calib": str(calib), "dtype": dtype}
+    one = compile_model(CompileOptions(str(folder), tmp_path / "one" / "artifact", **options), silent)
+    monkeypatch.setattr(module, "placement", lambda needed, free: "all GPUs")
+    two = compile_model(CompileOptions(str(folder), tmp_path / "two" / "artifact", **options), silent)
+    assert two.plan == one.plan
+    assert two.report.check is not None
 
 
 @pytest.mark.gpu
