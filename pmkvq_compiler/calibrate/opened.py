@@ -64,9 +64,8 @@ def placement(needed: int, free: Sequence[int]) -> Placement:
 
 def check_device(device: str, weight_bytes: int) -> str:
     """The device to check an artifact on: the CPU, which maps weights from files, if they do not fit `device`."""
-    if torch.device(device).type == "cuda":  # another process checks it, which cannot use what this one still holds
-        gc.collect()
-        torch.cuda.empty_cache()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # another process checks it, which cannot use what this one holds in reserve
     return device if ROOM_TO_CHECK * weight_bytes <= free_bytes(device) else "cpu"
 
 
