@@ -221,7 +221,8 @@ def measured_once(name: str, layers: int, arguments: argparse.Namespace) -> dict
         command += [] if arguments.keep is None else ["--keep", str(arguments.keep / f"{name}-{layers}")]
         if arguments.memory is not None:
             command += ["--memory", arguments.memory]
-            command += ["--streamed"] * (weight_bytes(name, device) > parse_budget(arguments.memory, 0))
+            free = [parse_budget(arguments.memory, 0)] * max(1, torch.cuda.device_count())
+            command += ["--streamed"] * (opened.placement(weight_bytes(name, device), free) == "layer by layer")
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             print(f"{name}: the compile failed", flush=True)
