@@ -51,24 +51,30 @@ def first_kernels(
 
     An error of Triton is left to the launch of the kernel.
     """
-    compiled = {
-        (layer.module, one.stages[:1]): (layer, one)
+    kinds = {
+        (layer.module, one.stages[:1]): (_Compiled(layer.module), layer.tuning, one)
         for layer, one in zip(attention, plan.layers, strict=True)
         if isinstance(layer, LayerKernels) and isinstance(layer.module, ModuleType)
     }
-    if device.type != "cuda" or not compiled:
+    if device.type != "cuda" or not kinds:
         yield
         return
-    import triton
 
-    with (
-        torch.cuda.device(device),
-        ThreadPoolExecutor(min(COMPILED_AT_ONCE, os.cpu_count() or 1)) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for layer, one in compiled.values():
-            launch_first(LayerKernels(_Compiled(layer.module), layer.tuning), plan, one, dtype)  # type: ignore[arg-type]
+    def compile_all() -> None:
+        import triton
+
+        with (
+            torch.cuda.device(device),
+            ThreadPoolExecutor(min(COMPILED_AT_ONCE, os.cpu_count() or 1)) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            for module, tuning, one in kinds.values():
+                launch_first(LayerKernels(module, tuning), plan, one, dtype)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(1) as thread:  # a mode of Triton's belongs to a thread, and this one ends with it
+        compiling = thread.submit(compile_all)
         yield
+        compiling.result()
 
 
 def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype: torch.dtype) -> None:
