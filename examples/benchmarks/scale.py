@@ -6,9 +6,9 @@
 
 The models have the shapes of the named ones, random weights in bfloat16, and no tokenizer; the calibration texts are
 random tokens, 8 of 2,048 unless told otherwise. Weights are written to `--disk` and removed at the end. Every compile
-runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of the process
-which loads the artifact and checks it; both count the pages of files that are mapped. `gpu` is the largest memory of a
-GPU that tensors of the one process took, or that both processes took during the check.
+runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of it together
+with the process which loads the artifact and checks it; both count the pages of files that are mapped. `gpu` is the
+largest memory of a GPU that tensors of the one process took, or that both processes took during the check.
 
 With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
 the whole model: a line through both. With `--memory`, no more of each device's memory is used. A model that needs more
@@ -141,7 +141,7 @@ def compile_once(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Noted:
-    """The largest memory while an artifact was checked, in bytes: of the checking process, and in use of one GPU."""
+    """The largest memory while an artifact was checked, in bytes: resident of both processes, and in use of a GPU."""
 
     host: int = 0
     gpu: int = 0
@@ -161,7 +161,7 @@ def watched_check() -> Iterator[Noted]:
             with suppress(psutil.Error):
                 for child in own.children():
                     if "pmkvq_compiler.emit.check" in child.cmdline():
-                        noted.host = max(noted.host, child.memory_info().rss)
+                        noted.host = max(noted.host, own.memory_info().rss + child.memory_info().rss)
                         noted.gpu = max(noted.gpu, *map(used_bytes, range(torch.cuda.device_count())), 0)
 
     watcher = threading.Thread(target=watch)
