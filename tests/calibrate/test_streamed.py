@@ -138,6 +138,21 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_layer_is_read_once_for_all_texts_that_a_single_plan_is_tried_on(
+    tmp_path: Path, little_memory: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, problem = request_of(tmp_path, "llama", {}, recipe="uniform", budget="90%")
+    calibration = calibrate(source, problem, silent)
+    (whole,) = best_plans(source, [problem], calibration, silent)
+    little_memory()
+    read: list[int] = []
+    reading = StreamedModel.reading
+    monkeypatch.setattr(StreamedModel, "reading", lambda own, number: read.append(number) or reading(own, number))
+    (found,) = best_plans(source, [problem], calibration, silent)
+    assert read == [0, 1, 2]
+    assert found.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
 def test_a_model_is_gone_when_the_next_one_is_opened(tmp_path: Path, little_memory: Callable[[], None]) -> None:
     source, problem = request_of(tmp_path, "llama", {})
     little_memory()
