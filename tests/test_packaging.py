@@ -154,7 +154,7 @@ RUNTIME_FLOORS = [
     {"backend"},
     {"reference", "kernels"},
     {"cache"},
-    {"attention", "recurrence", "forward"},
+    {"attention", "recurrence", "forward", "warm_up"},
     {"graph"},
     {"generate"},
     {"model"},
