@@ -39,9 +39,16 @@ WHOLE: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": {**TEXT, "model_type": "llama"},
         "vision_config": {**SIGLIP, "model_type": "clip_vision_model"},
+        "image_token_id": 3,
+    },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGLIP, "model_type": "smolvlm_vision"},
+        "image_token_id": 3,
+        "scale_factor": 2,
     },
     "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**QWEN, "embed_dim": 32}},
-    "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": QWEN},
+    "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": QWEN, "image_token_id": 3},
     "qwen3_vl": {
         "text_config": {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -55,6 +62,15 @@ WHOLE: dict[str, dict[str, Any]] = {
         "vision_config": {**SIGLIP, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
     },
 }
+PREFIX = {
+    "paligemma": {
+        "text_config": {**TEXT, "model_type": "gemma"},
+        "vision_config": {**SIGLIP, "model_type": "siglip_vision_model", "projection_dim": 64},
+        "image_token_id": 3,
+        "projection_dim": 64,
+    },
+}
+"""A model in which the tokens of a prompt see each other, whatever their order."""
 EARLIER = {
     "gemma3": {"model.language_model.": "language_model.model.", "model.": ""},
     "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
@@ -65,7 +81,7 @@ EARLIER = {
 
 def whole_model(model_type: str, folder: Path) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **WHOLE[model_type])
+    config = AutoConfig.for_model(model_type, **{**WHOLE, **PREFIX}[model_type])
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,8 +116,9 @@ def test_the_language_model_computes_what_the_whole_one_does(model_type: str, tm
     assert relative_error(exact_model(source, program, tmp_path)(ids), expected) <= 1e-5
     with torch.no_grad():
         assert relative_error(source.load_model("eager")(ids).logits, expected) <= 1e-5
-    assert source.left_out
-    assert all("lang" not in module and module != "layers" for module in source.left_out)
+    assert source.whole is not None
+    assert source.whole.modules
+    assert all("lang" not in module and module != "layers" for module in source.whole.modules)
 
 
 @pytest.mark.parametrize("model_type", chosen(EARLIER, "llava", "qwen2_5_vl"))
@@ -132,4 +149,10 @@ def test_a_language_model_that_transformers_does_not_know_is_refused(tmp_path: P
     config["text_config"] = {"model_type": "qwen2_5_omni_text", "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompileError, match="no causal language model for the qwen2_5_omni_text inside it"):
+        open_source(str(tmp_path))
+
+
+def test_a_model_whose_prompts_are_not_read_causally_is_refused(tmp_path: Path) -> None:
+    whole_model("paligemma", tmp_path)
+    with pytest.raises(CompileError, match=r"\(paligemma\) lets the tokens of a prompt see those that come after them"):
         open_source(str(tmp_path))
