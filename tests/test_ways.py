@@ -58,7 +58,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=chosen(KINDS, "shared caches"))
+@pytest.fixture(scope="module", params=chosen(KINDS, "chunks"))
 def artifact(request: pytest.FixtureRequest, compile_tiny: CompileTiny) -> Path:
     kind = KINDS[request.param]
     return compile_tiny(kind.model_type, kind.overrides, **FOUR_BITS, onnx=kind.not_in_onnx is None)

@@ -19,7 +19,7 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import silent, token_lines
-from tests.fuzz import chosen
+from tests.fuzz import LONG_ONLY, chosen
 from tests.models import tiny_folder
 from tests.programs import relative_error
 from tests.source.test_multimodal import EARLIER, rename, whole_model
@@ -29,8 +29,10 @@ IMAGES: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
     "qwen2_5_vl": (1, {"pixel_values": (4, 3 * 2 * 8 * 8)}),
 }
 """How many tokens an image takes, and the shapes of what a model is given of it."""
-BUDGETS = {"gemma3": "76KiB", "llama4": "76KiB"}
+BUDGETS = {"gemma3": "76KiB", "llama4": "100KiB", "gemma4": "100KiB"}
+"""Where sliding windows and chunks leave little to quantize."""
 KINDS = ("qwen2_5_vl", "llava", "gemma3", "mistral3", "smolvlm", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llama4")
+KINDS += ("qwen3_5", "lfm2_vl", "gemma4", "internvl")
 
 
 @dataclass(frozen=True)
@@ -143,4 +145,13 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     tensors["model.vision_tower.scales"] = torch.ones(4).to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=r"stores model\.vision_tower\.scales in F8_E4M3, which is not copied"):
+        compiled(tmp_path, tmp_path / "source")
+
+
+@LONG_ONLY
+def test_tensors_that_transformers_converts_are_refused(tmp_path: Path) -> None:
+    whole_model("qwen3_5_moe", tmp_path / "source")
+    with pytest.raises(
+        UsageError, match="tensors transformers converts while it loads them, so it cannot be kept whole"
+    ):
         compiled(tmp_path, tmp_path / "source")

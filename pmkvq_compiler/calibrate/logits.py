@@ -83,9 +83,11 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that makes hidden states. Some classes of transformers name a part that they do not have."""
-    found: nn.Module = model.base_model if model.base_model is not model else model.get_decoder()
-    return found
+    """The part of a model that makes hidden states: the one that embeds tokens, where the model's class names none."""
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    return next(part for part in model.children() if any(module is embedding for module in part.modules()))
 
 
 @contextmanager
