@@ -18,8 +18,9 @@ from .backend import NewTokens, lower_until_fit
 from .cubins import CompiledKernels
 from .errors import InputError
 from .layer_cache import LayerCache
-from .plan import FINAL_BITS, LayerPlan, block_bytes
-from .tuning import Tuning
+from .plan import LayerPlan, block_bytes
+from .prefill import Prefill
+from .tuning import Tuning, widths_of
 
 SMALLEST_BLOCK = 64
 """The fewest tokens of a block that the kernels can read. Where its codes would not fill LINE_BITS, it needs more."""
@@ -36,9 +37,6 @@ LANE_BITS = 32
 
 LINE_BITS = 4 * LANE_BITS
 """Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
-
-ROWS_COPIED = 64
-"""Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
 ROWS_DECODED = 16
 """Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
@@ -103,7 +101,7 @@ class LayerKernels:
         if waiting is None:
             return self.decode(q, store.plan.value_head_dim, store, new.state, scale, sinks)
         q, k, v = map(_with_dense_channels, (q, *waiting))
-        return self._prefill(q, k, v, store, new, scale, sinks)
+        return Prefill(self.module, self.tuning, q, k, v, store, new, scale, sinks).attend()
 
     def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
         """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is
@@ -210,119 +208,9 @@ class LayerKernels:
             "maxnreg": tuning.registers_for(max(plan.key_head_dim, plan.value_head_dim)),
         }
 
-    def _prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        store: LayerCache,
-        new: NewTokens,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Attention of new tokens over unpacked keys and values. As many heads are unpacked at once as fit the scratch,
-        but at least one, which may take more."""
-        module = self.module
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)  # padding columns stay zero
-        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-        pieces, capacity = _unpacked(store, new)
-        heads = q.shape[0] * store.plan.num_key_value_heads
-        channels = module.KEY_PADDED.value + module.VALUE_PADDED.value
-        at_once = min(heads, max(1, self.tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
-        keys, values = (
-            torch.empty(at_once, capacity, padded.value, dtype=dtype, device=q.device)
-            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
-        )
-        for first in range(0, heads, at_once):
-            some = slice(first, min(heads, first + at_once))
-            self._unpack(k, v, keys, values, store, new.state, some, pieces)
-            self._attend_unpacked(q, keys, values, out, store, new.state, some, scale, sinks)
-        return out
-
-    def _unpack(
-        self,
-        k: Tensor,
-        v: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        store: LayerCache,
-        state: Tensor | None,
-        heads: slice,
-        pieces: int,
-    ) -> None:
-        """Write into `keys` and `values` [heads, capacity, channels] what these heads attend to: pool, rows, new
-        tokens."""
-        self.module.unpack[(pieces, 2, heads.stop - heads.start)](
-            store.words,
-            store.buffers,
-            k,
-            v,
-            keys,
-            values,
-            state,
-            k.stride()[:3],
-            v.stride()[:3],
-            store.head_units,
-            heads.start,
-            k.shape[0],
-            store.plan.window,
-            store.ring,
-            keys.shape[1],
-            **widths_of(store.plan, store.bits),
-            ROWS=ROWS_COPIED,
-            num_warps=4,
-        )
-
-    def _attend_unpacked(
-        self,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        store: LayerCache,
-        state: Tensor | None,
-        heads: slice,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> None:
-        """Write into `out` the attention of these heads' queries over their unpacked `keys` and `values`."""
-        batch, query_heads, columns = q.shape[:3]
-        plan, tuning = store.plan, self.tuning
-        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
-        grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
-        self.module.prefill[grid](
-            q,
-            keys,
-            values,
-            q if sinks is None else sinks,
-            out,
-            state,
-            q.stride()[:3],
-            columns,
-            heads.start,
-            batch,
-            plan.window,
-            store.ring,
-            keys.shape[1],
-            scale,
-            TILE=tile,
-            STEP=step,
-            num_warps=tuning.prefill_warps,
-            num_stages=tuning.prefill_stages,
-        )
-
 
 def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
-    """For a head of the longest sequence: how many programs unpack it, and the tokens that its room must hold."""
-    live = [store.live_blocks(sequence) for sequence in range(len(store.rows))]
-    copied = [rows + count for rows, count in zip(store.rows, new.counts, strict=True)]
-    pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
-    tokens = max(blocks * store.plan.block + rows for blocks, rows in zip(live, copied, strict=True))
-    return pieces, -(-tokens // ROWS_COPIED) * ROWS_COPIED
 
 
 def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int]:
@@ -374,12 +262,6 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
     while first < live:
         yield first, min(last, live)
         first, last = last, max(last + 1, last * wide // narrow)
-
-
-def widths_of(plan: LayerPlan, bits: tuple[int, int]) -> dict[str, int]:
-    """The `bits` of K and V. Where nothing is quantized, any that the kernels know will do."""
-    key_bits, value_bits = bits if plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
-    return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 
 def merge_launch(splits: int) -> dict[str, int]:

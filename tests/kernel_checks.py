@@ -35,6 +35,9 @@ from .runtime.test_attention import reference, stored_numbers
 
 CONSERVATIVE = read_tunings(tuning_table())[DEFAULT_TUNING]
 
+LIBRARY = dataclasses.replace(CONSERVATIVE, library_unit=64, prefill_scratch=1 << 16)
+"""The library reads the history of prompts of 64 tokens or more, few blocks at a time."""
+
 TOLERANCE = 2e-3
 """Relative norm of the error, for inputs in fp16 or bf16."""
 
@@ -258,6 +261,14 @@ RAGGED = (
     *(((slice(0, 1),) * 3,) * 2),
 )
 
+RAGGED_HISTORY = (
+    (slice(0, 200), slice(150, 200), slice(0, 140), slice(60, 200)),
+    (slice(0, 1), slice(0, 0), slice(0, 1), slice(0, 1)),
+    (slice(0, 100), slice(30, 100), slice(0, 0), slice(70, 100)),
+    ((slice(0, 1),) * 4),
+)
+"""The second call of many tokens meets sequences with many blocks and with none, and a sequence that brings few."""
+
 SMALL = [
     Case(steps=steps(1, 67, 1, 150, 1, 1)),
     Case(key_axis="token", key_bits=2, value_bits=4, group=7, steps=steps(300, 1, 60, 1)),
@@ -270,6 +281,7 @@ SMALL = [
     Case(steps=RAGGED),
     Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
     Case(steps=steps(196, 90), taken_back=64),
+    Case(steps=RAGGED_HISTORY, heads=2, group=3, has_sinks=True, tuning=LIBRARY),
 ]
 
 if os.environ.get(fuzz.LONG):
