@@ -13,6 +13,8 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +102,19 @@ def render_module(case: Case, paged: bool = False) -> ModuleType:
     return sys.modules[name]
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every tensor that is made without numbers holds NaNs: one that is read without having been written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is on"
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@poisoned()
 def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
     """Feed the case's calls; the relative error of every call's output. What is stored equals the reference's cache."""
     generator = torch.Generator().manual_seed(seed)

@@ -30,6 +30,7 @@ from .kernel_checks import (
     LIBRARY,
     TOLERANCE,
     Case,
+    poisoned,
     render_module,
     repair_interpreter,
 )
@@ -107,6 +108,7 @@ class Pool:
             table[sequence, gone] = 0
 
 
+@poisoned()
 def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float]:
     """Feed the case's steps; the relative error of every step's output. The pool is the reference's to the last bit."""
     generator = torch.Generator().manual_seed(seed)
