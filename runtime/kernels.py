@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +42,13 @@ LINE_BITS = 4 * LANE_BITS
 ROWS_DECODED = 16
 """Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
 
-FEWEST_BLOCKS = 2
-"""The fewest blocks of the pool that a program of the decode kernel reads: merging its result costs time, too."""
+PROGRAM_BLOCKS = 1
+"""Blocks that a program of the decode kernel would read in the time that its start and its end take."""
 
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
-MERGED_AT_ONCE = 64
+MERGED_AT_ONCE = 256
 """Parts of a head that a program of the merging kernel holds at a time."""
 
 
@@ -194,8 +195,15 @@ class LayerKernels:
             batch,
             splits,
             **merge_launch(splits),
+            **self.overlap(q.device),
         )
         return out
+
+    def overlap(self, device: torch.device) -> dict[str, bool]:
+        """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
+        Only Triton can launch it so."""
+        able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        return {"launch_pdl": True} if able and isinstance(self.module, ModuleType) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -213,15 +221,21 @@ def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@lru_cache
 def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int]:
     """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
-    As few as keep nine in ten of the `places` busy that the device has for programs, and no smaller than is worth a
-    program.
+    They are the fewest that are done soonest on a device that runs `places` programs at once. The programs of rows are
+    short and come last, where the others leave places empty.
     """
     row_splits = -(-rows // ROWS_DECODED)
-    most = max(1, blocks // FEWEST_BLOCKS)
-    splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
+
+    def time(splits: int) -> float:
+        longest = -(-blocks // splits) + PROGRAM_BLOCKS
+        work = splits * longest + row_splits * (1 + PROGRAM_BLOCKS)
+        return max(longest * -(-heads * splits // places), work * heads / places)
+
+    splits = min(range(1, max(1, min(blocks, 8 + 4 * places // heads)) + 1), key=time)
     return splits, splits + row_splits
 
 

@@ -153,6 +153,7 @@ class KernelPages:
             batch.starts,
             splits,
             **merge_launch(splits),
+            **self.kernels.overlap(queries.device),
         )
 
     def _splits(self, sequences: int, registers: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pmkvq_compiler.runtime.errors import InputError
-from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order
+from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order, splits_of
 from pmkvq_compiler.runtime.plan import CODE_BITS
 
 from .plans import layer_plan
@@ -105,6 +105,21 @@ def test_lowering_never_writes_over_what_is_still_to_be_read(live: int, wide: in
             unread = [other for other in range(first, live) if other != slot]
             written = (slot * narrow, (slot + 1) * narrow)
             assert all(written[1] <= other * wide or written[0] >= (other + 1) * wide for other in unread)
+
+
+@pytest.mark.parametrize("places", [1056, 1320, 1584, 640])
+@pytest.mark.parametrize("heads", [1, 4, 8, 32, 128, 600, 2400])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 62, 511, 4096])
+def test_a_cache_is_divided_among_all_programs_that_a_device_runs_at_once(heads: int, blocks: int, places: int) -> None:
+    splits, parts = splits_of(heads, blocks, 132, places)
+    assert parts == splits + 9
+    assert 1 <= splits <= max(1, blocks)
+    longest, waves = -(-blocks // splits), -(-heads * splits // places)
+    best = max(blocks * heads / places, min(blocks, 1))  # if every part could be cut anywhere
+    assert waves * longest <= 1.3 * best + 2, "nobody waits for a few long parts"
+    if 16 * heads <= places:
+        assert waves == 1, "no part waits for another one to end"
+        assert splits == 1 or -(-blocks // (splits - 1)) > longest, "fewer parts would be as fast"
 
 
 def test_blocks_that_kernels_cannot_read_are_refused() -> None:
