@@ -7,17 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-OLDEST = (9, 0)
-"""The oldest compute capability on which cuDNN's attention was measured; it is the faster one there."""
-
 
 @lru_cache
 def library_has(device: torch.device, key_head_dim: int, value_head_dim: int) -> bool:
     """Whether the library has attention for heads of these channels on a device; "meta" stands for one where it has."""
     if device.type != "cuda":
         return True
-    if torch.cuda.get_device_capability(device) < OLDEST:
-        return False
     heads = [
         torch.empty(1, 1, 64, channels, dtype=torch.float16, device=device)
         for channels in (key_head_dim, value_head_dim)

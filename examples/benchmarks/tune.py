@@ -51,6 +51,8 @@ C = TypeVar("C")
 CHUNK = 8192
 PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
 """Queries and keys of a step, warps, stages."""
+UNITS = (0, 1024)
+"""Without the library's attention, and with it from so many new tokens on."""
 
 
 def decode_candidates(bits: int) -> list[DecodeTuning]:
@@ -74,6 +76,8 @@ def main() -> None:
     found = dataclasses.replace(
         default, decode=decode, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
     )
+    unit = fastest(UNITS, lambda unit: prefill_time(found, tile, step, warps, stages, unit))
+    found = dataclasses.replace(found, library_unit=unit)
     table = {name: dataclasses.asdict(tuning) for name, tuning in (tunings | {arguments.name: found}).items()}
     arguments.table.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(table[arguments.name], indent=2))
@@ -120,10 +124,18 @@ def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> floa
     return taken
 
 
-def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int, quiet: bool = False) -> float:
+def prefill_time(
+    default: Tuning, tile: int, step: int, warps: int, stages: int, unit: int = 0, quiet: bool = False
+) -> float:
     tuning = dataclasses.replace(
-        default, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
+        default,
+        prefill_tile=tile,
+        prefill_step=step,
+        prefill_warps=warps,
+        prefill_stages=stages,
+        library_unit=unit,
     )
+    name = f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages, the library from {unit} tokens on"
     cache, kernels, _ = packed_cache(SINGLE, layer_plan(SINGLE, (4, 4), "channel", 64))
     cache.attend_by([LayerKernels(kernels.module, tuning)])
     q, k, v = (random_heads(SINGLE, heads, SINGLE.tokens) for heads in (SINGLE.heads * SINGLE.group, 4, 4))
@@ -131,11 +143,11 @@ def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int,
     try:
         compared()
     except WrongKernelError as error:
-        print(f"tiles of {tile} x {step}, {warps} warps, {stages} stages: {error}", flush=True)
+        print(f"{name}: {error}", flush=True)
         return math.inf
     taken, _ = seconds_and_peak(work, 1 if quiet else 3)
     if not quiet:
-        print(f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages: {taken:.0f} us", flush=True)
+        print(f"{name}: {taken:.0f} us", flush=True)
     return taken
 
 
