@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from .conftest import CompileTiny
 from .gguf_files import gguf_file
-from .models import SHAPE, tiny_model
+from .models import SHAPE, tiny_folder, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 TOKENS = torch.randint(3, 128, (301,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -192,6 +192,39 @@ def packed_copy(path: Path, copy: Path) -> None:
         writer.close,
     ):
         write()
+
+
+def test_mikv_with_all_tokens_at_16_bits_is_exact_and_with_fewer_has_the_bits_of_its_share(
+    rivals: ModuleType, tmp_path: Path
+) -> None:
+    mikv = importlib.import_module("mikv")
+    model = rivals.open_source(str(tiny_folder(tmp_path, "qwen2")), "float32").load_model(rivals.ATTENTION)
+    ids, positions = torch.tensor([TOKENS[:300]]), torch.arange(300)[None]
+    outputs = []
+    for share, high in ((1.0, 16), (0.25, 8)):
+        with torch.no_grad(), rivals.observed(method := mikv.MiKV(share, high)):
+            outputs.append(rivals.logits_of(model, ids, positions)[:])
+    beside = (2 * 32 + 16) / (2 * SHAPE["head_dim"])  # two fp16 numbers for K and for V, and the token's attention
+    assert method.true_bits == pytest.approx(0.25 * 8 + 0.75 * 2 + beside)
+    exact = model(ids).logits[0]
+    assert (outputs[0] - exact).abs().max() < 1e-2 < (outputs[1] - exact).abs().max()
+    whole, quarter = rivals.mikv_rows(model, TOKENS[:300], [1.0, 0.25])
+    assert (quarter.rival, quarter.cache, quarter.tokens) == ("mikv", "25% at 8 bits", 300)
+    assert quarter.true_bits == method.true_bits < whole.true_bits
+    assert 0 < whole.divergence < quarter.divergence
+    assert quarter.full_perplexity == pytest.approx(
+        F.cross_entropy(exact[:-1], torch.tensor(TOKENS[1:300])).exp().item(), rel=1e-4
+    )
+
+
+def test_tokens_with_the_most_attention_and_the_last_keep_their_place_and_none_comes_back(rivals: ModuleType) -> None:
+    mikv = importlib.import_module("mikv")
+    attention = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 6, 7, 8]])
+    wide = torch.ones(2, 8, dtype=torch.bool)
+    assert mikv.kept(attention, wide, 4).int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+    wide[0, 0] = False
+    assert mikv.kept(attention, wide, 4)[0].int().tolist() == [0, 1, 1, 0, 0, 0, 1, 1]
+    assert not mikv.kept(attention, wide, 0).any()
 
 
 def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(

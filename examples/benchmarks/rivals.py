@@ -4,18 +4,18 @@
     python examples/benchmarks/rivals.py --model MODEL.gguf --rivals llama.cpp --python llama.cpp=/opt/llama/bin/python
     python examples/benchmarks/rivals.py --output out/rivals --plot
 
-The rivals are llama.cpp with K and V of one of its types, transformers' `QuantizedCache` with HQQ and quanto, and the
-methods of `quality.py` in the number format of their papers (`simulated`). All read the same held-out text of this
-package, in chunks, and the last tokens one by one; those are timed. Each is compared with its own run in full
-precision, so that what else differs between engines does not count: perplexity, the mean KL divergence of next-token
-distributions, and how often the greedy token is the same.
+The rivals are llama.cpp with K and V of one of its types, transformers' `QuantizedCache` with HQQ and quanto, and
+(`simulated`) the methods of `quality.py` and MiKV, in the number format of their papers. All read the same held-out
+text of this package, in chunks, and the last tokens one by one; those are timed. Each is compared with its own run in
+full precision, so that what else differs between engines does not count: perplexity, the mean KL divergence of
+next-token distributions, and how often the greedy token is the same.
 
 From packed weights, llama.cpp computes with activations of 8 bits, whose rounding changes whenever anything does, and
 any change of the cache then looks larger. So `llama.cpp` has the file's weights in float32, and computes in float32,
 and `llama.cpp-packed` has the file as it is, whose speed is what its users get.
 
 True bits are measured: the bytes of the tensors that hold K and V at the end, with scales and tokens that are kept
-exact, divided by the numbers that they stand for. What `quality.py` simulates counts as many bytes as its plans say.
+exact, divided by the numbers that they stand for. What is simulated counts as many bytes as its plans say.
 
 Each engine runs in a process of its own, with the Python that `--python` names. There, this project is installed, too.
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,10 +41,15 @@ import gguf
 import numpy as np
 import quality
 import torch
+from mikv import MiKV
 from rival_engines import LLAMA_TYPES, Row
+from transformers import PreTrainedModel
 
+from pmkvq_compiler.calibrate.attention_hook import ATTENTION, observed
+from pmkvq_compiler.calibrate.logits import logits_of
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
+from pmkvq_compiler.problem import pick_device
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
@@ -106,6 +112,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def lengths(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
+    def shares(text: str) -> list[float]:
+        return [float(part) for part in text.split(",")]
+
     def interpreter(text: str) -> tuple[str, str]:
         rival, _, path = text.partition("=")
         return rival, path
@@ -122,6 +131,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", type=listed, default=list(RIVALS), help=f"of {', '.join(RIVALS)} (default: all)")
     parser.add_argument(
         "--python", type=interpreter, action="append", default=[], metavar="RIVAL=PATH", help="of an environment"
+    )
+    parser.add_argument(
+        "--mikv-shares", type=shares, default=[0.1, 0.25, 0.5], help="of tokens at 8 bits (default: 0.1,0.25,0.5)"
     )
     parser.add_argument("--calib-samples", type=int, default=4, help="texts to calibrate on (%(default)s)")
     parser.add_argument("--calib-len", type=int, default=1024, help="tokens of each (%(default)s)")
@@ -227,7 +239,7 @@ class Bench:
         return [Row(**row) for row in json.loads(path.with_suffix(".rows.json").read_text(encoding="utf-8"))]
 
     def _simulated(self, length: int) -> list[Row]:
-        """What `quality.py` finds for the recipes of others, for the first `length` tokens."""
+        """What `quality.py` finds for the recipes of others and the first `length` tokens, and MiKV."""
         arguments, folder = self.arguments, self.arguments.output / f"simulated-{length}"
         folder.mkdir(exist_ok=True)
         some_more = self._held_out(length + length // 2)[0]  # so that there is one whole piece, whatever is cut off
@@ -237,11 +249,33 @@ class Bench:
         plans = ["--recipes", arguments.recipes, "--budgets", arguments.simulated_budgets]
         quality.main([*model, *text, *plans, *self.calibration, "--output", str(folder)])
         full, *rows = quality.read_rows(folder / "quality.csv")
-        return [
+        found = [
             Row(row.recipe, row.budget, length, row.true_bits, row.perplexity, full.perplexity, row.divergence,
                 row.agreement)
             for row in rows
         ]  # fmt: skip
+        source = open_source(arguments.model, arguments.dtype)
+        loaded = source.load_model(ATTENTION, pick_device("auto"), torch.float32).requires_grad_(False)
+        return found + mikv_rows(loaded, self.tokens[:length], arguments.mikv_shares)
+
+
+@torch.no_grad()
+def mikv_rows(model: PreTrainedModel, tokens: list[int], shares: Iterable[float]) -> list[Row]:
+    """MiKV with some shares of tokens at 8 bits, as `quality.py` scores others."""
+    ids = torch.tensor([tokens], device=model.device)
+    positions, item = torch.arange(len(tokens), device=model.device)[None], quality.Item(tokens[:1], tokens[1:])
+    with observed(lambda call: None):
+        full = logits_of(model, ids, positions)
+    rows = []
+    for share in shares:
+        with observed(method := MiKV(share)):
+            found = logits_of(model, ids, positions)
+        own, exact = quality.score(item, full, found), quality.score(item, full, full)
+        perplexity, full_perplexity = (math.exp(score.nll / score.tokens) for score in (own, exact))
+        losses = own.divergence / own.tokens, own.agreed / own.tokens
+        row = Row("mikv", f"{share:.0%} at 8 bits", len(tokens), method.true_bits, perplexity, full_perplexity, *losses)
+        rows.append(row)
+    return rows
 
 
 def unpacked(model: Path, path: Path) -> Path:
