@@ -114,21 +114,23 @@ def test_bytes_of_tensors_are_found_inside_what_holds_them(engines: ModuleType) 
     assert engines.tensor_bytes(held) == 2 * 16 + 12 + 2
 
 
-def test_an_artifact_has_the_true_bits_of_its_plan_and_one_that_does_not_quantize_has_all(
-    engines: ModuleType, compile_tiny: CompileTiny
+@pytest.fixture(scope="module")
+def artifact(compile_tiny: CompileTiny) -> Path:
+    """One layer whose blocks are quantized as soon as they leave the window."""
+    return compile_tiny("llama", {"num_hidden_layers": 1}, recipe="uniform", budget="60%")
+
+
+def test_an_artifact_has_the_bytes_of_its_tensors_and_loses_nothing_before_it_quantizes(
+    engines: ModuleType, artifact: Path
 ) -> None:
-    folders = {name: str(compile_tiny("llama", ONE_LAYER, **chosen)) for name, chosen in ARTIFACTS.items()}
+    loaded = engines.open_source(str(artifact.parent / "source"), "float32").load_model("sdpa")
+    full, own = engines.Transformers(loaded, DynamicCache(config=loaded.config)), engines.Artifact(artifact, 300)
     numbers = NUMBERS // SHAPE["num_hidden_layers"]
-    rows = engines.artifacts(folders["exact"], folders, engines.Text(TOKENS, [300], 64, 2), numbers)
-    exact, half = rows
-    assert (exact.rival, exact.cache, exact.true_bits, exact.divergence) == ("pmkvq-compile", "exact", 32, 0)
-    assert half.divergence > 0
-    arenas = engines.load(folders["60%"]).new_cache(max_len=300).layers
-    assert half.true_bits == 8 * sum(layer.arena.untyped_storage().nbytes() for layer in arenas) / (300 * numbers)
-
-
-ONE_LAYER = {"num_hidden_layers": 1}
-ARTIFACTS = {"exact": {"recipe": "none"}, "60%": {"recipe": "uniform", "budget": "60%"}}
+    exact, quantized = engines.compare(full, {("a", "b"): own}, engines.Text(TOKENS, [60, 300], 64, 2), numbers)
+    assert exact.divergence < 1e-6 < quantized.divergence
+    assert exact.perplexity == pytest.approx(exact.full_perplexity)
+    arenas = sum(layer.arena.untyped_storage().nbytes() for layer in own.cache.layers)
+    assert quantized.true_bits == 8 * arenas / (300 * numbers) < 60 / 100 * 32
 
 
 def test_llama_cpps_types_have_the_bits_of_their_blocks(engines: ModuleType, tmp_path: Path) -> None:
@@ -277,17 +279,16 @@ def test_rows_are_kept_and_shown_as_a_table_and_a_picture(rivals: ModuleType, tm
 
 
 def test_a_process_of_its_own_does_a_task_and_writes_its_rows(
-    engines: ModuleType, tmp_path: Path, compile_tiny: CompileTiny, monkeypatch: pytest.MonkeyPatch
+    engines: ModuleType, artifact: Path, tmp_path: Path
 ) -> None:
-    folder = str(compile_tiny("llama", ONE_LAYER, **ARTIFACTS["exact"]))
     task = {
         "engine": "pmkvq-compile",
-        "options": {"full": folder, "caches": {"exact": folder}},
-        "text": {"tokens": TOKENS[:51], "lengths": [50], "chunk": 50, "decoded": 0},
+        "options": {"full": str(artifact), "caches": {"exact": str(artifact)}},
+        "text": {"tokens": TOKENS[:101], "lengths": [100], "chunk": 50, "decoded": 0},
         "numbers": NUMBERS,
         "threads": torch.get_num_threads(),
     }
     (tmp_path / "task.json").write_text(json.dumps(task))
     engines.main(tmp_path / "task.json")
     (row,) = json.loads((tmp_path / "task.rows.json").read_text())
-    assert (row["rival"], row["tokens"], row["divergence"]) == ("pmkvq-compile", 50, 0)
+    assert (row["rival"], row["tokens"], row["divergence"]) == ("pmkvq-compile", 100, 0)
