@@ -87,25 +87,21 @@ def test_divergence_and_agreement_are_those_of_all_logits_at_once(engines: Modul
     assert row.perplexity != pytest.approx(row.full_perplexity, rel=1e-3)
 
 
-@pytest.mark.parametrize(("backend", "module"), [("hqq", "hqq"), ("quanto", "optimum.quanto")])
+@pytest.mark.parametrize("name", ["HQQ", "HQQ, K by channel", "quanto", "quanto, K by channel"])
 @pytest.mark.parametrize("nbits", [4, 2])
 def test_true_bits_of_a_quantized_cache_count_scales_and_recent_tokens(
-    engines: ModuleType, model: PreTrainedModel, backend: str, module: str, nbits: int
+    rivals: ModuleType, engines: ModuleType, model: PreTrainedModel, name: str, nbits: int
 ) -> None:
-    pytest.importorskip(module, reason="a rival, which the script says how to install")
-    quantized = engines.Transformers(
-        model, QuantizedCache(backend, model.config, nbits=nbits, q_group_size=64, **axes(backend))
-    )
+    for module in rivals.RIVALS["transformers"].modules:
+        pytest.importorskip(module, reason="a rival, which the script says how to install")
+    options = {**rivals.TRANSFORMERS_CACHES[name], "nbits": nbits}
+    quantized = engines.Transformers(model, QuantizedCache(config=model.config, **options))
     full = engines.Transformers(model, DynamicCache(config=model.config))
-    text = engines.Text(TOKENS, [300], 280, 20)
-    (row,) = engines.compare(full, {(backend, str(nbits)): quantized}, text, NUMBERS)
+    text = engines.Text(TOKENS, [276], 256, 20)
+    (row,) = engines.compare(full, {(name, str(nbits)): quantized}, text, NUMBERS)
     parameters = 2 * 32 / 64  # a scale and a zero point in float32 for 64 numbers
-    assert row.true_bits == pytest.approx((280 * (nbits + parameters) + 20 * 32) / 300, rel=1e-3)
+    assert row.true_bits == pytest.approx((256 * (nbits + parameters) + 20 * 32) / 276, rel=1e-3)
     assert row.divergence > 0
-
-
-def axes(backend: str) -> dict[str, int]:
-    return {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
 
 
 def test_bytes_of_tensors_are_found_inside_what_holds_them(engines: ModuleType) -> None:
@@ -245,6 +241,7 @@ def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(
     [
         (["--rivals", "gpt4all"], "'gpt4all' is not known; choose among pmkvq-compile, llama.cpp"),
         (["--types", "q3_0"], "'q3_0' is not known; choose among f32, f16"),
+        (["--caches", "HQQ;fp4"], "'fp4' is not known; choose among HQQ"),
         (["--python", "vllm=/usr/bin/python3"], "'vllm' is not known"),
         (["--model", "nowhere.gguf"], "'nowhere.gguf' is not a file"),
         ([], "None is not a file; name a .gguf file"),

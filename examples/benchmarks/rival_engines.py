@@ -201,14 +201,14 @@ def tensor_bytes(value: Any) -> int:
 
 
 def transformers_caches(
-    model: str, dtype: str, caches: Mapping[str, Mapping[str, Any]], text: Text, numbers: int
+    model: str, dtype: str, caches: Sequence[tuple[str, str, Mapping[str, Any]]], text: Text, numbers: int
 ) -> list[Row]:
-    """`caches` are arguments of `QuantizedCache` by their names; "HQQ, 4 bits" is the rival HQQ with "4 bits"."""
+    """`caches` are rivals, names of their caches, and the arguments of `QuantizedCache` for them."""
     source = open_source(model, dtype)
     loaded = source.load_model("sdpa", "cpu", DTYPES[dtype])
     compared = {
-        tuple(name.split(", ", 1)): Transformers(loaded, QuantizedCache(config=loaded.config, **options))
-        for name, options in caches.items()
+        (rival, name): Transformers(loaded, QuantizedCache(config=loaded.config, **options))
+        for rival, name, options in caches
     }
     return compare(Transformers(loaded, DynamicCache(config=loaded.config)), compared, text, numbers)
 

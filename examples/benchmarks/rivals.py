@@ -57,14 +57,15 @@ from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 ENGINES = Path(__file__).parent / "rival_engines.py"
 NO_CALIBRATION = ("--calib-samples", "1", "--calib-len", "128")
 """As little as there can be, for where nothing is planned."""
-BY_TOKEN = {"axis_key": 1, "axis_value": 1}
 TRANSFORMERS_CACHES: dict[str, dict[str, Any]] = {
-    "HQQ, 4 bits": {"backend": "hqq", "nbits": 4, **BY_TOKEN},
-    "HQQ, 2 bits": {"backend": "hqq", "nbits": 2, **BY_TOKEN},
-    "quanto, 4 bits": {"backend": "quanto", "nbits": 4},
-    "quanto, 2 bits": {"backend": "quanto", "nbits": 2},
+    "HQQ": {"backend": "hqq", "axis_key": 1, "axis_value": 1},
+    "HQQ, K by channel": {"backend": "hqq", "axis_key": 0, "axis_value": 1},
+    "quanto": {"backend": "quanto", "axis_key": 0, "axis_value": 0},
+    "quanto, K by channel": {"backend": "quanto", "axis_key": -1, "axis_value": 0},
 }
-"""Arguments of `QuantizedCache`, with its groups of 64 numbers and its window of 128 tokens."""
+"""Arguments of `QuantizedCache`, with its groups of 64 numbers and its window of 128 tokens. HQQ's groups of a channel
+are tokens that lie far apart, of all heads; quanto's are 64 successive tokens of a head, as in KIVI. Where K is grouped
+by token, these are the axes that transformers' documentation advises."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def listed(text: str) -> list[str]:
         return text.split(",")
 
-    def lengths(text: str) -> list[int]:
+    def separated(text: str) -> list[str]:
+        return text.split(";")
+
+    def whole_numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
     def shares(text: str) -> list[float]:
@@ -121,11 +125,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=".gguf file, which all engines read")
-    parser.add_argument("--lengths", type=lengths, default=[2048, 4096], help="tokens of text (default: 2048,4096)")
+    parser.add_argument(
+        "--lengths", type=whole_numbers, default=[2048, 4096], help="tokens of text (default: 2048,4096)"
+    )
     parser.add_argument(
         "--budgets", type=listed, default=["2.5bits", "3bits", "4bits"], help="of this project's caches"
     )
     parser.add_argument("--types", type=listed, default=["f16", "q8_0", "q5_1", "q4_0"], help="of llama.cpp's caches")
+    parser.add_argument(
+        "--caches",
+        type=separated,
+        default=list(TRANSFORMERS_CACHES),
+        help="of transformers, with ; between (default: all)",
+    )
+    parser.add_argument("--bits", type=whole_numbers, default=[4, 2], help="of these (default: 4,2)")
     parser.add_argument("--recipes", default="pm-kvq,kivi,kivi-128,rotation,uniform", help="that are simulated")
     parser.add_argument("--simulated-budgets", default="3.7bits,6bits,10bits", help="for these (%(default)s)")
     parser.add_argument("--rivals", type=listed, default=list(RIVALS), help=f"of {', '.join(RIVALS)} (default: all)")
@@ -139,7 +152,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calib-len", type=int, default=1024, help="tokens of each (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and exact tokens (%(default)s)")
     parser.add_argument("--chunk", type=int, default=256, help="tokens that are read at once (%(default)s)")
-    parser.add_argument("--decode", type=int, default=32, help="last tokens, read one by one (%(default)s)")
+    parser.add_argument("--decode", type=int, default=64, help="last tokens, read one by one (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each engine (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/rivals"))
     parser.add_argument("--plot", action="store_true", help="only draw --output's rivals.csv again")
@@ -149,6 +162,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--rivals", arguments.rivals, RIVALS),
         ("--python", arguments.python, RIVALS),
         ("--types", arguments.types, LLAMA_TYPES),
+        ("--caches", arguments.caches, TRANSFORMERS_CACHES),
     ):
         for name in names:
             if name not in known:
@@ -204,7 +218,12 @@ class Bench:
                 options = {"rival": rival, "model": str(model), "caches": arguments.types}
                 return self._run("llama.cpp", arguments.lengths, options)
             case "transformers":
-                options = {"model": arguments.model, "dtype": arguments.dtype, "caches": TRANSFORMERS_CACHES}
+                caches = [
+                    (name, f"{bits} bits", {**TRANSFORMERS_CACHES[name], "nbits": bits})
+                    for name in arguments.caches
+                    for bits in arguments.bits
+                ]
+                options = {"model": arguments.model, "dtype": arguments.dtype, "caches": caches}
                 return self._run(rival, arguments.lengths, options)
             case _:
                 return [row for length in arguments.lengths for row in self._simulated(length)]
