@@ -244,18 +244,20 @@ def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(
         (["--caches", "HQQ;fp4"], "'fp4' is not known; choose among HQQ"),
         (["--python", "vllm=/usr/bin/python3"], "'vllm' is not known"),
         (["--model", "nowhere.gguf"], "'nowhere.gguf' is not a file"),
-        ([], "None is not a file; name a .gguf file"),
+        (["--lengths", "0"], "'0' is not a list of numbers above 0"),
     ],
 )
 def test_unusable_arguments_are_refused_at_once(
     rivals: ModuleType, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        rivals.main(arguments)
+        rivals.main(["--model", __file__, *arguments])
     assert reason in capsys.readouterr().err
 
 
 def test_rows_are_kept_and_shown_as_a_table_and_a_picture(rivals: ModuleType, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "tiny"
+    tmp_path.mkdir()
     ours = [rivals.Row("pmkvq-compile", "4bits", n, 4.0, 28.65, 28.59, 1.7e-3, 0.971, 9.5, 10.25) for n in (4096, 2048)]
     simulated = rivals.Row("kivi", "6bits", 4096, 5.25, 29.0, 28.6, 2e-2, 0.9)
     older = [replace(row, divergence=1.0) for row in (*ours, simulated)]
@@ -267,7 +269,7 @@ def test_rows_are_kept_and_shown_as_a_table_and_a_picture(rivals: ModuleType, tm
     assert replace(read[2], tokens_per_second=0, full_tokens_per_second=0) == replace(
         simulated, tokens_per_second=0, full_tokens_per_second=0
     )
-    rivals.main(["--plot", "--output", str(tmp_path)])
+    rivals.main(["--model", "tiny.gguf", "--plot", "--output", str(tmp_path.parent)])
     table = (tmp_path / "rivals.md").read_text()
     assert "| pmkvq-compile, 4bits | 4.00 | 28.650 | 28.590 | 1.7e-03 | 97.1% | 9.5 | 10.2 |" in table
     assert "| kivi, 6bits | 5.25 | 29.000 | 28.600 | 2.0e-02 | 90.0% |  |  |" in table

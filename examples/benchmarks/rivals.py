@@ -1,8 +1,8 @@
 """This project against what people would use instead: true bits of the cache, what the model loses, and speed.
 
-    python examples/benchmarks/rivals.py --model MODEL.gguf --lengths 2048,4096 --output out/rivals
+    python examples/benchmarks/rivals.py --model MODEL.gguf --lengths 2048,4096
     python examples/benchmarks/rivals.py --model MODEL.gguf --rivals llama.cpp --python llama.cpp=/opt/llama/bin/python
-    python examples/benchmarks/rivals.py --output out/rivals --plot
+    python examples/benchmarks/rivals.py --model MODEL.gguf --plot
 
 The rivals are llama.cpp with K and V of one of its types, transformers' `QuantizedCache` with HQQ and quanto, and
 (`simulated`) the methods of `quality.py` and MiKV, in the number format of their papers. All read the same held-out
@@ -19,7 +19,8 @@ exact, divided by the numbers that they stand for. What is simulated counts as m
 
 Each engine runs in a process of its own, with the Python that `--python` names. There, this project is installed, too.
 
-Writes DIR/rivals.csv, rivals.md and rivals.svg. Rows that are there already stay, unless they are measured again.
+Writes rivals.csv, rivals.md and rivals.svg into a folder of --output that is called like the model. Rows and artifacts
+that are there already stay; rows are replaced where they are measured again.
 """
 
 from __future__ import annotations
@@ -92,17 +93,20 @@ RIVALS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
+    table = arguments.folder / "rivals.csv"
     if not arguments.plot:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
         for rival in arguments.rivals:
-            check_installed(rival, arguments.python.get(rival, sys.executable))
+            check_installed(rival, python_of(rival, arguments))
         bench = Bench(arguments)
         for rival in arguments.rivals:
             print(rival, flush=True)
-            add_rows(bench.measure(rival), arguments.output / "rivals.csv")
-    rows = sorted(read_rows(arguments.output / "rivals.csv"), key=lambda row: row.tokens)
-    (arguments.output / "rivals.md").write_text(markdown(rows), encoding="utf-8")
-    plot(rows, arguments.output / "rivals.svg")
+            add_rows(bench.measure(rival), table)
+    if not table.is_file():
+        raise SystemExit(f"there is no {table} to draw; run this without --plot first")
+    rows = sorted(read_rows(table), key=lambda row: row.tokens)
+    (arguments.folder / "rivals.md").write_text(markdown(rows), encoding="utf-8")
+    plot(rows, arguments.folder / "rivals.svg")
     print(markdown(rows))
 
 
@@ -114,7 +118,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return text.split(";")
 
     def whole_numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
+        if min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, such as 2048,4096")
+        return numbers
 
     def shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
@@ -124,7 +131,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return rival, path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=".gguf file, which all engines read")
+    parser.add_argument("--model", required=True, help=".gguf file, which all engines read")
     parser.add_argument(
         "--lengths", type=whole_numbers, default=[2048, 4096], help="tokens of text (default: 2048,4096)"
     )
@@ -154,8 +161,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=256, help="tokens that are read at once (%(default)s)")
     parser.add_argument("--decode", type=int, default=64, help="last tokens, read one by one (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each engine (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("out/rivals"))
-    parser.add_argument("--plot", action="store_true", help="only draw --output's rivals.csv again")
+    parser.add_argument("--output", type=Path, default=Path("out/rivals"), help="folder of folders")
+    parser.add_argument("--plot", action="store_true", help="only draw the model's rivals.csv again")
     arguments = parser.parse_args(argv)
     arguments.python = dict(arguments.python)
     for option, names, known in (
@@ -167,9 +174,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in names:
             if name not in known:
                 parser.error(f"{option}: {name!r} is not known; choose among {', '.join(known)}")
-    if not arguments.plot and not (arguments.model and Path(arguments.model).is_file()):
+    if not arguments.plot and not Path(arguments.model).is_file():
         parser.error(f"--model: {arguments.model!r} is not a file; name a .gguf file")
+    arguments.folder = arguments.output / Path(arguments.model).stem
     return arguments
+
+
+def python_of(rival: str, arguments: argparse.Namespace) -> str:
+    """The interpreter that measures a rival."""
+    return arguments.python.get(rival.removesuffix("-packed"), sys.executable)
 
 
 def check_installed(rival: str, python: str) -> None:
@@ -214,7 +227,7 @@ class Bench:
                 return [row for length in arguments.lengths for row in self._own(length)]
             case "llama.cpp" | "llama.cpp-packed":
                 packed = Path(arguments.model)
-                model = packed if rival.endswith("-packed") else unpacked(packed, arguments.output / "float32.gguf")
+                model = packed if rival.endswith("-packed") else unpacked(packed, arguments.folder / "float32.gguf")
                 options = {"rival": rival, "model": str(model), "caches": arguments.types}
                 return self._run("llama.cpp", arguments.lengths, options)
             case "transformers":
@@ -235,8 +248,9 @@ class Bench:
 
     def _artifact(self, length: int, budget: str | None) -> str:
         """The folder of an artifact, which is compiled unless it is there."""
-        folder = self.arguments.output / "artifacts" / f"{length}-{budget or 'exact'}"
         chosen = ["--budget", budget, *self.calibration] if budget else ["--recipe", "none", *NO_CALIBRATION]
+        name = "-".join(word for word in chosen if not word.startswith("--"))
+        folder = self.arguments.folder / "artifacts" / f"{length}-{self.arguments.dtype}-{name}"
         if not (folder / "pmkvq.json").is_file():
             command = [sys.executable, "-m", "pmkvq_compiler.cli", self.arguments.model, *chosen]
             options = ["--dtype", self.arguments.dtype, "--max-len", str(length), "-o", str(folder)]
@@ -249,9 +263,9 @@ class Bench:
         arguments = self.arguments
         text = {"tokens": self.tokens, "lengths": lengths, "chunk": arguments.chunk, "decoded": arguments.decode}
         task = {"engine": engine, "options": options, "text": text, "numbers": self.numbers}
-        path = arguments.output / f"{engine}.json"
+        path = arguments.folder / f"{engine}.json"
         path.write_text(json.dumps({**task, "threads": arguments.threads}), encoding="utf-8")
-        command = [arguments.python.get(engine, sys.executable), str(ENGINES), str(path)]
+        command = [python_of(engine, arguments), str(ENGINES), str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
         if subprocess.run(command, env=environment, check=False).returncode:
             raise SystemExit(f"{engine} failed for the reason above; leave it out with --rivals")
@@ -259,7 +273,7 @@ class Bench:
 
     def _simulated(self, length: int) -> list[Row]:
         """What `quality.py` finds for the recipes of others and the first `length` tokens, and MiKV."""
-        arguments, folder = self.arguments, self.arguments.output / f"simulated-{length}"
+        arguments, folder = self.arguments, self.arguments.folder / f"simulated-{length}"
         folder.mkdir(exist_ok=True)
         some_more = self._held_out(length + length // 2)[0]  # so that there is one whole piece, whatever is cut off
         (folder / "text.txt").write_text(some_more, encoding="utf-8")
