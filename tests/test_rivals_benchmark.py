@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, PreTrainedModel
 
 from .conftest import CompileTiny
 from .gguf_files import gguf_file
@@ -88,19 +88,20 @@ def test_divergence_and_agreement_are_those_of_all_logits_at_once(engines: Modul
 
 
 @pytest.mark.parametrize("name", ["HQQ", "HQQ, K by channel", "quanto", "quanto, K by channel"])
-@pytest.mark.parametrize("nbits", [4, 2])
+@pytest.mark.parametrize(("nbits", "dtype"), [(4, torch.bfloat16), (2, torch.float32)])
 def test_true_bits_of_a_quantized_cache_count_scales_and_recent_tokens(
-    rivals: ModuleType, engines: ModuleType, model: PreTrainedModel, name: str, nbits: int
+    rivals: ModuleType, engines: ModuleType, model: PreTrainedModel, name: str, nbits: int, dtype: torch.dtype
 ) -> None:
     for module in rivals.RIVALS["transformers"].modules:
         pytest.importorskip(module, reason="a rival, which the script says how to install")
     options = {**rivals.TRANSFORMERS_CACHES[name], "nbits": nbits}
-    quantized = engines.Transformers(model, QuantizedCache(config=model.config, **options))
+    quantized = engines.Transformers(model, engines.Rounded(dtype, config=model.config, **options))
     full = engines.Transformers(model, DynamicCache(config=model.config))
     text = engines.Text(TOKENS, [276], 256, 20)
     (row,) = engines.compare(full, {(name, str(nbits)): quantized}, text, NUMBERS)
-    parameters = 2 * 32 / 64  # a scale and a zero point in float32 for 64 numbers
-    assert row.true_bits == pytest.approx((256 * (nbits + parameters) + 20 * 32) / 276, rel=1e-3)
+    exact = 8 * dtype.itemsize
+    parameters = 2 * exact / 64  # a scale and a zero point for 64 numbers
+    assert row.true_bits == pytest.approx((256 * (nbits + parameters) + 20 * exact) / 276, rel=1e-3)
     assert row.divergence > 0
 
 
@@ -127,6 +128,20 @@ def test_an_artifact_has_the_bytes_of_its_tensors_and_loses_nothing_before_it_qu
     assert exact.perplexity == pytest.approx(exact.full_perplexity)
     arenas = sum(layer.arena.untyped_storage().nbytes() for layer in own.cache.layers)
     assert quantized.true_bits == 8 * arenas / (300 * numbers) < 60 / 100 * 32
+
+
+def test_an_artifact_in_16_bits_computes_in_32_and_its_cache_has_16_unless_it_is_to_be_exact(
+    engines: ModuleType, compile_tiny: CompileTiny
+) -> None:
+    folder = compile_tiny("llama", {"num_hidden_layers": 1}, recipe="none", dtype="bfloat16")
+    numbers = NUMBERS // SHAPE["num_hidden_layers"]
+    text = engines.Text(TOKENS, [300], 64, 2)
+    (row,) = engines.artifacts(str(folder), {"16 bits": str(folder)}, text, numbers)
+    assert row.true_bits == 16
+    exact = engines.Artifact(folder, 300, exact=True)
+    assert 8 * exact.cache_bytes() == 32 * 300 * numbers
+    assert exact.feed(TOKENS[:300]).dtype == torch.float32
+    assert 0 < row.divergence < 1e-3, "K and V are rounded, and nothing else"
 
 
 def test_llama_cpps_types_have_the_bits_of_their_blocks(engines: ModuleType, tmp_path: Path) -> None:

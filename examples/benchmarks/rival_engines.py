@@ -2,6 +2,9 @@
 
 All caches of an engine read the same text at the same time, piece by piece, beside a cache of the same engine in full
 precision. So the logits of one piece are all that is ever held, and steps of different caches are timed in turns.
+
+Every engine computes in float32, whatever its cache holds. In 16 bits, a model's own rounding changes whenever anything
+does, and would hide what the better caches lose.
 """
 
 from __future__ import annotations
@@ -13,16 +16,17 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from pmkvq_compiler.divergence import divergences
+from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.load import load
 from pmkvq_compiler.source.source import DTYPES, open_source
 
@@ -153,14 +157,18 @@ def _row(name: tuple[str, str], engine: Engine, scores: Mapping[Any, Scores], to
 
 
 class Artifact:
-    """An artifact that pmkvq-compile wrote, in its own dtype."""
+    """An artifact that pmkvq-compile wrote. Its cache has the dtype that it was compiled for, or that of the
+    computation if it is to be `exact`: then one that does not quantize gets as many bytes as that takes."""
 
-    def __init__(self, folder: Path, max_len: int) -> None:
-        self.model = load(folder, verify="manifest")
-        self.cache = self.model.new_cache(max_len=max_len)
+    def __init__(self, folder: Path, max_len: int, exact: bool = False) -> None:
+        self.model = load(folder, dtype=torch.float32, verify="manifest")
+        plan, dtype = self.model.plan, torch.float32 if exact else DTYPES[self.model.plan.dtype]
+        more = torch.float32.itemsize // DTYPES[plan.dtype].itemsize if exact else 1
+        layers = tuple(replace(layer, arena_bytes=more * layer.arena_bytes) for layer in plan.layers)
+        self.cache = Cache(replace(plan, layers=layers), 1, max_len, dtype, self.model.device, self.model.attention)
 
     def feed(self, ids: list[int]) -> Tensor:
-        return self.model(torch.tensor([ids]), self.cache)[0].float()
+        return self.model(torch.tensor([ids]), self.cache)[0]
 
     def cache_bytes(self) -> int:
         return self.cache.bytes_reserved
@@ -170,7 +178,7 @@ def artifacts(full: str, caches: Mapping[str, str], text: Text, numbers: int) ->
     """`full` is the folder of an artifact that does not quantize; `caches` are folders by their budgets."""
     length = max(text.lengths)
     compared = {("pmkvq-compile", name): Artifact(Path(folder), length) for name, folder in caches.items()}
-    return compare(Artifact(Path(full), length), compared, text, numbers)
+    return compare(Artifact(Path(full), length, exact=True), compared, text, numbers)
 
 
 # ---- transformers ----
@@ -179,15 +187,28 @@ def artifacts(full: str, caches: Mapping[str, str], text: Text, numbers: int) ->
 class Transformers:
     """A model of transformers with one of its caches."""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache | QuantizedCache) -> None:
         self.model, self.cache = model, cache
 
     @torch.inference_mode()
     def feed(self, ids: list[int]) -> Tensor:
-        return self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True).logits[0].float()
+        return self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True).logits[0]
 
     def cache_bytes(self) -> int:
         return sum(tensor_bytes(vars(layer)) for layer in self.cache.layers)
+
+
+class Rounded(QuantizedCache):
+    """A quantized cache that gets K and V in `dtype`, as from a model that computes in it: scales, and tokens that stay
+    exact, take no more bytes than there."""
+
+    def __init__(self, dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(**options)
+        self.dtype = dtype
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        key, value = super().update(key_states.to(self.dtype), value_states.to(self.dtype), *arguments, **named)
+        return key.to(key_states.dtype), value.to(value_states.dtype)
 
 
 def tensor_bytes(value: Any) -> int:
@@ -203,11 +224,11 @@ def tensor_bytes(value: Any) -> int:
 def transformers_caches(
     model: str, dtype: str, caches: Sequence[tuple[str, str, Mapping[str, Any]]], text: Text, numbers: int
 ) -> list[Row]:
-    """`caches` are rivals, names of their caches, and the arguments of `QuantizedCache` for them."""
-    source = open_source(model, dtype)
-    loaded = source.load_model("sdpa", "cpu", DTYPES[dtype])
+    """`caches` are rivals, names of their caches, and the arguments of `QuantizedCache` for them; these get K and V in
+    `dtype`."""
+    loaded = open_source(model, "float32").load_model("sdpa")
     compared = {
-        (rival, name): Transformers(loaded, QuantizedCache(config=loaded.config, **options))
+        (rival, name): Transformers(loaded, Rounded(DTYPES[dtype], config=loaded.config, **options))
         for rival, name, options in caches
     }
     return compare(Transformers(loaded, DynamicCache(config=loaded.config)), compared, text, numbers)
