@@ -113,35 +113,26 @@ def test_bytes_of_tensors_are_found_inside_what_holds_them(engines: ModuleType) 
 
 @pytest.fixture(scope="module")
 def artifact(compile_tiny: CompileTiny) -> Path:
-    """One layer whose blocks are quantized as soon as they leave the window."""
-    return compile_tiny("llama", {"num_hidden_layers": 1}, recipe="uniform", budget="60%")
+    """One layer whose blocks are quantized as soon as they leave the window, in bfloat16."""
+    return compile_tiny("llama", {"num_hidden_layers": 1}, recipe="uniform", budget="60%", dtype="bfloat16")
 
 
-def test_an_artifact_has_the_bytes_of_its_tensors_and_loses_nothing_before_it_quantizes(
+def test_an_artifact_computes_in_float32_and_its_cache_has_the_bytes_of_its_plan(
     engines: ModuleType, artifact: Path
 ) -> None:
-    loaded = engines.open_source(str(artifact.parent / "source"), "float32").load_model("sdpa")
-    full, own = engines.Transformers(loaded, DynamicCache(config=loaded.config)), engines.Artifact(artifact, 300)
-    numbers = NUMBERS // SHAPE["num_hidden_layers"]
-    exact, quantized = engines.compare(full, {("a", "b"): own}, engines.Text(TOKENS, [60, 300], 64, 2), numbers)
-    assert exact.divergence < 1e-6 < quantized.divergence
-    assert exact.perplexity == pytest.approx(exact.full_perplexity)
-    arenas = sum(layer.arena.untyped_storage().nbytes() for layer in own.cache.layers)
-    assert quantized.true_bits == 8 * arenas / (300 * numbers) < 60 / 100 * 32
-
-
-def test_an_artifact_in_16_bits_computes_in_32_and_its_cache_has_16_unless_it_is_to_be_exact(
-    engines: ModuleType, compile_tiny: CompileTiny
-) -> None:
-    folder = compile_tiny("llama", {"num_hidden_layers": 1}, recipe="none", dtype="bfloat16")
-    numbers = NUMBERS // SHAPE["num_hidden_layers"]
-    text = engines.Text(TOKENS, [300], 64, 2)
-    (row,) = engines.artifacts(str(folder), {"16 bits": str(folder)}, text, numbers)
-    assert row.true_bits == 16
-    exact = engines.Artifact(folder, 300, exact=True)
-    assert 8 * exact.cache_bytes() == 32 * 300 * numbers
-    assert exact.feed(TOKENS[:300]).dtype == torch.float32
-    assert 0 < row.divergence < 1e-3, "K and V are rounded, and nothing else"
+    loaded = engines.open_source(str(artifact.parent / "source"), "bfloat16").load_model("sdpa").float()
+    full, numbers = DynamicCache(config=loaded.config), NUMBERS // SHAPE["num_hidden_layers"]
+    caches = {("ours", name): engines.Artifact(artifact, 300, exact=name == "exact") for name in ("16 bits", "exact")}
+    text = engines.Text(TOKENS, [60, 300], 64, 2)
+    rounded, exact, quantized, _ = engines.compare(engines.Transformers(loaded, full), caches, text, numbers)
+    assert max(exact.divergence, rounded.divergence) < 1e-4, "so far all tokens are in the window"
+    assert rounded.perplexity == pytest.approx(rounded.full_perplexity, rel=1e-2)
+    assert quantized.divergence > 1e-3
+    arenas, wider = (
+        sum(layer.arena.untyped_storage().nbytes() for layer in one.cache.layers) for one in caches.values()
+    )
+    assert quantized.true_bits == 8 * arenas / (300 * numbers) < 60 / 100 * 16
+    assert wider > arenas == engines.load(artifact).new_cache(max_len=300).bytes_reserved
 
 
 def test_llama_cpps_types_have_the_bits_of_their_blocks(engines: ModuleType, tmp_path: Path) -> None:
@@ -305,4 +296,5 @@ def test_a_process_of_its_own_does_a_task_and_writes_its_rows(
     (tmp_path / "task.json").write_text(json.dumps(task))
     engines.main(tmp_path / "task.json")
     (row,) = json.loads((tmp_path / "task.rows.json").read_text())
-    assert (row["rival"], row["tokens"], row["divergence"]) == ("pmkvq-compile", 100, 0)
+    assert (row["rival"], row["tokens"]) == ("pmkvq-compile", 100)
+    assert 0 < row["divergence"] < 1e-4, "K and V are rounded to 16 bits, and nothing else differs"
