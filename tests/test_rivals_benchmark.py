@@ -82,7 +82,9 @@ def test_divergence_and_agreement_are_those_of_all_logits_at_once(engines: Modul
     full, changed = (engines.Transformers(one, DynamicCache(config=one.config)) for one in (model, other))
     (row,) = engines.compare(full, {("a", "b"): changed}, engines.Text(TOKENS, [300], 100, 1), NUMBERS)
     p, q = (one(torch.tensor([TOKENS[:300]])).logits[0].double().log_softmax(-1) for one in (model, other))
-    assert row.divergence == pytest.approx(((p.exp() * (p - q)).sum(-1)).mean().item(), rel=1e-4)
+    divergences = (p.exp() * (p - q)).sum(-1)
+    assert row.divergence == pytest.approx(divergences.mean().item(), rel=1e-4)
+    assert row.late_divergence == pytest.approx(divergences[150:].mean().item(), rel=1e-4)
     assert row.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert row.perplexity != pytest.approx(row.full_perplexity, rel=1e-3)
 
@@ -264,7 +266,10 @@ def test_unusable_arguments_are_refused_at_once(
 def test_rows_are_kept_and_shown_as_a_table_and_a_picture(rivals: ModuleType, tmp_path: Path) -> None:
     tmp_path = tmp_path / "tiny"
     tmp_path.mkdir()
-    ours = [rivals.Row("pmkvq-compile", "4bits", n, 4.0, 28.65, 28.59, 1.7e-3, 0.971, 9.5, 10.25) for n in (4096, 2048)]
+    ours = [
+        rivals.Row("pmkvq-compile", "4bits", n, 4.0, 28.65, 28.59, 1.7e-3, 0.971, 3e-3, 9.5, 10.25)
+        for n in (4096, 2048)
+    ]
     simulated = rivals.Row("kivi", "6bits", 4096, 5.25, 29.0, 28.6, 2e-2, 0.9)
     older = [replace(row, divergence=1.0) for row in (*ours, simulated)]
     for rows in (older, ours, [simulated]):
@@ -272,13 +277,12 @@ def test_rows_are_kept_and_shown_as_a_table_and_a_picture(rivals: ModuleType, tm
     read = rivals.read_rows(tmp_path / "rivals.csv")
     assert read[:2] == ours
     assert math.isnan(read[2].tokens_per_second)
-    assert replace(read[2], tokens_per_second=0, full_tokens_per_second=0) == replace(
-        simulated, tokens_per_second=0, full_tokens_per_second=0
-    )
+    known = {"tokens_per_second": 0, "full_tokens_per_second": 0, "late_divergence": 0}
+    assert replace(read[2], **known) == replace(simulated, **known)
     rivals.main(["--model", "tiny.gguf", "--plot", "--output", str(tmp_path.parent)])
     table = (tmp_path / "rivals.md").read_text()
-    assert "| pmkvq-compile, 4bits | 4.00 | 28.650 | 28.590 | 1.7e-03 | 97.1% | 9.5 | 10.2 |" in table
-    assert "| kivi, 6bits | 5.25 | 29.000 | 28.600 | 2.0e-02 | 90.0% |  |  |" in table
+    assert "| pmkvq-compile, 4bits | 4.00 | 28.650 | 28.590 | 1.7e-03 | 3.0e-03 | 97.1% | 9.5 | 10.2 |" in table
+    assert "| kivi, 6bits | 5.25 | 29.000 | 28.600 | 2.0e-02 |  | 90.0% |  |  |" in table
     assert table.index("2,048 tokens") < table.index("4,096 tokens")
     assert "<svg" in (tmp_path / "rivals.svg").read_text()
 

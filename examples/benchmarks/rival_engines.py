@@ -37,8 +37,8 @@ LLAMA_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "
 @dataclass(frozen=True)
 class Row:
     """What one cache made of the first `tokens` of the text. `rival` names a line of the plot, and `cache` a point of
-    it. `true_bits` are bits a cached number, perplexity and speed also those of the engine's own full precision; times
-    that were not measured are nan."""
+    it. `true_bits` are bits a cached number, perplexity and speed also those of the engine's own full precision.
+    `late_divergence` is that of the second half of the tokens. What was not measured is nan."""
 
     rival: str
     cache: str
@@ -48,6 +48,7 @@ class Row:
     full_perplexity: float
     divergence: float
     agreement: float
+    late_divergence: float = math.nan
     tokens_per_second: float = math.nan
     full_tokens_per_second: float = math.nan
 
@@ -86,19 +87,19 @@ class Engine(Protocol):
 
 @dataclass
 class Scores:
-    """Sums over the tokens so far, and the seconds of the steps since the last length."""
+    """Sums over the tokens so far, the divergence of each, and the seconds of the steps since the last length."""
 
     tokens: int = 0
     nll: float = 0.0
-    divergence: float = 0.0
     agreed: int = 0
+    divergences: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, expected: Tensor, labels: Tensor) -> None:
         self.tokens += len(labels)
         self.nll += F.cross_entropy(logits, labels, reduction="sum").item()
         if logits is not expected:
-            self.divergence += divergences(logits, expected, torch.float32).sum().item()
+            self.divergences += divergences(logits, expected, torch.float32).tolist()
         self.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
 
     @property
@@ -146,8 +147,9 @@ def _row(name: tuple[str, str], engine: Engine, scores: Mapping[Any, Scores], to
         true_bits=8 * engine.cache_bytes() / (tokens * numbers),
         perplexity=own.perplexity,
         full_perplexity=full.perplexity,
-        divergence=own.divergence / own.tokens,
+        divergence=statistics.fmean(own.divergences),
         agreement=own.agreed / own.tokens,
+        late_divergence=statistics.fmean(own.divergences[tokens // 2 :]),
         tokens_per_second=own.tokens_per_second,
         full_tokens_per_second=full.tokens_per_second,
     )

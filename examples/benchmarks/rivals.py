@@ -358,13 +358,13 @@ def markdown(rows: Sequence[Row]) -> str:
     for tokens in dict.fromkeys(row.tokens for row in rows):
         lines = [
             f"| {tokens:,} tokens | true bits | perplexity | its own in full precision | KL, nats a token | "
-            "same greedy token | tokens/s | its own in full precision |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "in the second half | same greedy token | tokens/s | its own in full precision |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         lines += [
             f"| {row.rival}, {row.cache} | {row.true_bits:.2f} | {row.perplexity:.3f} | {row.full_perplexity:.3f} | "
-            f"{row.divergence:.1e} | {row.agreement:.1%} | {_speed(row.tokens_per_second)} | "
-            f"{_speed(row.full_tokens_per_second)} |"
+            f"{row.divergence:.1e} | {_known(row.late_divergence, '.1e')} | {row.agreement:.1%} | "
+            f"{_known(row.tokens_per_second, '.1f')} | {_known(row.full_tokens_per_second, '.1f')} |"
             for row in rows
             if row.tokens == tokens
         ]
@@ -372,8 +372,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(tables)
 
 
-def _speed(tokens_per_second: float) -> str:
-    return "" if tokens_per_second != tokens_per_second else f"{tokens_per_second:.1f}"
+def _known(number: float, form: str) -> str:
+    return "" if math.isnan(number) else format(number, form)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
