@@ -30,6 +30,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -174,6 +175,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in names:
             if name not in known:
                 parser.error(f"{option}: {name!r} is not known; choose among {', '.join(known)}")
+    for rival, path in arguments.python.items():
+        if shutil.which(path) is None:
+            parser.error(f"--python: {path!r} of {rival} is no program; give the path of a Python")
     if not arguments.plot and not Path(arguments.model).is_file():
         parser.error(f"--model: {arguments.model!r} is not a file; name a .gguf file")
     arguments.folder = arguments.output / Path(arguments.model).stem
