@@ -305,6 +305,12 @@ def _add_output(parser: argparse.ArgumentParser, defaults: CompileOptions) -> No
         help="also write model.onnx, whose cache has its final bits from the start; needs pmkvq-compiler[onnx]",
     )
     output.add_argument(
+        "--whole",
+        action="store_true",
+        help="of a multimodal model, keep what turns images into embeddings: transformers and vLLM then load the whole "
+        "model from OUT (default: OUT holds the language model alone)",
+    )
+    output.add_argument(
         "--dump-passes",
         type=Path,
         metavar="DIR",

@@ -25,6 +25,7 @@ from pmkvq_compiler.emit.package import emit_package, write_for_transformers, wr
 from pmkvq_compiler.emit.place import Place, claimed
 from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.emit.weights import weight_bytes, write_weights
+from pmkvq_compiler.emit.whole import kept_whole, other_bytes, rename, write_others
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.interrupts import Signals, watched
 from pmkvq_compiler.options import CompileOptions
@@ -44,6 +45,7 @@ from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
+from pmkvq_compiler.source.multimodal import Whole
 from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.source import Source, open_source
 
@@ -92,10 +94,12 @@ def _compile(
 ) -> CompileResult:
     source, program, max_len = captured(options, steps)
     problem = resolve(options, program.sites, max_len, source.dtype, program.states)
+    whole = kept_whole(source) if options.whole else None
     if onnx_export is not None:
         onnx_export.check_expressible(program)
     if place is not None:
-        place.check_room(weight_bytes(program, source.dtype) + BESIDE_WEIGHTS)
+        needed = weight_bytes(program, source.dtype) + (0 if whole is None else other_bytes(whole))
+        place.check_room(needed + BESIDE_WEIGHTS)
     with steps("calibrate"):
         check_feasible(problem)
         calibration = load_or_calibrate(source, problem, options.output, steps.progress, options.dry_run)
@@ -113,7 +117,7 @@ def _compile(
         return CompileResult(None, plan, report)
     with steps("passes"):
         run_passes(program, _pipeline(tried.solution, calibration), options.dump_passes)
-    report = _write_artifact(source, program, problem, calibration, options, onnx_export, report, steps, place)
+    report = _write_artifact(source, program, problem, calibration, options, onnx_export, report, steps, place, whole)
     with signals.deferred():
         place.take(options.force)
         signals.state = f"{options.output} is the new artifact, whole"
@@ -131,6 +135,7 @@ def _write_artifact(
     report: Report,
     steps: Steps,
     place: Place,
+    whole: Whole | None,
 ) -> Report:
     """Write and check the artifact in the folder of `place`; returns the complete report.
 
@@ -138,7 +143,7 @@ def _write_artifact(
     """
     folder = place.folder
     with steps("emit"):
-        manifest, written = _write_model(source, program, calibration, options, place, steps.progress)
+        manifest, written = _write_model(source, program, calibration, options, place, steps.progress, whole)
         write_manifest(folder, manifest, written)
     if options.aot:
         with steps("aot"):
@@ -165,6 +170,8 @@ def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, in
     with steps("source"):
         source = open_source(options.model, options.dtype)
         max_len = _max_len(source, options)
+        if options.whole:
+            kept_whole(source)
     with steps("capture"):
         program = capture(source.config)
         if options.dump_passes is not None:
@@ -232,22 +239,27 @@ def _write_model(
     options: CompileOptions,
     place: Place,
     progress: Progress,
+    whole: Whole | None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Write everything but the report and the manifest. Returns the manifest's content without the digests, and the
     files that were written."""
     assert program.plan is not None
     package, folder = package_name(source.name), place.folder
-    written = emit_package(program, source, folder, package)
-    sizes = write_weights(program, source.read, folder, source.dtype, MAX_SHARD_BYTES, progress)
-    written += [folder / name for name in [*sizes, *([INDEX_FILE] if len(sizes) > 1 else [])]]
-    written += write_for_transformers(source, program.plan.max_len, folder, place.scratch)
+    read = source.read if whole is None else rename(program, whole, source.read)
+    written = emit_package(program, source, folder, package, whole)
+    sizes = write_weights(program, read, folder, source.dtype, MAX_SHARD_BYTES, progress)
+    weights, beside = list(sizes), [folder / INDEX_FILE] if len(sizes) > 1 else []
+    if whole is not None:
+        weights, beside = write_others(whole, folder, sizes)
+    written += [*(folder / name for name in weights), *beside]
+    written += write_for_transformers(source, program.plan.max_len, folder, place.scratch, whole)
     manifest = {
         "package": package,
-        "weights": list(sizes),
+        "weights": weights,
         "vocab_size": vocab_size(program),
         "plan": program.plan.to_json(),
         "key_rotations": rotated_layers(program),
-        "tensors": {name: tensor_table(folder / name) for name in (*sizes, f"{package}/constants.safetensors")},
+        "tensors": {name: tensor_table(folder / name) for name in (*weights, f"{package}/constants.safetensors")},
         "options": {**asdict(options), "output": None, "dump_passes": None},
         "fingerprints": {"source": source.fingerprint, "calibration": calibration.fingerprint},
     }

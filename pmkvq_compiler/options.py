@@ -53,6 +53,8 @@ class CompileOptions:
     """Members of `TARGETS` to compile the kernels for."""
     onnx: bool = False
     """Also write `model.onnx`."""
+    whole: bool = False
+    """Of a multimodal model, keep the modules that are not compiled, so that transformers and vLLM load it whole."""
     dump_passes: Path | None = None
     """Folder for the program after each pass, as readable Python."""
     dry_run: bool = False

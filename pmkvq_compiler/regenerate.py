@@ -17,6 +17,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
+from pmkvq_compiler.passes.rename_tensors import RenameTensors
 from pmkvq_compiler.runtime.errors import ArtifactError
 from pmkvq_compiler.runtime.manifest import Artifact
 from pmkvq_compiler.source.capture import capture
@@ -32,7 +33,7 @@ def check_code(artifact: Artifact) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = open_source(str(artifact.folder.absolute()))
-            emit_package(_program(artifact, source), source, Path(folder), artifact.manifest.package)
+            emit_package(_program(artifact, source), source, Path(folder), artifact.manifest.package, source.whole)
             written = _texts(Path(folder))
     except (CompileError, ValueError) as error:
         raise ArtifactError(
@@ -59,6 +60,8 @@ def _program(artifact: Artifact, source: Source) -> Program:
         if site.layer in artifact.manifest.key_rotations
     }
     run_passes(program, pipeline({}, rotations, {}, artifact.manifest.plan))
+    if source.whole is not None:
+        run_passes(program, [RenameTensors(source.whole.beginnings)])
     return program
 
 

@@ -130,15 +130,15 @@ class Artifact:
                 check.result()
 
     def check_small_files(self) -> None:
-        """`check_files` for all files but those of the weights."""
+        """`check_files` for all files but the large ones: weights, and what was kept of a multimodal model."""
         for files in (self.files, self.package):
             for name in files.digests or ():
-                if files is self.package or name not in self.manifest.weights:
+                if files is self.package or not name.endswith(".safetensors"):
                     files.check(name)
 
     def begin_checks(self, pool: Executor) -> list[Future[Path]]:
-        """`check_files` for the files of the weights, all at the same time. The results raise `ArtifactError`."""
-        return [pool.submit(self.files.check, name) for name in self.manifest.weights]
+        """`check_files` for the large files, all at the same time. The results raise `ArtifactError`."""
+        return [pool.submit(self.files.check, one) for one in self.files.digests or () if one.endswith(".safetensors")]
 
 
 def open_artifact(folder: Path) -> Artifact:

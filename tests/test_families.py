@@ -69,7 +69,8 @@ def located_source(folder: Path) -> tuple[Source, Program]:
 
 
 def exact_model(source: Source, program: Program, folder: Path) -> CompiledModel:
-    return generated(program, source, exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK), folder)
+    plan = exact_plan(program.cached_sites, MAX_LEN, BATCH, torch.float32, BLOCK, program.states)
+    return generated(program, source, plan, folder)
 
 
 def at_8_bits(layer: LayerPlan) -> LayerPlan:

@@ -40,7 +40,8 @@ FILLED_IN = {"SIZE": "25%", "PACKAGE": PACKAGE}
 """What stands for the words that a reader is to replace."""
 ELSEWHERE = {"curl", "hf", "lcb_runner", "pre-commit", "vllm"}
 """Programs of others, whose arguments are not looked at."""
-OPTIONS_ELSEWHERE = {"--enforce-eager", "--help", "--model_args", "--pipeline-parallel-size", "--trust-remote-code"}
+OPTIONS_ELSEWHERE = {"--enforce-eager", "--help", "--language-model-only", "--model_args", "--pipeline-parallel-size"}
+OPTIONS_ELSEWHERE |= {"--trust-remote-code"}
 """Options that argparse adds, or that programs of others have."""
 Check = Callable[[Sequence[str]], None]
 

@@ -24,7 +24,7 @@ pmkvq_compiler.explore
     explore(options: CompileOptions, budgets: Sequence[str], progress: Progress) -> list[Explored]
     Explored(budget: str, arena_bytes: int | None = None, true_bits: float | None = None, predicted_loss: float | None = None) -> None
 pmkvq_compiler.options
-    CompileOptions(model: str, output: Path, budget: str | None = None, max_len: int | None = None, batch_size: int = 1, serve: bool = False, recipe: str = best, bits: tuple[int, ...] | None = None, sink: int | None = None, window: int | None = None, block: int | None = None, calib: str = builtin, calib_samples: int = 4, calib_len: int = 1024, effective_len: int | None = None, device: str = auto, dtype: str = auto, aot: tuple[str, ...] = (), onnx: bool = False, dump_passes: Path | None = None, dry_run: bool = False, force: bool = False) -> None
+    CompileOptions(model: str, output: Path, budget: str | None = None, max_len: int | None = None, batch_size: int = 1, serve: bool = False, recipe: str = best, bits: tuple[int, ...] | None = None, sink: int | None = None, window: int | None = None, block: int | None = None, calib: str = builtin, calib_samples: int = 4, calib_len: int = 1024, effective_len: int | None = None, device: str = auto, dtype: str = auto, aot: tuple[str, ...] = (), onnx: bool = False, whole: bool = False, dump_passes: Path | None = None, dry_run: bool = False, force: bool = False) -> None
 pmkvq_compiler.cli
     main(argv: Sequence[str] | None = None) -> int
 pmkvq_compiler.errors
@@ -91,6 +91,7 @@ MODEL
 --dtype auto|float32|bfloat16|float16 = auto
 --aot LIST = ()
 --onnx
+--whole
 --dump-passes DIR
 --dry-run
 --json

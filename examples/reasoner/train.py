@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from delta_rule import fast_delta_rule
 from problems import MODEL, character_tokenizer, ledger, most_entries, token_ids
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -151,7 +152,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = character_tokenizer()
     model = new_model(tokenizer, arguments.architecture).to(device)
-    train(model, arguments.minutes, arguments.workers)
+    with fast_delta_rule():
+        train(model, arguments.minutes, arguments.workers)
     model.to(torch.bfloat16).eval()
     for entries in (most_entries(length) for length in LENGTHS[-3:]):
         print(f"{entries} entries: {exact(model, tokenizer, entries, 64, seed=entries):.1%} exact", flush=True)

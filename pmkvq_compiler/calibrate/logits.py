@@ -43,7 +43,7 @@ class Logits:
         """The logits (float32 [positions, V]) of some positions."""
         output = copy.copy(self.output)
         output["last_hidden_state"] = self.hidden[:, part]
-        with _returning(self.model.base_model, output):
+        with _returning(_body(self.model), output):
             return run(self.model, self.input_ids[:, part], self.position_ids[:, part])[0].float()
 
     def last(self, count: int) -> Logits:
@@ -73,13 +73,21 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         outputs.append(output)
 
-    hook = model.base_model.register_forward_hook(keep)
+    hook = _body(model).register_forward_hook(keep)
     try:
         run(model, input_ids, position_ids, last=1)
     finally:
         hook.remove()
     (output,) = outputs
     return Logits(model, output, output.last_hidden_state, input_ids, position_ids)
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that makes hidden states: the one that embeds tokens, where the model's class names none."""
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    return next(part for part in model.children() if any(module is embedding for module in part.modules()))
 
 
 @contextmanager

@@ -73,7 +73,8 @@ def _needed_bytes(source: Source, problem: Problem) -> int:
     """The bytes of the weights, and of what a backward pass over a calibration text keeps."""
     dtype, config = source.running_dtype(problem.device), source.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    numbers = NUMBERS_A_TOKEN[0] * config.hidden_size + NUMBERS_A_TOKEN[1] * inner
+    widest = max(inner) if isinstance(inner, list) else inner  # some models have one for each layer
+    numbers = NUMBERS_A_TOKEN[0] * config.hidden_size + NUMBERS_A_TOKEN[1] * widest
     kept = problem.calib_len * config.num_hidden_layers * numbers * dtype.itemsize
     return source.stored_bytes(dtype) + kept
 

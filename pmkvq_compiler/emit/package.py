@@ -18,22 +18,27 @@ from pmkvq_compiler.emit.artifact import save_tensors
 from pmkvq_compiler.emit.kernel_source import kernel_files
 from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.names import in_markdown, one_line, project_name
+from pmkvq_compiler.emit.whole import write_config
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.manifest import DTYPES, MANIFEST
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan
+from pmkvq_compiler.source.multimodal import Whole
 from pmkvq_compiler.source.source import Source
 from pmkvq_compiler.templates import read, render
 
 TAGS = ["kv-cache-quantization", "pm-kvq", "custom_code"]
 
 
-def emit_package(program: Program, source: Source, folder: Path, package: str) -> list[Path]:
+def emit_package(
+    program: Program, source: Source, folder: Path, package: str, whole: Whole | None = None
+) -> list[Path]:
     """Write the outlined `program` into `folder`: the Python package `package`, the modules for transformers beside it,
     and the model card. Returns the files.
 
     The package holds the generated `model.py` and `plan.py`, the constants and a copy of the runtime. It needs only
-    torch and safetensors, and for text also tokenizers. Only the modules beside it need transformers.
+    torch and safetensors, and for text also tokenizers. Only the modules beside it need transformers. `whole` is the
+    model that the folder is a checkpoint of, if it is not `source` alone.
     """
     if program.plan is None:
         raise ValueError("the program has no plan; run BakePlan first")
@@ -43,10 +48,11 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         "version": importlib.metadata.version("pmkvq-compiler"),
         "name": in_markdown(source.name),
         "metadata": _card_metadata(source),
-        "architecture": _architecture(source),
+        "architecture": _architecture(source) if whole is None else whole.architecture,
         "plan": plan,
         "state_bytes": plan.state_bytes(DTYPES[plan.dtype].itemsize),
-        "left_out": ", ".join(map(in_markdown, source.left_out)),
+        "modules": ", ".join(map(in_markdown, source.whole.modules if source.whole else ())),
+        "whole": whole is not None,
     }
     target = folder / package
     target.mkdir(parents=True)
@@ -61,7 +67,7 @@ def emit_package(program: Program, source: Source, folder: Path, package: str) -
         target / "chat_template.py": read("chat_template.py"),
         folder / "modeling_pmkvq.py": read("modeling_pmkvq.py"),
         folder / "modeling_compiled.py": render(
-            "modeling_compiled.py.j2", **values, config_class=type(source.config).__name__
+            "modeling_compiled.py.j2", **values, config_class=type((whole or source).config).__name__
         ),
         folder / "README.md": render("model_card.md.j2", **values),
     }
@@ -89,17 +95,23 @@ def _card_metadata(source: Source) -> str:
     ).to_yaml()
 
 
-def write_for_transformers(source: Source, max_len: int, folder: Path, scratch: Path) -> list[Path]:
+def write_for_transformers(
+    source: Source, max_len: int, folder: Path, scratch: Path, whole: Whole | None = None
+) -> list[Path]:
     """Write the config, the generation defaults (for sequences of `max_len` tokens) and the tokenizer into `folder`;
     returns the files.
 
-    transformers decides what the files are called, so it first writes into an empty folder in `scratch`.
+    transformers decides what the files are called, so it first writes into an empty folder in `scratch`. Config and
+    processors are those of `whole`, if the folder is a checkpoint of that model.
     """
     place = scratch / "transformers"
     place.mkdir()
-    _write_config(source, place)
     source.save_generation_config(place, max_len)
     source.save_tokenizer(place)
+    if whole is None:
+        _write_config(source, place)
+    else:
+        write_config(whole, source.dtype, place)
     made = {path: folder / path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()}
     for path, target in made.items():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """Dtypes as the format names them."""
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)

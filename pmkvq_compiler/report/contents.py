@@ -127,15 +127,18 @@ def report_contents(
         serving=serving(plan) if unserved is None else None,
         bytes_over_tokens=bytes_over_tokens(plan),
         state_bytes=plan.state_bytes(problem.dtype.itemsize),
-        notes=_notes(source, problem),
+        notes=_notes(source, problem, options.whole),
     )
 
 
-def _notes(source: Source, problem: Problem) -> list[tuple[str, str, str]]:
+def _notes(source: Source, problem: Problem, whole: bool) -> list[tuple[str, str, str]]:
     found = []
-    if source.left_out:
+    if source.whole is not None and whole:
+        remark = "not compiled: transformers and vLLM load the whole model with them"
+        found.append(("kept", ", ".join(source.whole.modules), remark))
+    elif source.whole is not None:
         remark = f"the artifact is the language model ({source.config.model_type}) and takes text alone"
-        found.append(("left out", ", ".join(source.left_out), remark))
+        found.append(("left out", ", ".join(source.whole.modules), remark))
     expanded = _expanded_bytes(problem)
     if expanded:
         remark = "at 16 bits, if the cache held the keys and values of every head instead of the latents"

@@ -46,6 +46,7 @@ class Checkpoint:
 
         Raises `CompileError` if a file is missing, is damaged, lies outside of the folder, or contradicts another file.
         """
+        self.folder = folder
         self.files = _weight_files(folder, named)
         self.tensors: dict[str, StoredTensor] = {}
         self._stored_names: Mapping[str, str] = {}

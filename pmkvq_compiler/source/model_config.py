@@ -126,9 +126,11 @@ def check_sizes(name: str, config: PretrainedConfig, stored: Mapping[str, Stored
     before anything is built from the configuration."""
     text = config.get_text_config()
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    limits = {"num_hidden_layers": layer_count(stored), **dict.fromkeys(SIZES, SLACK * largest)}
+    limits = dict.fromkeys(SIZES, SLACK * largest)
     limits |= dict.fromkeys(COUNTS, max(largest, len(stored)))  # each may be a module of its own, which takes time
-    _check_size(name, "num_hidden_layers", getattr(text, "num_hidden_layers", None), limits.pop("num_hidden_layers"))
+    # where a layer has several attentions, num_hidden_layers counts these
+    depth = "num_layers" if hasattr(type(text), "num_layers") else "num_hidden_layers"
+    _check_size(name, depth, getattr(text, depth, None), layer_count(stored))
     # where layers differ, transformers does not tell a size of all of them
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
     for layer in layers:

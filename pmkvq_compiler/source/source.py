@@ -41,7 +41,7 @@ from pmkvq_compiler.source.gguf_header import read_header
 from pmkvq_compiler.source.gguf_tensors import check_tensors, default_dtype
 from pmkvq_compiler.source.model_card import read_card
 from pmkvq_compiler.source.model_config import check_causal_lm, check_sizes, read_config, read_json, settle
-from pmkvq_compiler.source.multimodal import language_model, only_language
+from pmkvq_compiler.source.multimodal import Whole, language_model, only_language
 from pmkvq_compiler.source.rope import fixed_frequencies
 from pmkvq_compiler.source.stored_names import model_class, skeleton, stored_names
 from pmkvq_compiler.source.tokenizer_files import has_tokenizer, tokenizer_files, try_tokenizer
@@ -123,8 +123,8 @@ class Source:
     """One model: config, tokenizer and tensors. If a loaded copy is needed, `read` and `load_model` share it.
 
     Attributes: `name`, `config`, `generation_config`, `dtype` (that the artifact stores), `base_model` (a hub id),
-    `license` and `left_out`. A hub id and a license that are unknown are None. Of a multimodal model, this is the
-    language model inside, and `left_out` lists the other modules.
+    `license` and `whole`. A hub id and a license that are unknown are None. Of a multimodal model, this is the language
+    model inside, and `whole` is the model around it.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Source:
         license: str | None = None,
     ) -> None:
         self.name = name
-        self.left_out: list[str] = []
+        self.whole: Whole | None = None
         self._folder = folder
         self._gguf_path = (folder / (gguf_file or "")).resolve()
         self._checkpoint: Checkpoint | None = None
@@ -158,7 +158,7 @@ class Source:
             check_causal_lm(name, self.config)
             self._checkpoint = Checkpoint(folder, getattr(whole, "transformers_weights", None))
             if inside is not None:
-                self._checkpoint, self.left_out = only_language(name, inside, self._checkpoint)
+                self._checkpoint, self.whole = only_language(name, inside, self._checkpoint)
             check_sizes(name, self.config, self._checkpoint.tensors)
             settle(self.config)
             self._checkpoint_names = stored_names(name, self.config, self._checkpoint)

@@ -124,6 +124,11 @@ def _check_model(config: VllmConfig, artifact: Artifact) -> None:
             f"{artifact.folder} has layers that read the caches of other layers, which the plugin for vLLM does not "
             f"serve; load it with pmkvq_compiler.runtime, or serve the original model"
         )
+    if getattr(model, "is_mm_prefix_lm", False):
+        raise InputError(
+            f"{artifact.folder} lets the tokens of an image see each other, which the plugin for vLLM does not serve; "
+            f"pass --language-model-only, or serve the original model"
+        )
     if any(layer.chunked for layer in plan.layers):
         raise InputError(
             f"{artifact.folder} attends in chunks, which the plugin for vLLM does not serve; load it with "

@@ -16,6 +16,7 @@ from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.source import open_source
 from tests.families import EXPERTS, FAMILIES
 from tests.fuzz import chosen
+from tests.hybrids import HYBRIDS
 from tests.models import SHAPE
 from tests.programs import relative_error
 from tests.test_families import exact_model, located_source
@@ -24,6 +25,7 @@ TEXT = {**SHAPE, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP = {**VISION, "image_size": 16, "patch_size": 8}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+INTERLEAVED = {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}
 QWEN = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 8}
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -39,9 +41,16 @@ WHOLE: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": {**TEXT, "model_type": "llama"},
         "vision_config": {**SIGLIP, "model_type": "clip_vision_model"},
+        "image_token_id": 3,
+    },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGLIP, "model_type": "smolvlm_vision"},
+        "image_token_id": 3,
+        "scale_factor": 2,
     },
     "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**QWEN, "embed_dim": 32}},
-    "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": QWEN},
+    "qwen2_5_vl": {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": QWEN, "image_token_id": 3},
     "qwen3_vl": {
         "text_config": {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -50,11 +59,44 @@ WHOLE: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, **EXPERTS, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     },
+    "qwen3_5": {
+        "text_config": {**TEXT, **HYBRIDS["qwen3_5_text"], "rope_parameters": INTERLEAVED},
+        "vision_config": {**QWEN, "num_position_embeddings": 16},
+    },
+    "qwen3_5_moe": {
+        "text_config": {**TEXT, **HYBRIDS["qwen3_5_moe_text"], "rope_parameters": INTERLEAVED},
+        "vision_config": {**QWEN, "num_position_embeddings": 16},
+    },
+    "lfm2_vl": {
+        "text_config": {**TEXT, **HYBRIDS["lfm2"], "model_type": "lfm2"},
+        "vision_config": {**SIGLIP, "model_type": "siglip2_vision_model", "num_patches": 4},
+    },
+    "gemma4": {
+        "text_config": {**TEXT, **FAMILIES["gemma4"].overrides},
+        "vision_config": {**SIGLIP, "head_dim": 16, "num_key_value_heads": 2, "global_head_dim": 16},
+    },
+    "internvl": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
+    },
     "llama4": {
         "text_config": {**TEXT, **FAMILIES["llama4"].overrides},
         "vision_config": {**SIGLIP, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
     },
 }
+REFUSED: dict[str, dict[str, Any]] = {
+    "glm4v": {
+        "text_config": {**TEXT, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        "vision_config": QWEN,
+    },
+    "paligemma": {
+        "text_config": {**TEXT, "model_type": "gemma"},
+        "vision_config": {**SIGLIP, "model_type": "siglip_vision_model", "projection_dim": 64},
+        "image_token_id": 3,
+        "projection_dim": 64,
+    },
+}
+"""One whose language model transformers cannot generate with alone, and one that reads prompts in both directions."""
 EARLIER = {
     "gemma3": {"model.language_model.": "language_model.model.", "model.": ""},
     "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
@@ -65,7 +107,7 @@ EARLIER = {
 
 def whole_model(model_type: str, folder: Path) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **WHOLE[model_type])
+    config = AutoConfig.for_model(model_type, **{**WHOLE, **REFUSED}[model_type])
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,8 +142,9 @@ def test_the_language_model_computes_what_the_whole_one_does(model_type: str, tm
     assert relative_error(exact_model(source, program, tmp_path)(ids), expected) <= 1e-5
     with torch.no_grad():
         assert relative_error(source.load_model("eager")(ids).logits, expected) <= 1e-5
-    assert source.left_out
-    assert all("lang" not in module and module != "layers" for module in source.left_out)
+    assert source.whole is not None
+    assert source.whole.modules
+    assert all("lang" not in module and module != "layers" for module in source.whole.modules)
 
 
 @pytest.mark.parametrize("model_type", chosen(EARLIER, "llava", "qwen2_5_vl"))
@@ -132,4 +175,16 @@ def test_a_language_model_that_transformers_does_not_know_is_refused(tmp_path: P
     config["text_config"] = {"model_type": "qwen2_5_omni_text", "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompileError, match="no causal language model for the qwen2_5_omni_text inside it"):
+        open_source(str(tmp_path))
+
+
+def test_a_known_model_without_a_language_model_of_its_own_is_refused(tmp_path: Path) -> None:
+    whole_model("glm4v", tmp_path)
+    with pytest.raises(CompileError, match="no causal language model for the glm4v_text inside it"):
+        open_source(str(tmp_path))
+
+
+def test_a_model_whose_prompts_are_not_read_causally_is_refused(tmp_path: Path) -> None:
+    whole_model("paligemma", tmp_path)
+    with pytest.raises(CompileError, match=r"\(paligemma\) lets the tokens of a prompt see those that come after them"):
         open_source(str(tmp_path))
