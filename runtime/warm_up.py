@@ -78,10 +78,11 @@ def first_kernels(
 
 
 def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype: torch.dtype) -> None:
-    """Make the launches for a prompt and for one token in a new cache of a layer, without memory."""
+    """Make the launches for one token, a short prompt, and one that the library attends to, in a new cache of a layer,
+    without memory."""
     whole = roomy(replace(plan, dtype=str(dtype).removeprefix("torch.")), layer)
-    for count in (1, 2):
-        if count <= plan.max_len:
+    for count in (1, 2, kernels.tuning.library_unit):
+        if 1 <= count <= plan.max_len:
             attend(kernels, whole, plan.max_len, 0, _call(kernels, layer, count, dtype))
 
 

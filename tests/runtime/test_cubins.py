@@ -22,6 +22,7 @@ from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import choose_attention, import_generated
+from pmkvq_compiler.runtime.tuning import Tuning
 from pmkvq_compiler.runtime.warm_up import launch_first
 
 from ..conftest import CompileTiny
@@ -31,7 +32,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 import triton
 
-from ..kernel_checks import CONSERVATIVE
+from ..kernel_checks import CONSERVATIVE, LIBRARY
 
 SMALL = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 OPTIONS = {"budget": "76KiB", "max_len": 420, "batch_size": 2, "block": 64, "window": 64, "calib_len": 160}
@@ -110,16 +111,17 @@ def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: 
             assert one.divisible >= foreseen[name].launches[key].divisible, f"{key} relies on more than holds"
 
 
-def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny: CompileTiny) -> None:
-    """But for the kernel that merges the parts of a cache: their number depends on the cache, and it compiles fast."""
-    artifact = compile_tiny("gemma2", GEMMA, **OPTIONS)
+@pytest.mark.parametrize("tuning", [CONSERVATIVE, LIBRARY], ids=["kernels", "library"])
+def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny: CompileTiny, tuning: Tuning) -> None:
+    """But for small kernels: those that merge the parts of a cache, whose number depends on the cache."""
+    artifact = compile_tiny("gemma2", {**GEMMA, "attn_logit_softcapping": None}, dtype="bfloat16", **OPTIONS)
     package, model = package_of(artifact), runtime.load(artifact)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in names}
     known, launched = ({name: launches.Recorder(module) for name, module in modules.items()} for _ in range(2))
     for name, layer in zip(names, model.plan.layers, strict=True):
-        launch_first(LayerKernels(known[name], CONSERVATIVE), model.plan, layer, model.dtype)
-    attention = [LayerKernels(launched[name], CONSERVATIVE) for name in names]
+        launch_first(LayerKernels(known[name], tuning), model.plan, layer, model.dtype)
+    attention = [LayerKernels(launched[name], tuning) for name in names]
     for batch in (1, 2):
         cache = dataclasses.replace(model, attention=attention).new_cache(batch, 260)
         for count in (3, 1, 70, 1, 1):
@@ -127,13 +129,14 @@ def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny:
             dataclasses.replace(model, attention=attention)(ids, cache, attention_mask=torch.ones_like(ids))
         assert [store.stage for store in cache.layers] == [0, 0]
     for name, recorder in launched.items():
-        of_merging = {key for key, one in recorder.launches.items() if one.kernel == "merge"}
-        assert of_merging
-        assert recorder.launches.keys() - of_merging == known[name].launches.keys() - {
-            key for key, one in known[name].launches.items() if one.kernel == "merge"
-        }
-        for key in recorder.launches.keys() - of_merging:
-            assert recorder.launches[key].divisible >= known[name].launches[key].divisible
+        found, expected = (
+            {key: one for key, one in each.launches.items() if one.kernel not in ("merge", "join")}
+            for each in (recorder, known[name])
+        )
+        assert found.keys() == expected.keys()
+        assert all(one.divisible >= expected[key].divisible for key, one in found.items())
+    kernels = {one.kernel for recorder in launched.values() for one in recorder.launches.values()}
+    assert ("halve" in kernels) == (tuning is LIBRARY)
 
 
 def test_code_takes_the_parameters_that_are_passed(compiled: Path, tmp_path: Path) -> None:
