@@ -59,12 +59,13 @@ def first_kernels(
     if device.type != "cuda" or not kinds:
         yield
         return
+    index = torch.cuda.current_device() if device.index is None else device.index  # a thread has a device of its own
 
     def compile_all() -> None:
         import triton
 
         with (
-            torch.cuda.device(device),
+            torch.cuda.device(index),
             ThreadPoolExecutor(min(COMPILED_AT_ONCE, os.cpu_count() or 1)) as pool,
             triton.AsyncCompileMode(pool, ignore_errors=True),
         ):
