@@ -59,17 +59,24 @@ class Prefill:
 
     def attend(self) -> Tensor:
         """Attention [B, Hq, S, dv] in the dtype of `q`."""
-        make = torch.empty if self.new.fill(self.q.shape[2]) else torch.zeros  # padding columns stay zero
-        out = make(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=self.q.device)
         unit, counts = self.tuning.library_unit, self.new.counts
-        if unit and max(counts) >= unit and self._is_known_to_the_library():
-            for sequence, count in enumerate(counts):
-                found = self._by_the_library(sequence) if count >= unit else None
-                if count:
-                    self._attend_rest(range(sequence, sequence + 1), found, out)
-        else:
+        if not unit or max(counts) < unit or not self._is_known_to_the_library():
+            out = self._result()
             self._attend_rest(range(len(counts)), None, out)
+            return out
+        found = self._by_the_library(0)
+        out = self._result()  # only now, when the memory that the library needed in between is free again
+        for sequence, count in enumerate(counts):
+            if sequence:
+                found = self._by_the_library(sequence)
+            if count:
+                self._attend_rest(range(sequence, sequence + 1), found, out)
         return out
+
+    def _result(self) -> Tensor:
+        """Room for the result, whose padding columns are zeros."""
+        make = torch.empty if self.new.fill(self.q.shape[2]) else torch.zeros
+        return make(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=self.q.device)
 
     # ---- most of it, by the library ----
 
@@ -80,9 +87,12 @@ class Prefill:
             return False
         return library_has(self.q.device, plan.key_head_dim, plan.value_head_dim)
 
-    def _by_the_library(self, sequence: int) -> Found:
-        """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool."""
+    def _by_the_library(self, sequence: int) -> Found | None:
+        """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool; None if it
+        brings too few."""
         own, plan, unit = self.new.columns[sequence], self.store.plan, self.tuning.library_unit
+        if self.new.counts[sequence] < unit:
+            return None
         q, k, v = (halved(self.module, part, sequence, own, unit) for part in (self.q, self.k, self.v))
         pieces = pieces_of(self.store.live_blocks(sequence), plan.block, unit, self._room_of_blocks)
         themselves = library_attention(q, k, v, self.scale, causal=True)

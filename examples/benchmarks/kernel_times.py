@@ -5,7 +5,7 @@
 
 `decode`: one token's attention, against the best of cuDNN SDPA, flash SDPA and a Triton kernel over bf16. `append`: one
 token into the cache, against the decode attention of the same step. `lower`: codes lowered in place, against the
-device's copy bandwidth. `prefill`: a prompt in chunks, against flash attention over the whole prompt.
+device's copy bandwidth. `prefill`: a prompt in chunks, against the best of cuDNN and flash attention over all of it.
 
 Every row and its baseline are measured in the same run, after what they compute was compared (`gate.py`): a kernel that
 is wrong gets no row, and the exit code is 1. Times are medians of replayed CUDA graphs over random data, with the
