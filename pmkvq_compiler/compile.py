@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -107,6 +108,7 @@ def _compile(
         signals.state = f"nothing was changed, and the calibration is kept in {kept}"
     with steps("plan"):
         (tried,) = best_plans(source, [problem], calibration, steps.progress)
+        gc.collect()  # the model, which is no longer needed and refers to itself
         plan = tried.solution.plan
         if options.aot:
             check_plan(plan)

@@ -238,12 +238,11 @@ class Cache:
         self.new_tokens = new
         if self.state is not None:
             starts, counts = [own.start for own in columns], new.counts
-            reached = [
-                max(length, *(layer.reached(sequence) for layer in self.layers))
-                for sequence, length in enumerate(self._length)
-            ]
+            reached = [max(length, *(one.reached(b) for one in self.layers)) for b, length in enumerate(self._length)]
             rows = state_rows({"length": self._length, "start": starts, "count": counts, "reached": reached})
-            self.state.copy_(torch.tensor(rows, dtype=torch.int32))
+            # from pinned memory, so that the host need not wait until the device has done all before it
+            told = torch.tensor(rows, dtype=torch.int32, pin_memory=self.state.is_cuda)
+            self.state.copy_(told, non_blocking=True)
 
     def steps_until_lowering(self, counts: Sequence[int]) -> int:
         """How many steps of `counts` tokens (0 or 1 for each sequence) fit before a layer must be lowered or the cache

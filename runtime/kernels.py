@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +19,9 @@ from .backend import NewTokens, lower_until_fit
 from .cubins import CompiledKernels
 from .errors import InputError
 from .layer_cache import LayerCache
-from .plan import FINAL_BITS, LayerPlan, block_bytes
-from .tuning import Tuning
+from .plan import LayerPlan, block_bytes
+from .prefill import Prefill
+from .tuning import Tuning, widths_of
 
 SMALLEST_BLOCK = 64
 """The fewest tokens of a block that the kernels can read. Where its codes would not fill LINE_BITS, it needs more."""
@@ -37,19 +39,16 @@ LANE_BITS = 32
 LINE_BITS = 4 * LANE_BITS
 """Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
 
-ROWS_COPIED = 64
-"""Tokens outside the pool that a program of the unpacking kernel takes at once."""
-
 ROWS_DECODED = 16
 """Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
 
-FEWEST_BLOCKS = 2
-"""The fewest blocks of the pool that a program of the decode kernel reads: merging its result costs time, too."""
+PROGRAM_BLOCKS = 1
+"""Blocks that a program of the decode kernel would read in the time that its start and its end take."""
 
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
-MERGED_AT_ONCE = 64
+MERGED_AT_ONCE = 256
 """Parts of a head that a program of the merging kernel holds at a time."""
 
 
@@ -103,7 +102,7 @@ class LayerKernels:
         if waiting is None:
             return self.decode(q, store.plan.value_head_dim, store, new.state, scale, sinks)
         q, k, v = map(_with_dense_channels, (q, *waiting))
-        return self._prefill(q, k, v, store, new, scale, sinks)
+        return Prefill(self.module, self.tuning, q, k, v, store, new, scale, sinks).attend()
 
     def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
         """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is
@@ -196,8 +195,15 @@ class LayerKernels:
             batch,
             splits,
             **merge_launch(splits),
+            **self.overlap(q.device),
         )
         return out
+
+    def overlap(self, device: torch.device) -> dict[str, bool]:
+        """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
+        Only Triton can launch it so."""
+        able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        return {"launch_pdl": True} if able and isinstance(self.module, ModuleType) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -210,130 +216,26 @@ class LayerKernels:
             "maxnreg": tuning.registers_for(max(plan.key_head_dim, plan.value_head_dim)),
         }
 
-    def _prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        store: LayerCache,
-        new: NewTokens,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Attention of new tokens over unpacked keys and values. As many heads are unpacked at once as fit the scratch,
-        but at least one, which may take more."""
-        module = self.module
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)  # padding columns stay zero
-        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-        pieces, capacity = _unpacked(store, new)
-        heads = q.shape[0] * store.plan.num_key_value_heads
-        channels = module.KEY_PADDED.value + module.VALUE_PADDED.value
-        at_once = min(heads, max(1, self.tuning.prefill_scratch // (capacity * channels * dtype.itemsize)))
-        keys, values = (
-            torch.empty(at_once, capacity, padded.value, dtype=dtype, device=q.device)
-            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
-        )
-        for first in range(0, heads, at_once):
-            some = slice(first, min(heads, first + at_once))
-            self._unpack(k, v, keys, values, store, new.state, some, pieces)
-            self._attend_unpacked(q, keys, values, out, store, new.state, some, scale, sinks)
-        return out
-
-    def _unpack(
-        self,
-        k: Tensor,
-        v: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        store: LayerCache,
-        state: Tensor | None,
-        heads: slice,
-        pieces: int,
-    ) -> None:
-        """Write into `keys` and `values` [heads, capacity, channels] what these heads attend to: pool, rows, new
-        tokens."""
-        self.module.unpack[(pieces, 2, heads.stop - heads.start)](
-            store.words,
-            store.buffers,
-            k,
-            v,
-            keys,
-            values,
-            state,
-            k.stride()[:3],
-            v.stride()[:3],
-            store.head_units,
-            heads.start,
-            k.shape[0],
-            store.plan.window,
-            store.ring,
-            keys.shape[1],
-            **widths_of(store.plan, store.bits),
-            ROWS=ROWS_COPIED,
-            num_warps=4,
-        )
-
-    def _attend_unpacked(
-        self,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        store: LayerCache,
-        state: Tensor | None,
-        heads: slice,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> None:
-        """Write into `out` the attention of these heads' queries over their unpacked `keys` and `values`."""
-        batch, query_heads, columns = q.shape[:3]
-        plan, tuning = store.plan, self.tuning
-        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
-        grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
-        self.module.prefill[grid](
-            q,
-            keys,
-            values,
-            q if sinks is None else sinks,
-            out,
-            state,
-            q.stride()[:3],
-            columns,
-            heads.start,
-            batch,
-            plan.window,
-            store.ring,
-            keys.shape[1],
-            scale,
-            TILE=tile,
-            STEP=step,
-            num_warps=tuning.prefill_warps,
-            num_stages=tuning.prefill_stages,
-        )
-
 
 def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _unpacked(store: LayerCache, new: NewTokens) -> tuple[int, int]:
-    """For a head of the longest sequence: how many programs unpack it, and the tokens that its room must hold."""
-    live = [store.live_blocks(sequence) for sequence in range(len(store.rows))]
-    copied = [rows + count for rows, count in zip(store.rows, new.counts, strict=True)]
-    pieces = max(blocks + -(-rows // ROWS_COPIED) for blocks, rows in zip(live, copied, strict=True))
-    tokens = max(blocks * store.plan.block + rows for blocks, rows in zip(live, copied, strict=True))
-    return pieces, -(-tokens // ROWS_COPIED) * ROWS_COPIED
-
-
+@lru_cache
 def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int]:
     """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
-    As few as keep nine in ten of the `places` busy that the device has for programs, and no smaller than is worth a
-    program.
+    They are the fewest that are done soonest on a device that runs `places` programs at once. The programs of rows are
+    short and come last, where the others leave places empty.
     """
     row_splits = -(-rows // ROWS_DECODED)
-    most = max(1, blocks // FEWEST_BLOCKS)
-    splits = next((n for n in range(1, most) if heads * n >= 0.9 * places * -(-heads * n // places)), most)
+
+    def time(splits: int) -> float:
+        longest = -(-blocks // splits) + PROGRAM_BLOCKS
+        work = splits * longest + row_splits * (1 + PROGRAM_BLOCKS)
+        return max(longest * -(-heads * splits // places), work * heads / places)
+
+    splits = min(range(1, max(1, min(blocks, 8 + 4 * places // heads)) + 1), key=time)
     return splits, splits + row_splits
 
 
@@ -374,12 +276,6 @@ def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int
     while first < live:
         yield first, min(last, live)
         first, last = last, max(last + 1, last * wide // narrow)
-
-
-def widths_of(plan: LayerPlan, bits: tuple[int, int]) -> dict[str, int]:
-    """The `bits` of K and V. Where nothing is quantized, any that the kernels know will do."""
-    key_bits, value_bits = bits if plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
-    return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 
 def merge_launch(splits: int) -> dict[str, int]:

@@ -33,6 +33,7 @@ from .model import CompiledModel
 from .plan import CachePlan
 from .reference import REFERENCE
 from .tuning import read_tunings, tuning_for
+from .warm_up import first_kernels
 
 Backend = Literal["reference", "triton"]
 Verify = Literal["digests", "manifest"]
@@ -58,7 +59,7 @@ def load(
     The digests of the weights are computed while the weights are read. With `verify="manifest"` they are not: then the
     files of weights only need to have the tensors, dtypes, shapes and sizes that the manifest lists. Loading is faster,
     but damaged weights go unnoticed, and the model's answers may be wrong without an error. All other files are
-    compared with their digests in any case.
+    compared with their digests in any case. Meanwhile, the kernels are compiled that the first tokens need.
 
     Raises `ArtifactError` where the folder is not an artifact, holds a changed file, has another format version, or
     contradicts its manifest, and `InputError` where the device is missing, the backend cannot run on it, or `verify` is
@@ -97,7 +98,8 @@ def _loaded(
         check_code(artifact)
     plan, code = _generated(artifact)
     attention = choose_attention(artifact.package, plan, place, backend, target, compiled=trust_code)
-    weights = _read_weights(artifact, target, place)
+    with first_kernels(attention, plan, target, place):
+        weights = _read_weights(artifact, target, place)
     hidden_states, logits = code.bind(weights)
     return CompiledModel(
         plan=plan,

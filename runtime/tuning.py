@@ -8,9 +8,14 @@ import torch
 
 from .errors import ArtifactError
 from .manifest import AGAIN, conform, parse_json
-from .plan import CODE_BITS
+from .plan import CODE_BITS, FINAL_BITS, LayerPlan
 
 TUNING, DEFAULT_TUNING = "tuning.json", "default"
+
+LIBRARY_TILE = 64
+"""What `library_unit` is a multiple of."""
+
+MAY_BE_ZERO = ("decode", "library_unit")
 
 LARGEST_REGISTERS = 248
 """The most registers that a lane is given: with these, eight programs of one warp fit a multiprocessor."""
@@ -54,6 +59,9 @@ class Tuning:
     lower_warps: int = 8
     prefill_scratch: int = 256 << 20
     """Bytes for unpacked keys and values, which new tokens attend to."""
+    library_unit: int = 0
+    """The library attends for so many new tokens or more, whose number is rounded up to a multiple of this. 0: it
+    attends for none on this device. A multiple of LIBRARY_TILE."""
 
     def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
         """How many queries and keys a step of the prefill kernel takes. Wider heads take fewer keys, to fit shared
@@ -73,13 +81,19 @@ def read_tunings(text: str) -> dict[str, Tuning]:
         raise ArtifactError(f"{TUNING} has nothing for {DEFAULT_TUNING!r}; {AGAIN}")
     for tuning in tunings.values():
         decode = [number for one in tuning.decode.values() for number in astuple(one)]
-        launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name != "decode"]
+        launch = [getattr(tuning, field.name) for field in fields(tuning) if field.name not in MAY_BE_ZERO]
         if tuning.decode.keys() != {*CODE_BITS}:
             widths = ", ".join(map(str, CODE_BITS))
             raise ArtifactError(f"{TUNING} does not say how V is decoded at exactly {widths} bits; {AGAIN}")
-        if min(decode) < 0 or min(launch) < 1:
+        if min(*decode, tuning.library_unit) < 0 or min(launch) < 1 or tuning.library_unit % LIBRARY_TILE:
             raise ArtifactError(f"{TUNING} has numbers that no kernel can be launched with; {AGAIN}")
     return tunings
+
+
+def widths_of(plan: LayerPlan, bits: tuple[int, int]) -> dict[str, int]:
+    """The `bits` of K and V. Where nothing is quantized, any that the kernels know will do."""
+    key_bits, value_bits = bits if plan.quantized else (FINAL_BITS[0], FINAL_BITS[0])
+    return {"KEY_BITS": key_bits, "VALUE_BITS": value_bits}
 
 
 def tuning_for(device: torch.device, tunings: dict[str, Tuning]) -> Tuning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from transformers import dynamic_module_utils
 
 from pmkvq_compiler.compile import compile_model
+from pmkvq_compiler.emit import check
 from pmkvq_compiler.options import CompileOptions
 
+from . import check_processes
 from .folders import TEXT, model_folder
 from .models import SHAPE, tiny_folder
 
@@ -36,6 +39,18 @@ def token_lines(path: Path, seed: int = 0, lines: int = 4, count: int = 200) -> 
     rows = torch.randint(3, SHAPE["vocab_size"], (lines, count), generator=generator).tolist()
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     return path
+
+
+# Tests of the process itself, of its isolation and of interrupts, have the real one: see `real_checks`.
+check.subprocess = check_processes.FORKED  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def real_checks() -> Iterator[None]:
+    """Artifacts are checked in interpreters that are started anew, as they are for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "subprocess", subprocess)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

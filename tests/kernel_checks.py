@@ -13,6 +13,8 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,9 @@ from .runtime.plans import cache_plan, layer_plan
 from .runtime.test_attention import reference, stored_numbers
 
 CONSERVATIVE = read_tunings(tuning_table())[DEFAULT_TUNING]
+
+LIBRARY = dataclasses.replace(CONSERVATIVE, library_unit=64, prefill_scratch=1 << 16)
+"""The library reads the history of prompts of 64 tokens or more, few blocks at a time."""
 
 TOLERANCE = 2e-3
 """Relative norm of the error, for inputs in fp16 or bf16."""
@@ -97,6 +102,19 @@ def render_module(case: Case, paged: bool = False) -> ModuleType:
     return sys.modules[name]
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every tensor that is made without numbers holds NaNs: one that is read without having been written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is on"
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@poisoned()
 def run_case(case: Case, device: torch.device, seed: int = 0) -> list[float]:
     """Feed the case's calls; the relative error of every call's output. What is stored equals the reference's cache."""
     generator = torch.Generator().manual_seed(seed)
@@ -258,6 +276,14 @@ RAGGED = (
     *(((slice(0, 1),) * 3,) * 2),
 )
 
+RAGGED_HISTORY = (
+    (slice(0, 200), slice(150, 200), slice(0, 140), slice(60, 200)),
+    (slice(0, 1), slice(0, 0), slice(0, 1), slice(0, 1)),
+    (slice(0, 100), slice(30, 100), slice(0, 0), slice(70, 100)),
+    ((slice(0, 1),) * 4),
+)
+"""The second call of many tokens meets sequences with many blocks and with none, and a sequence that brings few."""
+
 SMALL = [
     Case(steps=steps(1, 67, 1, 150, 1, 1)),
     Case(key_axis="token", key_bits=2, value_bits=4, group=7, steps=steps(300, 1, 60, 1)),
@@ -270,6 +296,7 @@ SMALL = [
     Case(steps=RAGGED),
     Case(dtype=torch.float32, head_dim=80, key_bits=2, steps=steps(150, 70)),
     Case(steps=steps(196, 90), taken_back=64),
+    Case(steps=RAGGED_HISTORY, heads=2, group=3, has_sinks=True, tuning=LIBRARY),
 ]
 
 if os.environ.get(fuzz.LONG):

@@ -19,10 +19,12 @@ POINTERS = {
     "keys": "*fp16",
     "values": "*fp16",
     "rotation": "*fp32",
+    **dict.fromkeys(("found", "halves", "means", "others"), "*fp16"),
+    **dict.fromkeys(("found_sums", "log_sums", "other_sums"), "*fp32"),
     **dict.fromkeys(("starts", "lengths", "page_table", "row_table"), "*i32"),
 }
-ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
-STRIDES = {"query_strides", "key_strides", "value_strides"}
+ROWS = {"numbers", "queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
+STRIDES = {"strides", "query_strides", "key_strides", "value_strides"}
 
 
 def signature(names: list[str], dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
-        "prefill": (module.prefill, 4, {"TILE": 64, "STEP": 64}),
+        "halve": (module.halve, 4, {"CHANNELS": case.head_dim, "TILE": 32}),
+        "join": (module.join, 4, {"TILE": 32}),
+        "prefill": (module.prefill, 4, {"FOUND": True, "TILE": 64, "STEP": 64}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)
@@ -76,7 +80,7 @@ def compile_pages(case: Case, capability: int, exact: bool = False) -> dict[str,
         "rotate": (module.rotate, 4, {"TILE": 16}),
         "merge": (module.merge_pages, 4, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack_pages, 4, {**layer, "ROWS": 64}),
-        "prefill": (module.prefill_pages, 4, {"EXACT": exact, "TILE": 64, "STEP": 64}),
+        "prefill": (module.prefill_pages, 4, {"FOUND": not exact, "EXACT": exact, "TILE": 64, "STEP": 64}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)

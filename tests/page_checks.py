@@ -24,7 +24,16 @@ from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
 
-from .kernel_checks import CONSERVATIVE, INTERPRETED_BFLOAT16, TOLERANCE, Case, render_module, repair_interpreter
+from .kernel_checks import (
+    CONSERVATIVE,
+    INTERPRETED_BFLOAT16,
+    LIBRARY,
+    TOLERANCE,
+    Case,
+    poisoned,
+    render_module,
+    repair_interpreter,
+)
 from .runtime.test_attention import record_numbers, reference
 
 POISON = 0xFF
@@ -99,6 +108,7 @@ class Pool:
             table[sequence, gone] = 0
 
 
+@poisoned()
 def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float]:
     """Feed the case's steps; the relative error of every step's output. The pool is the reference's to the last bit."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,8 +164,10 @@ def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float
 
 def batch_of(pool: Pool, counts: Sequence[int], lengths: Sequence[int]) -> Batch:
     several = [sequence for sequence, count in enumerate(counts) if count > 1]
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    places = list(zip(starts.tolist(), starts[1:].tolist(), lengths, strict=False))
     return Batch(
-        starts=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        starts=starts,
         lengths=torch.tensor(lengths, dtype=torch.int32),
         page_table=pool.page_table,
         row_table=pool.page_table if pool.layer.exact else pool.row_table,
@@ -163,6 +175,7 @@ def batch_of(pool: Pool, counts: Sequence[int], lengths: Sequence[int]) -> Batch
         longest=max(lengths),
         several=range(several[0], several[-1] + 1) if several else range(0),
         single=1 in counts,
+        known=places[several[0] : several[-1] + 1] if several else (),
     )
 
 
@@ -228,6 +241,7 @@ SMALL = [
     PagedCase(Case(sliding_window=70, head_dim=80), ((90, 1), (1, 65), (50, 1), (1, 1)), exact=True),
     PagedCase(Case(dtype=torch.float32, key_bits=8), ((100, 1), (1, 90))),
     PagedCase(Case(sink=70, window=64, sliding_window=100), ((163, 20), (1, 143), (2, 1), (1, 2))),
+    PagedCase(Case(heads=2, group=3, has_sinks=True), ((200, 1, 90), (70, 65, 100), (1, 1, 66)), tuning=LIBRARY),
 ]
 """For the interpreter, which is slow."""
 

@@ -25,6 +25,8 @@ from pmkvq_compiler.failures import explain
 from tests.conftest import CompileTiny
 from tests.folders import tree
 
+pytestmark = pytest.mark.usefixtures("real_checks")
+
 TRAPS = ["torch", "json", "struct", "pickle", "multiprocessing", "safetensors", "sitecustomize_of_mine", "subprocess"]
 
 

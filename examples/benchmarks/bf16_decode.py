@@ -65,6 +65,7 @@ def bf16_decode(q: Tensor, k: Tensor, v: Tensor, splits: int, tile: int, warps: 
     """Attention of `q` [B, Hq, 1, d] over `k`, `v` [B, Hkv, T, d], all contiguous."""
     batch, query_heads, _, head_dim = q.shape
     heads, group = batch * k.shape[1], query_heads // k.shape[1]
+    splits = min(splits, triton.cdiv(k.shape[2], tile))  # an empty one would be merged as a NaN
     partial = torch.empty(heads, splits, group, head_dim, dtype=torch.float32, device=q.device)
     log_weights = torch.empty(heads, splits, group, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)

@@ -11,6 +11,9 @@ torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the 
 `packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose layers are all
 lowered in one step.
 
+Before anything is timed, the logits of our models are compared with those that the reference path computes from the
+same cache; a model whose logits are wrong gets no row, and the exit code is 1.
+
 A step takes the time from tokens to the next tokens, waiting for them included. Times are medians. Every part runs in
 its own process. Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
 """
@@ -18,6 +21,7 @@ its own process. Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import multiprocessing
@@ -34,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gate
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
@@ -50,6 +55,7 @@ from pmkvq_compiler.runtime.generate import decoder
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.plan import original_bytes, sequence_bytes
+from pmkvq_compiler.runtime.reference import REFERENCE
 from pmkvq_compiler.source.capture import capture
 
 Bits = tuple[int, int]
@@ -82,6 +88,8 @@ WARM_UP, STEPS = 4, 16
 PROBES = (2, 4)
 """Batches whose memory is measured, to predict that of a larger one."""
 FILL_CHUNK = 4096
+LOGITS_TOLERANCE = 0.05
+"""Relative norm of the error of logits: layers in bf16 enlarge the differences of the layers before them."""
 ROOM = WARM_UP + STEPS
 """Tokens that are decoded after a context; `--context` includes them."""
 SHORTEST = 1024
@@ -258,6 +266,17 @@ class Artifact(Contender):
                         store.append(sequence, k[sequence], v[sequence])
             cache.end()
 
+    @torch.inference_mode()
+    def compare(self) -> None:
+        """Raises `gate.WrongKernelError` where the logits of a step are not those of the reference path."""
+        self.start(1)
+        twin = copy.copy(self.cache)
+        twin.attend_by([REFERENCE] * len(twin.layers))
+        tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
+        found, expected = self.decode(tokens, self.running), self.model(tokens.unsqueeze(-1), twin)[:, -1]
+        self.stop()
+        gate.check("decode", found, expected, LOGITS_TOLERANCE)
+
     def step(self, tokens: Tensor) -> Tensor:
         return self.decode(tokens, self.running).argmax(-1)
 
@@ -426,6 +445,7 @@ def memory(contender: Contender) -> int:
 
 def packed_part(setting: Setting, others: int | None) -> Iterator[Row]:
     contender = Artifact(setting, (FINAL,))
+    contender.compare()
     yield measured(contender, "packed", 1)
     if others is not None:
         yield measured(contender, "packed", others)
@@ -434,6 +454,7 @@ def packed_part(setting: Setting, others: int | None) -> Iterator[Row]:
 
 def bf16_part(setting: Setting, others: int | None) -> Iterator[Row]:
     contender = Artifact(setting, ())
+    contender.compare()
     yield measured(contender, "bf16", 1)
     yield largest(contender, "bf16")
 
@@ -455,6 +476,7 @@ def lowering_part(setting: Setting, others: int | None) -> Iterator[Row]:
     blocks = (setting.context - ROOM - SINK - WINDOW) // WINDOW
     held = SINK + WINDOW + blocks * WINDOW
     contender = Artifact(setting, (BEFORE, FINAL), held)
+    contender.compare()
     contender.filled = held - ROOM // 2
     what = f"step that lowers {contender.config.num_hidden_layers} layers from {BEFORE} to {FINAL} and captures"
     for batch in (1, 16):

@@ -7,8 +7,9 @@
 token into the cache, against the decode attention of the same step. `lower`: codes lowered in place, against the
 device's copy bandwidth. `prefill`: a prompt in chunks, against flash attention over the whole prompt.
 
-Every row and its baseline are measured in the same run. Times are medians of replayed CUDA graphs over random data,
-with the second-level cache emptied before each. Writes DIR/kernels.csv, kernels.md and kernels.svg.
+Every row and its baseline are measured in the same run, after what they compute was compared (`gate.py`): a kernel that
+is wrong gets no row, and the exit code is 1. Times are medians of replayed CUDA graphs over random data, with the
+second-level cache emptied before each. Writes DIR/kernels.csv, kernels.md and kernels.svg.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import gate
 import torch
 import torch.nn.functional as F
 from bf16_decode import bf16_decode
@@ -44,6 +46,8 @@ from pmkvq_compiler.runtime.tuning import read_tunings, tuning_for
 
 DEVICE = torch.device("cuda")
 FILL_CHUNK = 4096
+CYCLES_ASLEEP = 200_000_000
+"""A tenth of a second, in which a host launches the work of the smallest chunks."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Row:
     ideal: float
 
 
-LARGE, MEDIUM, SINGLE = Shape(32, 32768), Shape(8, 32768), Shape(1, 32768)
+LARGE, MEDIUM, SINGLE, SHORT = Shape(32, 32768), Shape(8, 32768), Shape(1, 32768), Shape(1, 4096)
 NARROW = Shape(32, 32768, head_dim=64)
 Packing = tuple[KeyAxis, int, tuple[int, int]]
 """Axis of K's groups, tokens of a block, and bits of K and V."""
@@ -88,6 +92,7 @@ DECODED: dict[Shape, tuple[Packing, ...]] = {
     ),
     MEDIUM: CHANNEL_64,
     SINGLE: CHANNEL_64,
+    SHORT: CHANNEL_64,
     NARROW: CHANNEL_64,
 }
 PREFILLED = ((16, 16), (8, 8), (4, 4), (2, 2))
@@ -101,12 +106,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     parts = {"decode": decode_rows, "append": append_rows, "lower": lower_rows, "prefill": prefill_rows}
-    rows = []
-    for name in arguments.only.split(","):
-        for row in parts[name]():
-            print(line(row), flush=True)
-            rows.append(row)
+    rows, wrong = [], 0
+    for measured in itertools.chain.from_iterable(parts[name]() for name in arguments.only.split(",")):
+        try:
+            row = measured()
+        except gate.WrongKernelError as error:
+            print(error, flush=True)
+            wrong += 1
+            continue
+        print(line(row), flush=True)
+        rows.append(row)
     write(rows, arguments.output)
+    if wrong:
+        sys.exit(f"{wrong} kernels are wrong and were not timed")
 
 
 def line(row: Row) -> str:
@@ -209,39 +221,52 @@ def bf16_best(shape: Shape) -> tuple[str, float]:
     """The fastest decode attention over a bf16 cache, and its time."""
     q = random_heads(shape, shape.heads * shape.group, 1)
     k, v = (random_heads(shape, shape.heads, shape.tokens) for _ in range(2))
+    expected = torch.stack([gate.attention(*one, shape.head_dim**-0.5) for one in zip(q, k, v, strict=True)])
     found: dict[str, float] = {}
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         with sdpa_kernel(backend):
-            found[name] = microseconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+            work = functools.partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+            gate.check(f"bf16 {name}", work(), expected)
+            found[name] = microseconds(work)
     programs = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     for waves, shape_of_tile in itertools.product((2, 4, 8), ((64, 4, 3), (128, 4, 2), (128, 8, 3))):
         splits = max(1, programs * waves // (shape.batch * shape.heads))
-        taken = microseconds(functools.partial(bf16_decode, q, k, v, splits, *shape_of_tile), 10)
+        work = functools.partial(bf16_decode, q, k, v, splits, *shape_of_tile)
+        gate.check("bf16 Triton", work(), expected)
+        taken = microseconds(work, 10)
         found["Triton"] = min(taken, found.get("Triton", taken))
     print(f"bf16, {shape}: " + ", ".join(f"{name} {taken:.1f} us" for name, taken in found.items()), flush=True)
     return min(found.items(), key=lambda pair: pair[1])
 
 
-def decode_rows() -> Iterator[Row]:
+def decode_rows() -> Iterator[Callable[[], Row]]:
     for shape, packings in DECODED.items():
         name, baseline = bf16_best(shape)
         for packing in packings:
-            yield decode_row(shape, packing, name, baseline)
+            yield functools.partial(decode_row, shape, packing, name, baseline)
 
 
 def full_cache(shape: Shape, packing: Packing) -> tuple[Cache, LayerKernels, LayerCache]:
-    """A packed cache with room for one more token of each sequence, for which `begin` was called."""
+    """A packed cache full of tokens, of which `begin` was called for the last one of each sequence."""
     axis, block, bits = packing
     cache, kernels, store = packed_cache(shape, layer_plan(shape, bits, axis, block))
     fill(cache, shape, shape.tokens - 1)
     cache.begin([slice(0, 1)] * shape.batch)
+    kernels.append(*(random_heads(shape, shape.heads, 1) for _ in range(2)), store, cache.new_tokens)
     return cache, kernels, store
 
 
 def decode_work(shape: Shape, cache: Cache, kernels: LayerKernels, store: LayerCache) -> Callable[[], object]:
+    """The attention of one token of each sequence, after it was compared."""
     q, state = random_heads(shape, shape.heads * shape.group, 1), cache.state
     assert state is not None
-    return lambda: kernels.decode(q, shape.head_dim, store, state, shape.head_dim**-0.5, None)
+    scale = shape.head_dim**-0.5
+
+    def work() -> Tensor:
+        return kernels.decode(q, shape.head_dim, store, state, scale, None)
+
+    gate.check_decode(f"decode at {store.bits} bits, {shape}", work(), q, store, scale)
+    return work
 
 
 def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Row:
@@ -255,40 +280,43 @@ def decode_row(shape: Shape, packing: Packing, name: str, baseline: float) -> Ro
     return Row("decode", str(shape), what, taken, speed, f"bf16 {name}", baseline, baseline / taken, ideal)
 
 
-def append_rows() -> Iterator[Row]:
+def append_rows() -> Iterator[Callable[[], Row]]:
     """A token that fits in the window, and one that makes it flush a block, against the attention of the step."""
     for _, _, bits in CHANNEL_64[1:]:
         layer = layer_plan(LARGE, bits, "channel", 64)
-        cache, kernels, store = packed_cache(LARGE, layer)
+        cache, _, _ = packed_cache(LARGE, layer)
         rows = layer.sink + layer.window
         full = rows + (LARGE.tokens - 2 * layer.block - rows) // layer.block * layer.block
-        fill(cache, LARGE, full)
-        flush = append_time(cache, kernels, store)
-        fill(cache, LARGE, full + 1)
-        plain = append_time(cache, kernels, store)
-        attention = microseconds(decode_work(LARGE, cache, kernels, store))
-        for what, taken in (("without flush", plain), ("with flush", flush)):
-            what += f", K {bits[0]} V {bits[1]}"
-            yield Row("append", str(LARGE), what, taken, 0.0, "decode", attention, attention / taken, 20.0)
+        for what, tokens in (("with flush", full), ("without flush", full + 1)):
+            fill(cache, LARGE, tokens)
+            yield functools.partial(append_row, f"{what}, K {bits[0]} V {bits[1]}", cache)
 
 
-def append_time(cache: Cache, kernels: LayerKernels, store: LayerCache) -> float:
-    """Microseconds to append one token to every sequence. The cache's counts are as before afterwards."""
+def append_row(what: str, cache: Cache) -> Row:
+    """One token appended to every sequence. The cache's counts are as before afterwards."""
+    (kernels,), (store,) = cache.attention, cache.layers
+    assert isinstance(kernels, LayerKernels)
     cache.begin([slice(0, 1)] * LARGE.batch)
     k, v = (random_heads(LARGE, LARGE.heads, 1) for _ in range(2))
-    counts = store.counts
+    counts, twin = store.counts, store.copy_on(DEVICE)
 
     def work() -> None:
         store.go_back(counts)
         kernels.append(k, v, store, cache.new_tokens)
 
+    work()
+    for sequence, (keys, values) in enumerate(zip(k, v, strict=True)):
+        twin.append(sequence, keys, values)
+    gate.check_stored(f"append {what}", store, twin)
+    del twin
+    attention = microseconds(decode_work(LARGE, cache, kernels, store))
     taken = microseconds(work)
     store.go_back(counts)
     store.overwritten = False
-    return taken
+    return Row("append", str(LARGE), what, taken, 0.0, "decode", attention, attention / taken, 20.0)
 
 
-def lower_rows() -> Iterator[Row]:
+def lower_rows() -> Iterator[Callable[[], Row]]:
     """A gigabyte of codes lowered in place: bytes read and written a second, against those of a copy."""
     source = torch.randint(-128, 128, (1 << 30,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
@@ -296,7 +324,7 @@ def lower_rows() -> Iterator[Row]:
         2 * source.nbytes / taken / 1e3 for taken in (microseconds(lambda: target.copy_(source)), eager(target, source))
     )
     for wide, narrow in (((16, 16), (8, 8)), ((8, 8), (4, 4)), ((4, 4), (2, 2)), ((4, 4), (4, 2))):
-        yield lower_row(wide, narrow, copy)
+        yield functools.partial(lower_row, wide, narrow, copy)
 
 
 def eager(target: Tensor, source: Tensor) -> float:
@@ -319,14 +347,19 @@ def lower_row(wide: tuple[int, int], narrow: tuple[int, int], copy: float) -> Ro
         store.go_back(counts)
         kernels.lower(store, cache.state)
 
+    twin = store.copy_on(DEVICE)
+    work()
+    twin.lower()
+    gate.check_stored(f"lowering {wide} to {narrow}", store, twin)
+    del twin
     taken = microseconds(work, 10)
     speed = moved / taken / 1e3
     launches = f"{len(list(lowering_order(live, *sizes)))} launches"
     return Row("lower", launches, f"{wide} to {narrow}", taken, speed, "copy", moved / copy / 1e3, speed / copy, 1.0)
 
 
-def prefill_rows() -> Iterator[Row]:
-    """A prompt of 32,768 tokens, quantized as it is read, against flash attention over all of it at once."""
+def prefill_rows() -> Iterator[Callable[[], Row]]:
+    """A prompt of 32,768 tokens, quantized as it is read, against the library's attention over all of it at once."""
     q = random_heads(SINGLE, SINGLE.heads * SINGLE.group, SINGLE.tokens)
     k, v = (random_heads(SINGLE, SINGLE.heads, SINGLE.tokens) for _ in range(2))
     found = {}
@@ -336,36 +369,52 @@ def prefill_rows() -> Iterator[Row]:
                 lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             )
         print(f"bf16 prefill, {name}: {found[name][0]:.0f} us, {found[name][1] >> 20} MiB", flush=True)
+    best = min(found, key=lambda name: found[name][0])
     for bits in PREFILLED:
         for chunk in CHUNKS:
-            yield prefill_row(q, k, v, bits, chunk, *found["flash"])
+            yield functools.partial(prefill_row, q, k, v, bits, chunk, best, *found[best])
 
 
-def prompt_work(cache: Cache, q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Callable[[], None]:
-    """Work that feeds the whole prompt in chunks to an empty cache of one layer."""
+def prompt_work(
+    cache: Cache, q: Tensor, k: Tensor, v: Tensor, chunk: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Work that feeds the whole prompt in chunks to an empty cache of one layer; and the same with every chunk
+    compared."""
+    scale, (store,) = q.shape[-1] ** -0.5, cache.layers
 
-    def prompt() -> None:
+    def prompt(checked: bool = False) -> None:
         cache.reset()
         for start in range(0, q.shape[2], chunk):
-            part = slice(start, start + chunk)
+            part = [one[:, :, start : start + chunk] for one in (q, k, v)]
             cache.begin([slice(0, chunk)])
-            cached_attention(q[:, :, part], k[:, :, part], v[:, :, part], cache, 0, q.shape[-1] ** -0.5)
+            attend = functools.partial(cached_attention, *part, cache, 0, scale)
+            if checked:
+                gate.check_chunk(f"prefill at {store.plan.stages[-1]} bits from {start:,}", attend, *part, store, scale)
+            else:
+                attend()
             cache.end()
 
-    return prompt
+    return prompt, functools.partial(prompt, checked=True)
 
 
-def prefill_row(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: int, baseline: float, peak: int) -> Row:
+def prefill_row(
+    q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], chunk: int, name: str, baseline: float, peak: int
+) -> Row:
     layer = layer_plan(SINGLE, bits, "channel", 64)
     cache, _, _ = packed_cache(SINGLE, layer)
-    taken, own = seconds_and_peak(prompt_work(cache, q, k, v, chunk))
+    work, compared = prompt_work(cache, q, k, v, chunk)
+    compared()
+    taken, own = seconds_and_peak(work)
     ours, theirs = (own + cache.bytes_reserved) >> 20, (peak + k.nbytes + v.nbytes) >> 20
     what = f"K {bits[0]} V {bits[1]}, chunks of {chunk:,}; peak {ours} MiB, bf16 {theirs}"
-    return Row("prefill", str(SINGLE), what, taken, 0.0, "bf16 flash", baseline, baseline / taken, 1.0)
+    return Row("prefill", str(SINGLE), what, taken, 0.0, f"bf16 {name}", baseline, baseline / taken, 1.0)
 
 
 def seconds_and_peak(work: Callable[[], object], repeats: int = 5) -> tuple[float, int]:
-    """Median microseconds, and the most bytes allocated at a time, beyond those before."""
+    """Median microseconds of the device, and the most bytes allocated at a time, beyond those before.
+
+    The device sleeps until the host has launched everything, as other kernels keep it busy in a model.
+    """
     work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -373,6 +422,7 @@ def seconds_and_peak(work: Callable[[], object], repeats: int = 5) -> tuple[floa
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(CYCLES_ASLEEP)
         begin.record()
         work()
         end.record()

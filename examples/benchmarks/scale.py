@@ -1,15 +1,18 @@
 """What a compile takes: seconds of each step, and the memory of the GPU and of the host, for models of known shapes.
 
     python examples/benchmarks/scale.py --shapes qwen2.5-1.5b,qwen2.5-7b
-    python examples/benchmarks/scale.py --shapes llama3-70b --layers 8 --memory 24GiB  # a part of the layers, streamed
+    python examples/benchmarks/scale.py --shapes llama3-70b --layers 2,4 --memory 16GiB  # parts of the model, streamed
     python examples/benchmarks/scale.py --shapes tiny --device cpu                     # a trial of the script
 
 The models have the shapes of the named ones, random weights in bfloat16, and no tokenizer; the calibration texts are
 random tokens, 8 of 2,048 unless told otherwise. Weights are written to `--disk` and removed at the end. Every compile
-runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of the process
-which loads the artifact and checks it; both count the pages of files that are mapped. Where `--layers` leaves layers
-out, a second row extrapolates the seconds of the whole model per layer. With `--memory`, no more of the device's memory
-is used, so that larger models are read layer by layer.
+runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of it together
+with the process which loads the artifact and checks it; both count the pages of files that are mapped. `gpu` is the
+largest memory of a GPU that tensors of the one process took, or that both processes took during the check.
+
+With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
+the whole model: a line through both. With `--memory`, no more of each device's memory is used. A model that needs more
+is then read layer by layer, and so are its parts.
 
 Writes DIR/scale.csv and scale.md.
 """
@@ -21,12 +24,14 @@ import csv
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +112,7 @@ def compile_once(arguments: argparse.Namespace) -> None:
     """Compile the model in `--model` and print the figures as JSON; `main` starts a process for this."""
     folder = Path(arguments.model)
     if arguments.memory is not None:
-        limit_memory(parse_budget(arguments.memory, 0))
+        limit_memory(parse_budget(arguments.memory, 0), arguments.streamed)
     options = CompileOptions(
         model=str(folder),
         output=folder.parent / "artifact",
@@ -118,27 +123,46 @@ def compile_once(arguments: argparse.Namespace) -> None:
         calib_len=arguments.text_len,
         device=arguments.device,
     )
-    with largest_child() as child:
+    with watched_check() as checking:
         result = compile_model(options, lambda step, done, total: None)
-    host, check = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, max(child)
+    if arguments.keep is not None:
+        arguments.keep.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder.parent / "artifact", arguments.keep)
     gpus = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
-    print(json.dumps({"seconds": result.report.seconds, "host": host, "check": check, "gpu": max(gpus, default=0)}))
+    found = {
+        "seconds": result.report.seconds,
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "check": checking.host,
+        "gpu": max(checking.gpu, *gpus, 0),
+        "spread": sum(gpu > 1 << 20 for gpu in gpus),
+    }
+    print(json.dumps(found))
+
+
+@dataclass
+class Noted:
+    """The largest memory while an artifact was checked, in bytes: resident of both processes, and in use of a GPU."""
+
+    host: int = 0
+    gpu: int = 0
 
 
 @contextmanager
-def largest_child() -> Iterator[list[int]]:
-    """Within, the resident bytes of the processes that this one has started are noted every 50 ms.
+def watched_check() -> Iterator[Noted]:
+    """Within, the process that checks the artifact is looked at every 50 ms.
 
     The system's own count for children begins with the memory of this process, which they are copies of at first.
     """
-    noted, ended = [0], threading.Event()
+    noted, ended = Noted(), threading.Event()
 
     def watch() -> None:
         own = psutil.Process()
         while not ended.wait(0.05):
-            for child in own.children(recursive=True):
-                with suppress(psutil.Error):
-                    noted[0] = max(noted[0], child.memory_info().rss)
+            with suppress(psutil.Error):
+                for child in own.children():
+                    if "pmkvq_compiler.emit.check" in child.cmdline():
+                        noted.host = max(noted.host, own.memory_info().rss + child.memory_info().rss)
+                        noted.gpu = max(noted.gpu, *map(used_bytes, range(torch.cuda.device_count())), 0)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -149,17 +173,41 @@ def largest_child() -> Iterator[list[int]]:
         watcher.join()
 
 
-def limit_memory(limit: int) -> None:
-    """Use no more than `limit` bytes of a GPU; on the CPU, only say that no more is free."""
+def used_bytes(index: int) -> int:
+    free, total = torch.cuda.mem_get_info(index)
+    return total - free
+
+
+def limit_memory(limit: int, streamed: bool) -> None:
+    """Use no more than `limit` bytes of each GPU; on the CPU, only say that no more is free.
+
+    Where the model stands for a part of one that is `streamed`, say that nothing is free, so that it is, too.
+    """
     free = opened.free_bytes
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-    opened.free_bytes = lambda device: min(free(device), limit)
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(index)[1], index)
+    opened.free_bytes = lambda device: 0 if streamed else min(free(device), limit)
 
 
 def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a shape: the measured one, and the extrapolated one if layers were left out."""
-    config = config_of(name, arguments.layers)
+    """The rows of a shape: those measured, and an extrapolated one if two parts of it were measured."""
+    whole: int = SHAPES[name]["num_hidden_layers"]
+    counts = [whole] if arguments.layers is None else [int(count) for count in arguments.layers.split(",")]
+    rows = [measured_once(name, count, arguments) for count in counts]
+    if None in rows or len(rows) != 2:
+        return [row for row in rows if row is not None]
+    one, other = rows
+
+    def at_whole(step: str) -> float:
+        slope = (other[step] - one[step]) / (other["layers"] - one["layers"])
+        return max(0.0, other[step] + slope * (whole - other["layers"]))
+
+    scaled = {step: at_whole(step) for step in (*STEPS, "total")}
+    return [one, other, other | scaled | {"layers": whole, "device": f"{other['device']}, extrapolated"}]
+
+
+def measured_once(name: str, layers: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    config = config_of(name, layers)
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(dir=arguments.disk) as place:
         write_model(config, Path(place, "model"), device)
@@ -170,24 +218,31 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         command = [sys.executable, __file__, "--model", str(Path(place, "model")), "--device", arguments.device]
         command += ["--max-len", str(arguments.max_len), "--texts", str(arguments.texts)]
         command += ["--text-len", str(arguments.text_len)]
-        command += [] if arguments.memory is None else ["--memory", arguments.memory]
+        command += [] if arguments.keep is None else ["--keep", str(arguments.keep / f"{name}-{layers}")]
+        if arguments.memory is not None:
+            command += ["--memory", arguments.memory]
+            free = [parse_budget(arguments.memory, 0)] * max(1, torch.cuda.device_count())
+            command += ["--streamed"] * (opened.placement(weight_bytes(name, device), free) == "layer by layer")
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             print(f"{name}: the compile failed", flush=True)
-            return []
+            return None
         found = json.loads(done.stdout.splitlines()[-1])
-    row = {"model": name, "layers": config.num_hidden_layers, "device": device_name(device)}
+    row = {"model": name, "layers": layers, "device": device_name(device)}
+    row["device"] = f"{found['spread']} x {row['device']}" if found["spread"] > 1 else row["device"]
     row["device"] += "" if arguments.memory is None else f", {arguments.memory}"
     row |= {step: found["seconds"].get(step, 0.0) for step in STEPS}
     row |= {"total": sum(found["seconds"].values())}
     row |= {f"{what}_gib": round(found[what] / 2**30, 2) for what in ("gpu", "host", "check")}
     print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    whole = SHAPES[name]["num_hidden_layers"]
-    if config.num_hidden_layers == whole:
-        return [row]
-    factor = whole / config.num_hidden_layers
-    scaled = {step: row[step] * factor for step in (*STEPS, "total")}
-    return [row, row | scaled | {"layers": whole, "device": f"{row['device']}, extrapolated"}]
+    return row
+
+
+def weight_bytes(name: str, device: str) -> int:
+    """The bytes of the whole model's weights as it runs on the device."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config_of(name, None), dtype=torch.bfloat16)
+    return model.num_parameters() * (torch.float32 if device == "cpu" else torch.bfloat16).itemsize
 
 
 STEPS = ("source", "capture", "calibrate", "plan", "passes", "emit", "check")
@@ -220,7 +275,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="qwen2.5-1.5b,qwen2.5-7b", help=f"of {', '.join(SHAPES)} (%(default)s)")
-    parser.add_argument("--layers", type=int, help="keep only so many layers of each shape")
+    parser.add_argument("--layers", help="keep only so many layers of each shape; 2,4 measures two parts")
     parser.add_argument("--device", default="auto", help="as for pmkvq-compile (%(default)s)")
     parser.add_argument("--max-len", type=int, default=32768, help="tokens that plans are made for (%(default)s)")
     parser.add_argument("--texts", type=int, default=8, help="calibration texts (%(default)s)")
@@ -230,7 +285,9 @@ def main() -> None:
     )
     parser.add_argument("--disk", type=Path, help="folder with room for two copies of the weights (the system's)")
     parser.add_argument("--output", type=Path, default=Path("out/scale"))
+    parser.add_argument("--keep", type=Path, help="keep artifacts in this folder, such as for startup.py")
     parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--streamed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.model is not None:
         compile_once(arguments)

@@ -4,8 +4,9 @@
     python examples/benchmarks/tune.py --name H200 ARTIFACT/PACKAGE/kernels/tuning.json
 
 Candidates are compiled by many processes and then timed one at a time: decode attention at the benchmark's largest
-shape for every width, and prefill of 32,768 tokens in chunks of 8,192. The fastest are written under --name, a part of
-the device's name. After you change the table of an artifact, put its new sha256 into pmkvq.json, or compile again.
+shape for every width, and prefill of 32,768 tokens in chunks of 8,192. What they compute is compared first (`gate.py`).
+The fastest are written under --name, a part of the device's name. After you change the table of an artifact, put its
+new sha256 into pmkvq.json, or compile again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from gate import WrongKernelError
 from kernel_times import (
     DEVICE,
     LARGE,
@@ -41,9 +47,12 @@ from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS
 from pmkvq_compiler.runtime.tuning import DEFAULT_TUNING, DecodeTuning, Tuning, read_tunings
 
+C = TypeVar("C")
 CHUNK = 8192
 PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2))
 """Queries and keys of a step, warps, stages."""
+UNITS = (0, 1024)
+"""Without the library's attention, and with it from so many new tokens on."""
 
 
 def decode_candidates(bits: int) -> list[DecodeTuning]:
@@ -61,16 +70,26 @@ def main() -> None:
     jobs = [functools.partial(decode_time, bits, one) for bits in FINAL_BITS for one in decode_candidates(bits)]
     jobs += [functools.partial(prefill_time, default, *shape) for shape in PREFILL_SHAPES]
     compile_all(jobs)
-    decode = {bits: min(decode_candidates(bits), key=functools.partial(decode_time, bits)) for bits in FINAL_BITS}
+    decode = {bits: fastest(decode_candidates(bits), functools.partial(decode_time, bits)) for bits in FINAL_BITS}
     decode[CODE_BITS[0]] = decode[FINAL_BITS[0]]
-    shape = min(PREFILL_SHAPES, key=lambda shape: prefill_time(default, *shape))
-    tile, step, warps, stages = shape
+    tile, step, warps, stages = fastest(PREFILL_SHAPES, lambda shape: prefill_time(default, *shape))
     found = dataclasses.replace(
         default, decode=decode, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
     )
+    unit = fastest(UNITS, lambda unit: prefill_time(found, tile, step, warps, stages, unit))
+    found = dataclasses.replace(found, library_unit=unit)
     table = {name: dataclasses.asdict(tuning) for name, tuning in (tunings | {arguments.name: found}).items()}
     arguments.table.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(table[arguments.name], indent=2))
+
+
+def fastest(candidates: Sequence[C], time: Callable[[C], float]) -> C:
+    """The candidate that takes the least time; a wrong one takes forever. Exits where all are wrong."""
+    times = [time(candidate) for candidate in candidates]
+    best = min(times)
+    if best == math.inf:
+        sys.exit("every candidate computes something wrong; the table was not changed")
+    return candidates[times.index(best)]
 
 
 def compile_all(jobs: list[functools.partial[float]]) -> None:
@@ -94,22 +113,41 @@ def decode_time(bits: int, candidate: DecodeTuning, quiet: bool = False) -> floa
     cache, kernels, store = decode_cache(bits)
     tuning = dataclasses.replace(kernels.tuning, decode=dict.fromkeys(CODE_BITS, candidate))
     tuned = LayerKernels(kernels.module, tuning)
-    taken = microseconds(decode_work(LARGE, cache, tuned, store), 1 if quiet else 15)
+    try:
+        work = decode_work(LARGE, cache, tuned, store)
+    except WrongKernelError as error:
+        print(f"{candidate}: {error}", flush=True)
+        return math.inf
+    taken = microseconds(work, 1 if quiet else 15)
     if not quiet:
         print(f"decode, {bits} bits, {candidate}: {taken:.1f} us", flush=True)
     return taken
 
 
-def prefill_time(default: Tuning, tile: int, step: int, warps: int, stages: int, quiet: bool = False) -> float:
+def prefill_time(
+    default: Tuning, tile: int, step: int, warps: int, stages: int, unit: int = 0, quiet: bool = False
+) -> float:
     tuning = dataclasses.replace(
-        default, prefill_tile=tile, prefill_step=step, prefill_warps=warps, prefill_stages=stages
+        default,
+        prefill_tile=tile,
+        prefill_step=step,
+        prefill_warps=warps,
+        prefill_stages=stages,
+        library_unit=unit,
     )
+    name = f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages, the library from {unit} tokens on"
     cache, kernels, _ = packed_cache(SINGLE, layer_plan(SINGLE, (4, 4), "channel", 64))
     cache.attend_by([LayerKernels(kernels.module, tuning)])
     q, k, v = (random_heads(SINGLE, heads, SINGLE.tokens) for heads in (SINGLE.heads * SINGLE.group, 4, 4))
-    taken, _ = seconds_and_peak(prompt_work(cache, q, k, v, CHUNK), 1 if quiet else 3)
+    work, compared = prompt_work(cache, q, k, v, CHUNK)
+    try:
+        compared()
+    except WrongKernelError as error:
+        print(f"{name}: {error}", flush=True)
+        return math.inf
+    taken, _ = seconds_and_peak(work, 1 if quiet else 3)
     if not quiet:
-        print(f"prefill, tiles of {tile} x {step}, {warps} warps, {stages} stages: {taken:.0f} us", flush=True)
+        print(f"{name}: {taken:.0f} us", flush=True)
     return taken
 
 

@@ -142,10 +142,11 @@ def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: i
     """Logits [B, S, V] of a model at the given positions (int64 [B, S]), or only those of the `last` tokens.
 
     The mask of ones is needed because transformers would otherwise take positions with gaps for packed sequences. The
-    last tokens are given by their places, because given their number, some architectures run layers for them alone.
+    last tokens are given by their places, because given their number, some architectures run layers for them alone. The
+    places are no tensor, because it would have to be on the device of the last layer.
     """
     length = input_ids.shape[1]
-    kept: int | Tensor = torch.arange(max(0, length - last), length, device=input_ids.device) if last else 0
+    kept = slice(max(0, length - last), length) if last else 0
     logits: Tensor = model(
         input_ids=input_ids,
         position_ids=position_ids,

@@ -44,7 +44,7 @@ class GradientProduct:
     def _add(self, losses: Losses, tensors: Mapping[int, Tensor], layer: int, gradient: Tensor) -> None:
         alike = sorted(other for other, x in tensors.items() if x.shape == gradient.shape)
         paired = alike[-1 - alike.index(layer)]
-        x = tensors[paired]
+        x = tensors[paired].to(gradient.device)
         for kept in losses[paired]:
             error = fake_quantize(x, kept.bits, dim=-1) - x
             losses[paired][kept] += (error * gradient).abs().sum(dtype=torch.float64).item()

@@ -48,7 +48,7 @@ class ScaleSearch:
         length = call.key.shape[-2]
         positions = torch.linspace(0, length - 1, min(length, QUERIES), device=call.key.device).long()
         sampled = call.at(positions)
-        scales = self.candidates[call.layer].to(call.key.dtype).unsqueeze(-2)
+        scales = self.candidates[call.layer].to(call.key).unsqueeze(-2)
         keys = as_cached(call.key / scales, self.bits, "token", self.sink, self.block) * scales
         values = as_cached(call.value, self.bits, "token", self.sink, self.block)
         error = (sampled.output(keys, values) - sampled.output()).to(torch.float64).square().mean(dim=(1, 2, 3))

@@ -106,8 +106,7 @@ def _with_scales(
     search = ScaleSearch(foldable, min(problem.bits), recipe.sink, recipe.block)
     walk("Searching scales", search, stretch)
     alphas, scales = search.best()
-    key_maxima = {layer: value.cpu() for layer, value in maxima.items()}
-    return replace(calibration, key_maxima=key_maxima, alphas=alphas, scales=scales)
+    return replace(calibration, key_maxima=maxima, alphas=alphas, scales=scales)
 
 
 def _with_matrices(
@@ -162,7 +161,7 @@ def _of_all_heads(maxima: Tensor) -> Tensor:
 
 
 def _record_maxima(maxima: dict[int, Tensor], call: AttentionCall) -> None:
-    largest = call.key.abs().amax(dim=(0, 2)).float()
+    largest = call.key.abs().amax(dim=(0, 2)).float().cpu()
     maxima[call.layer] = torch.maximum(maxima.get(call.layer, largest), largest)
 
 

@@ -40,9 +40,10 @@ LARGEST_GROWTH = 60.0
 class _Readers:
     """The attentions that read one cache, in one text.
 
-    They are compared at the same query `positions` [Q]. `waiting` of them have not got their gradients yet; `key` and
-    `value` hold what each format does to the loss through the others [1, Q]. The same noise reaches the loss through
-    all of them, so these changes are summed before they are squared.
+    They may be on several devices; the tensors here are on the CPU. They are compared at the same query `positions`
+    [Q]. `waiting` of them have not got their gradients yet; `key` and `value` hold what each format does to the loss
+    through the others [1, Q]. The same noise reaches the loss through all of them, so these changes are summed before
+    they are squared.
     """
 
     positions: Tensor
@@ -84,8 +85,7 @@ class OutputLoss:
         length = call.key.shape[-2]
         text = self.texts[call.layer] = self.texts.get(call.layer, 0) + 1
         generator = torch.Generator().manual_seed(call.layer << 32 | text)
-        drawn = length // 2 + torch.randperm(length - length // 2, generator=generator)[:QUERIES]
-        return drawn.to(call.key.device)
+        return length // 2 + torch.randperm(length - length // 2, generator=generator)[:QUERIES]
 
     def measured(self, layer: int) -> dict[str, Tensor]:
         """The losses of a layer so far, for each format."""
@@ -121,7 +121,7 @@ class OutputLoss:
         old = {kept.window: self._old_blocks(call, positions, kept.window) for kept in self.value[call.layer]}
 
         def add(changes: dict[Format, Tensor], kept: Format, output: Tensor, magnified: float = 1.0) -> None:
-            change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64) / magnified
+            change = ((output - exact) * gradient).sum(dim=(1, 3), dtype=torch.float64).cpu() / magnified
             changes[kept] = changes[kept] + change if kept in changes else change
 
         def sums(weights: Tensor, value: Tensor) -> Tensor:

@@ -182,30 +182,36 @@ def _tensors(streamed: StreamedModel, notes: Notes, name: str, kind: str) -> lis
     return [found[str(index)].to(streamed.device) for index in range(len(found))]
 
 
+Observed = tuple[Tensor, Sequence[Callable[[AttentionCall], Tensor | None]]]
+"""A text [1, S], and the observers that the model runs on it with, one after the other."""
+
+
 @torch.no_grad()
 def observed_together(
     model: PreTrainedModel | StreamedModel,
-    input_ids: Tensor,
-    observers: Sequence[Callable[[AttentionCall], Tensor | None]],
+    texts: Sequence[Observed],
     seen: Callable[[AttentionCall], Seen] | None = None,
-) -> Iterator[Logits]:
-    """The logits of a text [1, S] at positions 0 to S - 1 with each observer. A layer is read once for all of them.
+) -> Iterator[list[Logits]]:
+    """For each text, at positions 0 to S - 1, the logits with each of its observers. A layer is read once for all.
 
     `seen` is that of `observed`; a model that is read layer by layer needs none.
     """
-    positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
+    positions = [torch.arange(input_ids.shape[1]).unsqueeze(0) for input_ids, _ in texts]
     if not isinstance(model, StreamedModel):
-        input_ids, positions = input_ids.to(model.device), positions.to(model.device)
-        for observe in observers:
-            with observed(observe, seen):
-                yield logits_of(model, input_ids, positions)
+        for (input_ids, observers), places in zip(texts, positions, strict=True):
+            input_ids, places, found = input_ids.to(model.device), places.to(model.device), []
+            for observe in observers:
+                with observed(observe, seen):
+                    found.append(logits_of(model, input_ids, places))
+            yield found
         return
-    text = model.begin(input_ids, positions)
-    hidden = [text.hidden] * len(observers)
+    begun = [model.begin(input_ids, places) for (input_ids, _), places in zip(texts, positions, strict=True)]
+    hidden = [[text.hidden] * len(observers) for text, (_, observers) in zip(begun, texts, strict=True)]
     for number in range(len(model.layers)):
         with model.reading(number):
-            for index, observe in enumerate(observers):
-                with observed(observe):
-                    hidden[index] = model.run(number, text, hidden[index])
-    for each in hidden:
-        yield model.finish(text, each)
+            for text, states, (_, observers) in zip(begun, hidden, texts, strict=True):
+                for index, observe in enumerate(observers):
+                    with observed(observe):
+                        states[index] = model.run(number, text, states[index])
+    for text, states in zip(begun, hidden, strict=True):
+        yield [model.finish(text, each) for each in states]

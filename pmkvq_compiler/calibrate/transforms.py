@@ -131,4 +131,5 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 
 def _add(sums: dict[int, Tensor], layer: int, value: Tensor) -> None:
-    sums[layer] = sums[layer] + value if layer in sums else value
+    """Add to the sum of a layer. The layers that read one cache may be on several devices."""
+    sums[layer] = sums[layer] + value.to(sums[layer].device) if layer in sums else value

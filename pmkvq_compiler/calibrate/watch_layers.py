@@ -61,29 +61,36 @@ def _layer_modules(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> di
 def in_float32(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
     """Within, `model` computes in float32 with its stored weights.
 
-    Each of its `layers` is converted only while it runs: a device may not have room for two copies of a large model.
+    Weights are converted only while they are needed: each of the `layers` while it runs, and of the other modules each
+    by itself. A device may not have room for two copies of a large model, or of its embedding and its head.
     """
     inside = {part for layer in layers for part in layer.modules()}
-    outside = [part for part in model.modules() if part not in inside]
-    kept: dict[nn.Module, dict[Tensor, Tensor]] = {}
-
-    def widen(module: nn.Module, arguments: Any = None) -> None:
-        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in HALVES]
-        kept[module] = {tensor: tensor.data for tensor in tensors}
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-
-    def give_back(module: nn.Module, arguments: Any = None, output: Any = None) -> None:
-        for tensor, stored in kept.pop(module).items():
-            tensor.data = stored
-
     with ExitStack() as stack:
-        for part in outside:
-            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                if tensor.dtype in HALVES:
-                    stack.callback(setattr, tensor, "data", tensor.data)
-                    tensor.data = tensor.data.float()
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(widen).remove)
-            stack.callback(layer.register_forward_hook(give_back, always_call=True).remove)
+            _widened(stack, layer, whole=True)
+        for part in model.modules():
+            if part not in inside:
+                _widened(stack, part, whole=False)
         yield
+
+
+def _widened(stack: ExitStack, module: nn.Module, whole: bool) -> None:
+    """Until `stack` is closed, `module` runs in float32: with its own tensors or, if it is taken as a `whole`, with
+    those of the modules inside it, too."""
+    stored: dict[Tensor, Tensor] = {}
+
+    def widen(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        for tensor in (*module.parameters(recurse=whole), *module.buffers(recurse=whole)):
+            if tensor.dtype in HALVES:  # a tensor that two modules share may be converted already
+                stored[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+        # some models round what they pass to a module to the dtype that its weights have before it runs
+        return tuple(one.float() if isinstance(one, Tensor) and one.dtype in HALVES else one for one in arguments)
+
+    def give_back(module: nn.Module, arguments: Any, output: Any) -> None:
+        while stored:
+            tensor, data = stored.popitem()
+            tensor.data = data
+
+    stack.callback(module.register_forward_pre_hook(widen).remove)
+    stack.callback(module.register_forward_hook(give_back, always_call=True).remove)

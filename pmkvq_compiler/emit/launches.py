@@ -23,10 +23,9 @@ from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.manifest import DTYPES
-from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
+from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.runtime.tuning import read_tunings
-
-NOWHERE = torch.device("meta")
+from pmkvq_compiler.runtime.warm_up import NOWHERE, Call, attend, roomy
 
 
 @dataclass
@@ -89,18 +88,6 @@ def _places(arguments: Sequence[Any]) -> list[int | None]:
 
 
 @dataclass
-class Call:
-    """The arguments of one attention call of a layer."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-
-
-@dataclass
 class Observer:
     """An `Attention` that records the calls of a layer while the model runs, and stores no tokens."""
 
@@ -156,7 +143,7 @@ def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder
             continue
         seen.add(alike)
         for tuning in tunings.values():
-            _run_layer(LayerKernels(recorders[name], tuning), _roomy(plan, layer), of_layer)  # type: ignore[arg-type]
+            _run_layer(LayerKernels(recorders[name], tuning), roomy(plan, layer), of_layer)  # type: ignore[arg-type]
     return recorders
 
 
@@ -172,7 +159,7 @@ def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) 
     hidden_states, _ = import_generated(package / "model.py").bind(
         _weights_without_numbers([*checkpoint, package / "constants.safetensors"])
     )
-    whole = _roomy(plan, *plan.layers)
+    whole = roomy(plan, *plan.layers)
     with torch.inference_mode():
         for batch in (1, 2):
             for count in sorted({min(count, plan.max_len) for count in (1, 3, PREFILL_CHUNK)}):
@@ -195,31 +182,23 @@ def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
     return weights
 
 
-def _roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
-    """A plan of these layers with room for two sequences at the widest codes.
-
-    Such caches exist: with fewer sequences or tokens than planned, codes stay wide for longer.
-    """
-    itemsize = DTYPES[plan.dtype].itemsize
-    roomy = (
-        dataclasses.replace(layer, arena_bytes=2 * sequence_bytes(layer, plan.max_len, itemsize, stage=0))
-        for layer in layers
-    )
-    return dataclasses.replace(plan, batch_size=2, layers=tuple(roomy))
-
-
 def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) -> None:
     """Make every launch that caches of the one layer in `plan` can need."""
     stages = range(max(1, len(plan.layers[0].stages)))
     for call in calls:
         for stage in stages:
-            cache = _attend(kernels, plan, plan.max_len, stage, call)
+            cache = attend(kernels, plan, plan.max_len, stage, call)
             store = cache.layers[0]
+            if call.q.shape[2] > 1:  # as if the whole cache were history, which is unpacked in the most pieces
+                store.seek([cache.max_len] * len(call.q), stage)
+                kernels.read(
+                    call.q, (call.k, call.v), store, cache.new_tokens, call.scale, call.softcap, call.sinks
+                )  # fmt: skip
             if stage + 1 < len(stages) and store.live_blocks(0):
                 kernels.lower(store, cache.state)
         if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts
             for max_len in _lengths(plan.max_len):
-                _attend(kernels, plan, max_len, stages[-1], call)
+                attend(kernels, plan, max_len, stages[-1], call)
 
 
 def _lengths(max_len: int) -> Iterator[int]:
@@ -230,19 +209,6 @@ def _lengths(max_len: int) -> Iterator[int]:
         yield length
         length += max(16, length // 16)
     yield max_len
-
-
-def _attend(kernels: LayerKernels, plan: CachePlan, max_len: int, stage: int, call: Call) -> Cache:
-    """Make an attention call on a cache at `stage` whose window is full, so that a block leaves it if one ever can."""
-    batch, _, count, _ = call.q.shape
-    cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
-    store = cache.layers[0]
-    rows = min(store.plan.sink + store.plan.window, max_len - count)
-    store.seek([rows] * batch, stage)
-    cache.length = [rows] * batch
-    cache.begin([slice(0, count)] * batch)
-    kernels.attend(call.q, call.k, call.v, store, cache.new_tokens, call.scale, call.softcap, call.sinks)
-    return cache
 
 
 def imported(file: Path) -> ModuleType:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for one in ordered:
-            tensor = value(one)
-            assert (tensor.shape, tensor.dtype) == (one.shape, one.dtype), one.name
-            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            _write(file, one, value(one))
+
+
+def _write(file: BinaryIO, one: TensorSpec, tensor: Tensor) -> None:
+    """Write the numbers of a tensor, which is free again when the next one is read."""
+    assert (tensor.shape, tensor.dtype) == (one.shape, one.dtype), one.name
+    file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -7,6 +7,7 @@ which CBC solves as an integer program through PuLP.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -77,7 +78,8 @@ def _solve_program(groups: Sequence[Group], capacity: int) -> list[int]:
             "the CBC solver of PuLP is missing; install it again with `pip install --force-reinstall pulp`"
         )
     try:
-        program.solve(solver)
+        with tempfile.TemporaryDirectory(prefix="pmkvq-") as solver.tmpDir:  # PuLP itself only removes files at the end
+            program.solve(solver)
     except pulp.PulpSolverError as error:
         raise CompileError(
             f"the CBC solver of PuLP did not run ({error}); see whether the machine has memory and room for temporary "

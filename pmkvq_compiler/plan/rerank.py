@@ -13,7 +13,7 @@ on whether a text happens to have them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -84,40 +84,51 @@ def try_plans(
     """The best of each list of proposals over `samples`, int64 [S] each; `model` must be loaded with `ATTENTION`.
     `seen` is that of `observed`.
 
-    After each text only the better half of a list goes on to the next one: a single text tells most plans apart.
+    After each text only the better half of a list goes on to the next one: a single text tells most plans apart. When
+    each list has one plan left, it runs on all remaining texts together.
     """
     racing = [list(proposed) for proposed in proposals]
     losses = dict.fromkeys(itertools.chain(*racing), 0.0)
-    changes = losses.copy()
-    for number, sample in enumerate(samples):
-        progress("Trying plans", number, len(samples))
+    changes, done = losses.copy(), 0
+    progress("Trying plans", done, len(samples))
+    while done < len(samples):
+        decided = all(len(field) == 1 for field in racing)
+        some = samples[done:] if decided else samples[done : done + 1]
         solutions = list(dict.fromkeys(itertools.chain(*racing)))
-        plans = [_at_final_widths(solution.plan, len(sample)) for solution in solutions]
         folds = [Folds.of(solution, calibration) for solution in solutions]
-        attends = [progressive(plan, fold, [1], MAGNIFIED) for plan, fold in zip(plans, folds, strict=True)]
-        expected, *found = _second_halves(model, sample.unsqueeze(0), [AttentionCall.output, *attends], seen)
-        for solution, logits in zip(solutions, found, strict=True):
-            moved = torch.cat([divergences(logits[part], expected[part], torch.float32) for part in expected.parts()])
-            losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
-            changes[solution] += moved.sqrt().mean().item()
+        for expected, *found in _second_halves(model, some, solutions, folds, seen):
+            for solution, logits in zip(solutions, found, strict=True):
+                moved = torch.cat(
+                    [divergences(logits[part], expected[part], torch.float32) for part in expected.parts()]
+                )
+                losses[solution] += moved.mean().item() / MAGNIFIED**2 / len(samples)
+                changes[solution] += moved.sqrt().mean().item()
+            done += 1
+            progress("Trying plans", done, len(samples))
         racing = [sorted(field, key=changes.__getitem__)[: (len(field) + 1) // 2] for field in racing]
-    progress("Trying plans", len(samples), len(samples))
     return [Tried(field[0], losses[field[0]]) for field in racing]
 
 
 def _second_halves(
     model: PreTrainedModel | StreamedModel,
-    ids: Tensor,
-    attends: Sequence[Callable[[AttentionCall], Tensor]],
+    samples: Sequence[Tensor],
+    solutions: Sequence[Solution],
+    folds: Sequence[Folds],
     seen: Callable[[AttentionCall], Seen] | None,
-) -> list[Logits]:
-    """Logits of a text's second half, whose tokens have old tokens to attend to, for each way to attend.
+) -> Iterator[list[Logits]]:
+    """Logits of each text's second half, whose tokens have old tokens to attend to: exact ones, and for each plan.
 
     Attention is computed in float32.
     """
-    observers = [partial(_attend_in_float32, attend) for attend in attends]
-    second = ids.shape[1] - ids.shape[1] // 2
-    return [logits.last(second) for logits in observed_together(model, ids, observers, seen)]
+    texts = []
+    for sample in samples:
+        plans = [_at_final_widths(solution.plan, len(sample)) for solution in solutions]
+        attends = [progressive(plan, fold, [1], MAGNIFIED) for plan, fold in zip(plans, folds, strict=True)]
+        observers = [partial(_attend_in_float32, attend) for attend in (AttentionCall.output, *attends)]
+        texts.append((sample.unsqueeze(0), observers))
+    for (ids, _), found in zip(texts, observed_together(model, texts, seen), strict=True):
+        second = ids.shape[1] - ids.shape[1] // 2
+        yield [logits.last(second) for logits in found]
 
 
 def _attend_in_float32(attend: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:

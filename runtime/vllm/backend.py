@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,11 @@ class Metadata:
     longest: int
     several: range
     single: bool
+    known: Sequence[tuple[int, int, int]] = ()
 
     def batch(self, rows: Metadata) -> Batch:
         """The whole batch: `self` has the table of its pages and `rows` that of its rows."""
-        bounds = (self.longest_new, self.longest, self.several, self.single)
+        bounds = (self.longest_new, self.longest, self.several, self.single, self.known)
         return Batch(self.starts, self.lengths, self.table, rows.table, *bounds)
 
 
@@ -72,11 +74,16 @@ class Builder(AttentionMetadataBuilder[Metadata]):
     ) -> Metadata:
         count, longest_new = common_attn_metadata.num_reqs, common_attn_metadata.max_query_len
         several, single = range(0), True
+        known: list[tuple[int, int, int]] = []
         if longest_new > 1:
             starts = common_attn_metadata.query_start_loc_cpu[: count + 1]
             more = (starts.diff() > 1).nonzero().flatten().tolist()
             several = range(more[0], more[-1] + 1) if more else several
             single = len(more) < count
+            lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+            if lengths is not None:  # exact, because nothing is speculated
+                places = zip(starts.tolist(), starts[1:].tolist(), lengths[:count].tolist(), strict=False)
+                known = list(places)[several.start : several.stop]
         return Metadata(
             common_attn_metadata.query_start_loc[: count + 1],
             common_attn_metadata.seq_lens[:count],
@@ -85,6 +92,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             common_attn_metadata.max_seq_len,
             several,
             single,
+            known,
         )
 
 
@@ -230,4 +238,6 @@ class Impl(AttentionImpl[Metadata]):
         for new in (1, 2):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
-        torch.empty(self.kernels.tuning.prefill_scratch, dtype=torch.uint8, device=query.device)
+        # where the library attends: queries as fp16, and means over two pieces of history
+        halves = 3 * query.numel() * 2 if self.kernels.tuning.library_unit else 0
+        torch.empty(self.kernels.tuning.prefill_scratch + halves, dtype=torch.uint8, device=query.device)

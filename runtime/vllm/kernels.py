@@ -6,13 +6,17 @@ graph can be replayed as they grow. The host knows bounds, and which sequences m
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import ROWS_COPIED, LayerKernels, merge_launch, places_of, splits_of, widths_of
+from ..kernels import LayerKernels, merge_launch, places_of, splits_of
+from ..library import library_attention, library_has
+from ..prefill import ROWS_COPIED, Found, halved, over_pieces, pieces_of
+from ..tuning import widths_of
 from .layout import PagedLayer
 from .pages import Batch
 
@@ -149,6 +153,7 @@ class KernelPages:
             batch.starts,
             splits,
             **merge_launch(splits),
+            **self.kernels.overlap(queries.device),
         )
 
     def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
@@ -188,39 +193,101 @@ class KernelPages:
         sinks: Tensor | None,
         out: Tensor,
     ) -> None:
-        """Attention of sequences that bring more than one token: what they see is unpacked, for as many heads at once
-        as the scratch holds; one head of one sequence may take more than that."""
+        """Attention of sequences that bring more than one token. Where the host knows a sequence, and the library has
+        attention for the layer, it reads the blocks that all of the new tokens see as codes."""
+        unit, rest = self.kernels.tuning.library_unit, ((keys, values), batch, scale, sinks, out)
+        if not unit or batch.longest_new < unit or not batch.known or not self._is_known_to_the_library(queries):
+            self._attend_rest(queries, batch.several, batch.longest_new, batch.longest, None, *rest)
+            return
+        for sequence, (start, stop, length) in zip(batch.several, batch.known, strict=True):
+            new, found = stop - start, None
+            if new >= unit:
+                found = self._by_the_library(queries, keys, values, batch, sequence, scale)
+            if new > 1:
+                self._attend_rest(queries, range(sequence, sequence + 1), new, length, found, *rest)
+
+    def _is_known_to_the_library(self, queries: Tensor) -> bool:
+        plan = self.layer.plan
+        plain = not self.layer.exact and plan.sliding_window is None and not self.kernels.module.SOFTCAP.value
+        if not plain or queries.dtype == torch.float32:
+            return False
+        return library_has(queries.device, plan.key_head_dim, plan.value_head_dim)
+
+    def _by_the_library(
+        self, queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, sequence: int, scale: float
+    ) -> Found | None:
+        """The attention of a sequence's new tokens over its oldest blocks; None if these are too few."""
+        plan, tuning = self.layer.plan, self.kernels.tuning
+        start, stop, length = batch.known[sequence - batch.several.start]
+        seen = (self.layer.quantized_until(length - (stop - start)) - plan.sink) // plan.block
+        room = tuning.prefill_scratch // (self.layer.heads * plan.block * self._token_bytes(queries.dtype))
+        pieces = pieces_of(seen, plan.block, tuning.library_unit, room)
+        if not pieces:
+            return None
+        # [1, Hq, T, key_head_dim]
+        by_heads = queries.transpose(0, 1).unsqueeze(0)
+        q = halved(self.kernels.module, by_heads, 0, slice(start, stop), tuning.library_unit)
+        unpacked = self._unpacked(keys, values, batch, sequence, pieces)
+        found = library_attention(q, *next(unpacked), scale)
+        return Found(sum(pieces), *over_pieces(self.kernels.module, q, unpacked, scale, found))
+
+    def _unpacked(
+        self, keys: Tensor, values: Tensor, batch: Batch, sequence: int, pieces: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [1, H, tokens, channels] of pieces of a sequence's records."""
+        plan, heads, done = self.layer.plan, self.layer.heads, 0
+        for blocks in pieces:
+            capacity = plan.sink + blocks * plan.block
+            scratch = self._scratch(heads, capacity, keys)
+            self._unpack((keys, values), scratch, batch, (sequence * heads, capacity, 0, done), blocks, heads)
+            k, v = (part[None, :, plan.sink :] for part in scratch)
+            yield k[..., : plan.key_head_dim], v[..., : plan.value_head_dim]
+            done += blocks
+
+    def _attend_rest(
+        self,
+        queries: Tensor,
+        sequences: range,
+        longest_new: int,
+        longest: int,
+        found: Found | None,
+        new: tuple[Tensor, Tensor],
+        batch: Batch,
+        scale: float,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Write the attention of these sequences, of at most so many tokens, to `out`: what they see is unpacked, for
+        as many heads at once as the scratch holds; one head of one sequence may take more than that."""
         layer, tuning, module = self.layer, self.kernels.tuning, self.kernels.module
-        pieces, recent_at, capacity = self._unpacked(batch)
-        padded = (module.KEY_PADDED.value, module.VALUE_PADDED.value)
-        dtype = torch.float32 if queries.dtype == torch.float32 else torch.float16
-        first, last = batch.several.start * layer.heads, batch.several.stop * layer.heads
-        at_once = min(last - first, max(1, tuning.prefill_scratch // (capacity * sum(padded) * dtype.itemsize)))
-        scratch = [torch.empty(at_once, capacity, width, dtype=dtype, device=queries.device) for width in padded]
-        tile, step = tuning.prefill_shape(max(padded), dtype)
-        new, strides = (keys, values, *scratch), (keys.stride()[:2], values.stride()[:2])
-        tiles, group = -(-batch.longest_new // tile), queries.shape[1] // layer.heads
+        skipped = 0 if found is None else found.blocks
+        pieces, recent_at, capacity = self._room(longest_new, longest, skipped)
+        first, last = sequences.start * layer.heads, sequences.stop * layer.heads
+        at_once = min(last - first, max(1, tuning.prefill_scratch // (capacity * self._token_bytes(queries.dtype))))
+        scratch = self._scratch(at_once, capacity, queries)
+        tile, step = tuning.prefill_shape(max(part.shape[-1] for part in scratch), scratch[0].dtype)
+        tiles, group = -(-longest_new // tile), queries.shape[1] // layer.heads
         for head in range(first, last, at_once):
             some = min(at_once, last - head)
-            place = (layer.window, layer.heads, head, capacity, recent_at)
-            module.unpack_pages[(pieces, 2, some)](
-                *self._pool(),
-                *new,
-                *strides,
-                *_sequences(batch),
-                *self._place(),
-                *place,
-                **self._constants(),
-                ROWS=ROWS_COPIED,
-                num_warps=4,
-            )
-            told = (batch.starts, batch.lengths, queries.stride(0), *place, scale)
+            where = (head, capacity, recent_at, skipped)
+            self._unpack(new, scratch, batch, where, pieces, some)
+            own = slice((head - first) * group, None)
+            given = (scratch[0], scratch[0]) if found is None else (found.means[own], found.log_sums[own])
             module.prefill_pages[(tiles, group, some)](
                 queries,
                 *scratch,
                 queries if sinks is None else sinks,
                 out,
-                *told,
+                batch.starts,
+                batch.lengths,
+                *given,
+                queries.stride(0),
+                layer.window,
+                layer.heads,
+                *where,
+                given[0].shape[1],
+                scale,
+                FOUND=found is not None,
                 EXACT=layer.exact,
                 TILE=tile,
                 STEP=step,
@@ -228,12 +295,54 @@ class KernelPages:
                 num_stages=tuning.prefill_stages,
             )
 
-    def _unpacked(self, batch: Batch) -> tuple[int, int, int]:
-        """Of what the new tokens of a sequence see at most: in how many pieces it is unpacked, after how many tokens of
-        the scratch those begin that are seen as they are, and how many tokens that makes."""
-        layer, plan, new = self.layer, self.layer.plan, batch.longest_new
-        blocks = self._blocks(new, batch.longest)
-        recent = min(batch.longest, self._seen_at_most(new) if layer.exact else layer.window + new)
+    def _unpack(
+        self,
+        new: tuple[Tensor, Tensor],
+        scratch: tuple[Tensor, Tensor],
+        batch: Batch,
+        where: tuple[int, int, int, int],
+        pieces: int,
+        heads: int,
+    ) -> None:
+        """Unpack what so many heads see into `scratch`. `where` are the first of them, the tokens that it has room for,
+        after how many those begin that are seen as they are, and the blocks to be skipped."""
+        self.kernels.module.unpack_pages[(pieces, 2, heads)](
+            *self._pool(),
+            *new,
+            *scratch,
+            *(part.stride()[:2] for part in new),
+            *_sequences(batch),
+            *self._place(),
+            self.layer.window,
+            self.layer.heads,
+            *where,
+            **self._constants(),
+            ROWS=ROWS_COPIED,
+            num_warps=4,
+        )
+
+    def _token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of an unpacked token of a head."""
+        module = self.kernels.module
+        channels: int = module.KEY_PADDED.value + module.VALUE_PADDED.value
+        return channels * _unpacked_dtype(dtype).itemsize
+
+    def _scratch(self, heads: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for so many tokens of heads, unpacked."""
+        module, dtype = self.kernels.module, _unpacked_dtype(like.dtype)
+        key, value = (
+            torch.empty(heads, tokens, padded.value, dtype=dtype, device=like.device)
+            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
+        )
+        return key, value
+
+    def _room(self, new: int, longest: int, skipped: int) -> tuple[int, int, int]:
+        """Of what `new` tokens of a sequence of `longest` tokens see at most behind the `skipped` blocks: in how many
+        pieces it is unpacked, after how many tokens of the scratch those begin that are seen as they are, and how many
+        tokens that makes."""
+        layer, plan = self.layer, self.layer.plan
+        blocks = self._blocks(new, longest) - skipped
+        recent = min(longest, self._seen_at_most(new) if layer.exact else layer.window + new)
         sink = 0 if layer.exact else plan.sink
         recent_at = _rounded(sink + blocks * plan.block)
         return blocks + -(-(sink + recent) // ROWS_COPIED), recent_at, recent_at + _rounded(recent)
@@ -260,3 +369,7 @@ def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
 
 def _rounded(tokens: int) -> int:
     return -(-tokens // ROWS_COPIED) * ROWS_COPIED
+
+
+def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float32 else torch.float16

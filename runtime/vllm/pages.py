@@ -8,6 +8,7 @@ that are whole now are quantized, and queries attend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +52,8 @@ class Batch:
     [B, blocks] (int32) name the blocks of their pages and rows.
 
     What the host knows: no sequence brings more than `longest_new` tokens or has more than `longest`; only those in the
-    range `several` bring more than one, and there are others unless not `single`.
+    range `several` bring more than one, and there are others unless not `single`. Of each in that range it may know the
+    place of its new tokens in the batch, and its length with them: `known` are (start, stop, length).
     """
 
     starts: Tensor
@@ -62,6 +64,7 @@ class Batch:
     longest: int
     several: range
     single: bool
+    known: Sequence[tuple[int, int, int]] = ()
 
     @property
     def count(self) -> int:

@@ -24,7 +24,7 @@ from pmkvq_compiler.calibrate.calibration import Calibration
 from pmkvq_compiler.calibrate.measure import calibrate
 from pmkvq_compiler.calibrate.storage import load_or_calibrate
 from pmkvq_compiler.calibrate.streamed_model import StreamedModel
-from pmkvq_compiler.compile import captured
+from pmkvq_compiler.compile import captured, compile_model
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.plan.rerank import best_plans
@@ -138,6 +138,21 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_layer_is_read_once_for_all_texts_that_a_single_plan_is_tried_on(
+    tmp_path: Path, little_memory: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, problem = request_of(tmp_path, "llama", {}, recipe="uniform", budget="90%")
+    calibration = calibrate(source, problem, silent)
+    (whole,) = best_plans(source, [problem], calibration, silent)
+    little_memory()
+    read: list[int] = []
+    reading = StreamedModel.reading
+    monkeypatch.setattr(StreamedModel, "reading", lambda own, number: read.append(number) or reading(own, number))
+    (found,) = best_plans(source, [problem], calibration, silent)
+    assert read == [0, 1, 2]
+    assert found.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
 def test_a_model_is_gone_when_the_next_one_is_opened(tmp_path: Path, little_memory: Callable[[], None]) -> None:
     source, problem = request_of(tmp_path, "llama", {})
     little_memory()
@@ -203,38 +218,52 @@ from tests.conftest import silent
 def resident(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-def growth(model, free):
+def growth(model, free, dry_run=True):
+    # the bytes by which a compile grows, before it writes weights and while it does
     opened.free_bytes = lambda device: free
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-    before = resident("VmRSS")
+    before, peaks, step = resident("VmRSS"), [0, 0], None
     folder = Path(sys.argv[1])
-    options = dict(budget="90%", recipe="uniform", max_len=512, block=32, calib_samples=1, calib_len=64, dry_run=True)
-    options["calib"] = str(folder / "ids.jsonl")
-    compile_model(CompileOptions(str(folder / model), folder / "out", **options), silent)
-    return resident("VmHWM") - before
+    options = dict(budget="90%", recipe="uniform", max_len=512, block=32, calib_samples=1, calib_len=64)
+    options |= dict(calib=str(folder / "ids.jsonl"), dry_run=dry_run)
+
+    def note(following, done, total):  # what has grown until now was done by the step before
+        nonlocal step
+        writes, step = step in ("emit", "weights"), following
+        peaks[writes] = max(peaks[writes], resident("VmHWM") - before)
+        Path("/proc/self/clear_refs").write_text("5")
+
+    compile_model(CompileOptions(str(folder / model), folder / "out", **options), note)
+    return max(peaks[0], resident("VmHWM") - before), peaks[1]
 
 growth("small", 1 << 40)  # imports what a compile needs
-print(json.dumps([growth("large", free) for free in (0, 1 << 40)]))
+found = {"streamed": growth("large", 0), "loaded": growth("large", 1 << 40), "wide": growth("wide", 0, False)}
+print(json.dumps(found))
 """
 
 
 def test_a_streamed_model_takes_the_memory_of_some_layers(tmp_path: Path) -> None:
-    """8 layers of 28 MB."""
+    """8 layers of 28 MB; and an embedding and a head of 134 MB each, which stay in memory until weights are written."""
     shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     folder = tiny_folder(tmp_path / "large", "llama", **shape)
     whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     tiny_folder(tmp_path / "small", "llama")
+    vocab_size, hidden_size = 1 << 17, 256
+    tiny_folder(tmp_path / "wide", "llama", vocab_size=vocab_size, hidden_size=hidden_size)
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": torch.randint(3, 128, (64,)).tolist()}) + "\n")
     command = [sys.executable, "-c", PEAKS, str(tmp_path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    streamed, loaded = json.loads(done.stdout.splitlines()[-1])
-    print(f"{streamed / 1e6:.0f} MB streamed, {loaded / 1e6:.0f} MB loaded, weights {whole / 1e6:.0f} MB")
-    assert loaded > 0.8 * whole
-    assert streamed < 0.4 * whole
+    found = json.loads(done.stdout.splitlines()[-1])
+    print({name: [f"{peak / 1e6:.0f} MB" for peak in peaks] for name, peaks in found.items()}, whole)
+    assert found["loaded"][0] > 0.8 * whole
+    assert found["streamed"][0] < 0.4 * whole
+    head = vocab_size * hidden_size * torch.float32.itemsize
+    assert found["wide"][0] < 3.5 * head, "the embedding, the head, and logits of the text at a few steps"
+    assert found["wide"][1] < 1.5 * head, "a tensor at a time"
 
 
 @pytest.mark.parametrize(
@@ -253,10 +282,11 @@ def test_a_model_is_on_one_device_or_on_all_or_read_layer_by_layer(needed: int, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("model_type", "overrides"), KINDS)
 def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, problem = request_of(tmp_path, "qwen2", {"num_hidden_layers": 6}, device="cuda")
+    source, problem = request_of(tmp_path, model_type, {"num_hidden_layers": 6, **overrides}, device="cuda")
     one = calibrate(source, problem, silent)
     (plan,) = best_plans(source, [problem], one, silent)
     monkeypatch.setattr(module, "placement", lambda needed, free: "all GPUs")
@@ -266,6 +296,21 @@ def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
     assert_close(calibrate(source, problem, silent), one)
     (found,) = best_plans(source, [problem], one, silent)
     assert found.solution == plan.solution
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_compiled_on_two_gpus(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama", num_hidden_layers=6)
+    calib = token_lines(tmp_path / "calib.jsonl", lines=2, count=170)
+    options: dict[str, Any] = {"budget": "60%", "block": 32, "max_len": 400, "calib_len": 100, "device": "cuda"}
+    options |= {"calib": str(calib), "dtype": dtype}
+    one = compile_model(CompileOptions(str(folder), tmp_path / "one" / "artifact", **options), silent)
+    monkeypatch.setattr(module, "placement", lambda needed, free: "all GPUs")
+    two = compile_model(CompileOptions(str(folder), tmp_path / "two" / "artifact", **options), silent)
+    assert two.plan == one.plan
+    assert two.report.check is not None
 
 
 @pytest.mark.gpu

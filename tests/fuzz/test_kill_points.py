@@ -19,18 +19,15 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from subprocess import CompletedProcess
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
-from pmkvq_compiler.emit import check, renames
 from pmkvq_compiler.emit import place as place_module
+from pmkvq_compiler.emit import renames
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import token_lines
 from tests.emit.test_place import artifact, claim
@@ -40,8 +37,7 @@ OPERATIONS = {"open", "fcntl.flock", "subprocess.Popen", "shutil.rmtree", "shuti
     f"os.{name}" for name in ("mkdir", "rename", "remove", "rmdir", "chmod", "scandir", "listdir", "truncate")
 }
 WHOLE_RUN = "PMKVQ_FUZZ" in os.environ
-if WHOLE_RUN:  # an interpreter takes longer to start than all else, and 400 would be started
-    check.subprocess = SimpleNamespace(run=lambda command, **_: forked(command), DEVNULL=None, PIPE=None)  # type: ignore
+pytestmark = pytest.mark.usefixtures("real_checks")
 OLD = "the card of the old artifact"
 
 
@@ -87,20 +83,6 @@ def fork(function: Callable[[], int]) -> int:
 def ended(child: int) -> int:
     """The exit code of a process, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def forked(command: list[str]) -> CompletedProcess[bytes]:
-    """The check of an artifact in a process that is forked, not started anew."""
-    artifact, tensors, output = command[-3:]
-
-    def measured() -> int:
-        os.closerange(3, 1024)  # as starting a program does: the lock is not held by who outlives the compile
-        reference = load_file(tensors)
-        figures = check.measure(runtime.load(artifact), reference["input_ids"], reference["logits"])
-        Path(output).write_text(json.dumps(figures))
-        return 0
-
-    return CompletedProcess(command, ended(fork(measured)), stderr=b"")
 
 
 # ---- the protocol, at every operation ----
@@ -174,7 +156,7 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(tmp_path_factory: pytest.TempPathFactory, real_checks: None) -> Model:
     """A model with a calibration, so that compiles take no longer than they must, and an artifact called `old`."""
     folder = tmp_path_factory.mktemp("kill")
     model_folder(folder / "model", num_hidden_layers=1)

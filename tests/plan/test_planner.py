@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pulp
 import pytest
 import torch
 
@@ -171,6 +173,24 @@ def least_sensitivity(layers: list[list[Candidate]], capacity: int) -> float:
             for units in range(capacity + 1)
         ]
     return best[capacity]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, pulp.PulpSolverError])
+def test_a_solver_that_does_not_end_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    written = []
+
+    def end(solver: Any, *arguments: Any) -> None:
+        written.extend(path.suffix for path in tmp_path.rglob("*-pulp.*"))
+        raise ending
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "readsol_MPS", end)
+    with pytest.raises(CompileError if ending is pulp.PulpSolverError else ending):
+        choose(alike(3, 0.1), 64 * 150, total_bytes)
+    assert {*written} == {".mps", ".sol"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])

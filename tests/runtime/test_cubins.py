@@ -22,6 +22,7 @@ from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import choose_attention, import_generated
+from pmkvq_compiler.runtime.warm_up import launch_first
 
 from ..conftest import CompileTiny
 from .plans import cache_plan, layer_plan
@@ -107,6 +108,32 @@ def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: 
         assert {one.kernel for one in recorder.launches.values()} >= {"append", "lower", "decode", "merge"}
         for key, one in recorder.launches.items():
             assert one.divisible >= foreseen[name].launches[key].divisible, f"{key} relies on more than holds"
+
+
+def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny: CompileTiny) -> None:
+    """But for the kernel that merges the parts of a cache: their number depends on the cache, and it compiles fast."""
+    artifact = compile_tiny("gemma2", GEMMA, **OPTIONS)
+    package, model = package_of(artifact), runtime.load(artifact)
+    names = import_generated(package / "kernels" / "layers.py").KERNELS
+    modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in names}
+    known, launched = ({name: launches.Recorder(module) for name, module in modules.items()} for _ in range(2))
+    for name, layer in zip(names, model.plan.layers, strict=True):
+        launch_first(LayerKernels(known[name], CONSERVATIVE), model.plan, layer, model.dtype)
+    attention = [LayerKernels(launched[name], CONSERVATIVE) for name in names]
+    for batch in (1, 2):
+        cache = dataclasses.replace(model, attention=attention).new_cache(batch, 260)
+        for count in (3, 1, 70, 1, 1):
+            ids = torch.full((batch, count), 5)
+            dataclasses.replace(model, attention=attention)(ids, cache, attention_mask=torch.ones_like(ids))
+        assert [store.stage for store in cache.layers] == [0, 0]
+    for name, recorder in launched.items():
+        of_merging = {key for key, one in recorder.launches.items() if one.kernel == "merge"}
+        assert of_merging
+        assert recorder.launches.keys() - of_merging == known[name].launches.keys() - {
+            key for key, one in known[name].launches.items() if one.kernel == "merge"
+        }
+        for key in recorder.launches.keys() - of_merging:
+            assert recorder.launches[key].divisible >= known[name].launches[key].divisible
 
 
 def test_code_takes_the_parameters_that_are_passed(compiled: Path, tmp_path: Path) -> None:
@@ -269,3 +296,25 @@ def test_compiled_kernels_say_what_triton_says_and_compile_nothing(
         error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
         assert error < (2e-2 if dtype == "bfloat16" else 1e-4), f"the logits differ by {error:.1e}"
     assert (found[1] == expected[1]).float().mean() > 0.5
+
+
+@pytest.mark.gpu
+def test_the_first_tokens_find_their_kernels_compiled(
+    compile_tiny: CompileTiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact, compiled = compile_tiny("gemma2", GEMMA, **OPTIONS), list[tuple[str, bool]]()
+
+    def note(*, metadata: dict[str, Any], cache_hit: bool, **others: Any) -> None:
+        compiled.append((metadata["name"], cache_hit))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", note)
+    model = runtime.load(artifact, "cuda")
+    assert {name for name, _ in compiled} >= {"append", "decode", "prefill", "unpack"}
+    compiled.clear()
+    for batch in (1, 2):
+        model.generate(torch.full((batch, 70), 5), 20, eos_token_id=())
+    assert {name for name, _ in compiled} <= {"merge"}
+    compiled.clear()
+    runtime.load(artifact, "cuda").generate(torch.full((1, 70), 5), 20, eos_token_id=())
+    assert all(hit for _, hit in compiled), "the next load finds the kernels on the disk"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pmkvq_compiler.runtime.errors import InputError
-from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order
+from pmkvq_compiler.runtime.kernels import check_kernels, lowering_order, splits_of
 from pmkvq_compiler.runtime.plan import CODE_BITS
 
 from .plans import layer_plan
@@ -20,7 +20,17 @@ from .plans import layer_plan
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..fuzz import LONG_ONLY
-from ..kernel_checks import RAGGED, TOLERANCE, Case, render_module, run_case, steps
+from ..kernel_checks import (
+    CONSERVATIVE,
+    LIBRARY,
+    RAGGED,
+    RAGGED_HISTORY,
+    TOLERANCE,
+    Case,
+    render_module,
+    run_case,
+    steps,
+)
 from ..kernel_compile import compile_case, compile_kernel, signature
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,13 +72,13 @@ def test_kernels_compile_without_a_device(capability: int, changes: dict[str, ob
     assert not re.search(r"cvt\.rn\.f\d+\.[su](8|16)", decode), "codes become operands without a conversion"
 
 
-@pytest.mark.parametrize("name", ["append", "lower", "decode", "merge", "prefill", "unpack"])
+@pytest.mark.parametrize("name", ["append", "lower", "decode", "merge", "prefill", "unpack", "halve"])
 def test_no_variant_is_compiled_for_a_count(name: str) -> None:
     """Layers have other windows, rings and splits, and so has every batch: one variant of a kernel serves them all."""
     kernel = getattr(render_module(Case(steps=steps(1))), name)
     types = signature([one.name for one in kernel.params if not one.is_constexpr], torch.float16, {})
     counts = {argument for argument, kind in types.items() if kind == "i32"}
-    assert counts >= {"batch_size"}
+    assert counts & {"batch_size", "columns"}
     assert {one.name for one in kernel.params if one.do_not_specialize} == counts
 
 
@@ -95,6 +105,21 @@ def test_lowering_never_writes_over_what_is_still_to_be_read(live: int, wide: in
             unread = [other for other in range(first, live) if other != slot]
             written = (slot * narrow, (slot + 1) * narrow)
             assert all(written[1] <= other * wide or written[0] >= (other + 1) * wide for other in unread)
+
+
+@pytest.mark.parametrize("places", [1056, 1320, 1584, 640])
+@pytest.mark.parametrize("heads", [1, 4, 8, 32, 128, 600, 2400])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 62, 511, 4096])
+def test_a_cache_is_divided_among_all_programs_that_a_device_runs_at_once(heads: int, blocks: int, places: int) -> None:
+    splits, parts = splits_of(heads, blocks, 132, places)
+    assert parts == splits + 9
+    assert 1 <= splits <= max(1, blocks)
+    longest, waves = -(-blocks // splits), -(-heads * splits // places)
+    best = max(blocks * heads / places, min(blocks, 1))  # if every part could be cut anywhere
+    assert waves * longest <= 1.3 * best + 2, "nobody waits for a few long parts"
+    if 16 * heads <= places:
+        assert waves == 1, "no part waits for another one to end"
+        assert splits == 1 or -(-blocks // (splits - 1)) > longest, "fewer parts would be as fast"
 
 
 def test_blocks_that_kernels_cannot_read_are_refused() -> None:
@@ -142,6 +167,64 @@ def covering() -> list[Case]:
     cases.append(Case(**{**long, "key_bits": 4, "value_bits": 4}, steps=ragged))
     cases.append(Case(**{**long, "key_bits": 8, "value_bits": 8}, sliding_window=4096, sink=0, steps=steps(20000, 1)))
     return cases
+
+
+def with_history() -> list[Case]:
+    """Prompts in chunks whose history the library reads, and layers that it cannot serve."""
+    chunks = steps(330, 1, 140, 65, 190)
+    cases = [
+        Case(
+            head_dim=head_dim,
+            group=group,
+            key_bits=bits[0],
+            value_bits=bits[1],
+            key_axis=axis,
+            heads=1 + group % 2,
+            dtype=dtype,
+            has_sinks=group == 3,
+            max_len=820,
+            steps=chunks,
+            tuning=LIBRARY,
+        )
+        for (head_dim, group, axis, dtype), bits in zip(
+            (
+                (64, 1, "token", torch.float16),
+                (80, 2, "channel", torch.bfloat16),
+                (96, 3, "token", torch.bfloat16),
+                (128, 4, "channel", torch.float16),
+                (128, 5, "token", torch.bfloat16),
+                (256, 6, "channel", torch.bfloat16),
+                (128, 7, "channel", torch.bfloat16),
+                (64, 8, "channel", torch.float16),
+            ),
+            WIDTHS[::2],
+            strict=True,
+        )
+    ]
+    cases += [Case(heads=heads, group=3, steps=RAGGED_HISTORY, tuning=LIBRARY) for heads in (1, 2)]
+    cases.append(Case(block=128, window=200, max_len=820, steps=chunks, tuning=LIBRARY))
+    cases += [
+        Case(softcap=5.0, max_len=820, steps=chunks, tuning=LIBRARY),
+        Case(sliding_window=300, window=128, max_len=820, steps=chunks, tuning=LIBRARY),
+        Case(dtype=torch.float32, key_bits=8, max_len=820, steps=chunks, tuning=LIBRARY),
+    ]
+    long = {"head_dim": 128, "group": 7, "heads": 2, "window": 128, "dtype": torch.bfloat16, "max_len": 33000}
+    whole = dataclasses.replace(CONSERVATIVE, library_unit=512)
+    ragged = (
+        (slice(0, 20000), slice(19000, 20000), slice(0, 9000)),
+        (slice(0, 4096), slice(1000, 4000), slice(0, 700)),
+    )
+    for bits in (2, 8):
+        widths = {"key_bits": bits, "value_bits": bits, "direct": True}
+        cases.append(Case(**long, **widths, steps=steps(20000, 1, 4096, 4000, 1), tuning=whole))
+    cases.append(Case(**long, steps=ragged, tuning=whole))
+    return cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", with_history(), ids=str)
+def test_history_read_by_the_library_on_the_device_equals_float64(case: Case) -> None:
+    assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
 @pytest.mark.gpu

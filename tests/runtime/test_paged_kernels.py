@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
-from ..kernel_checks import TOLERANCE, Case, steps
+from ..kernel_checks import LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
 from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
 
@@ -69,6 +69,37 @@ def covering() -> list[PagedCase]:
                 layer = dataclasses.replace(layer, softcap=(None, 5.0)[number % 2], has_sinks=number % 3 == 0)
             cases.append(PagedCase(layer, LENGTHS[at % 3], row_block=(1, 8, 64)[at % 3], exact=at % 9 == 8))
     return cases
+
+
+def with_history() -> list[PagedCase]:
+    """Prompts in chunks whose history the library reads, beside sequences with few tokens and with none."""
+    lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1))
+    shapes = zip((64, 80, 96, 128, 256, 128), (1, 2, 3, 5, 7, 8), strict=True)
+    return [
+        PagedCase(
+            Case(
+                head_dim=head_dim,
+                group=group,
+                heads=1 + group % 2,
+                key_axis=("token", "channel")[group % 2],
+                dtype=(torch.float16, torch.bfloat16)[group % 2],
+                block=(64, 128)[group == 7],
+                window=128,
+                sink=(0, 4, 70)[group % 3],
+                has_sinks=group == 3,
+                max_len=720,
+            ),
+            lengths,
+            tuning=LIBRARY,
+        )
+        for head_dim, group in shapes
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", with_history(), ids=lambda case: f"{case.layer.head_dim} x {case.layer.group}")
+def test_history_in_pages_read_by_the_library_on_the_device_is_the_reference(case: PagedCase) -> None:
+    assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
 @pytest.mark.gpu

@@ -157,6 +157,34 @@ def test_a_width_has_its_row_in_the_tables(bits: int) -> None:
     assert f".on-bits{bits} {{" in style
 
 
+@pytest.mark.parametrize("device", ["default", "H100", "H200"])
+def test_every_tuning_can_be_launched(device: str) -> None:
+    """On any device that the kernels support: 64 Ki registers and 99 KiB of shared memory, 227 on an H100."""
+    tuning = read_tunings(tuning_table())[device]
+    for bits, decode in tuning.decode.items():
+        assert decode.cells in (1, 2), "words of a step, of which a lane loads up to four at once"
+        assert 64 <= decode.registers <= 255, "what a lane can have"
+        assert decode.registers % 8 == 0, "what is given out"
+        assert decode.prefetch <= 4, bits
+    for channels in (64, 128, 256, 512):
+        tile, step = tuning.prefill_shape(channels, torch.float16)
+        assert tile % 16 == step % 16 == 0, "rows and columns of the matrix unit"
+        if channels <= 256:
+            held = 2 * channels * (tile + 2 * step * tuning.prefill_stages)
+            assert held <= (227 << 10 if device != "default" else 160 << 10)
+    for warps in (tuning.prefill_warps, tuning.append_warps, tuning.lower_warps):
+        assert warps in (1, 2, 4, 8, 16)
+    assert (tuning.library_unit > 0) == (device != "default"), "multiprocessors of Hopper"
+
+
+@pytest.mark.parametrize("unit", [-64, 100])
+def test_a_unit_that_no_tile_divides_is_refused(unit: int) -> None:
+    table = json.loads(tuning_table())
+    table["default"]["library_unit"] = unit
+    with pytest.raises(ArtifactError, match=r"tuning\.json has numbers that no kernel can be launched with"):
+        read_tunings(json.dumps(table))
+
+
 @pytest.mark.parametrize("lost", CODE_BITS)
 def test_a_table_of_tunings_that_lacks_a_width_is_refused(lost: int) -> None:
     table = json.loads(tuning_table())

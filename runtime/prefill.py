@@ -1,0 +1,257 @@
+"""The attention of a call's new tokens over keys and values that are unpacked for all of them, in bounded scratch.
+
+Where the library has attention for a layer, it reads most of this: the new tokens, and whole pieces of the pool, which
+all of them see. It returns the logarithms of its weights' sums, too, so the generated kernel goes on from there with
+what remains of the pool, sink and window. The generated kernel does everything where the library cannot help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backend import NewTokens
+from .cubins import CompiledKernels
+from .layer_cache import LayerCache
+from .library import library_attention, library_has
+from .tuning import Tuning, widths_of
+
+ROWS_COPIED = 64
+"""Tokens outside the pool that a program of the unpacking kernel takes at once."""
+
+ROWS_JOINED = 32
+"""Queries whose numbers a program converts, or puts together, at once."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the library computed for a sequence: means of values [Hq, columns, dv] (fp16) over the oldest `blocks` of
+    the pool, and in the single-process cache over the new tokens that each query sees; and the natural logarithms of
+    the weights' sums [Hq, columns] (fp32). The sequence's queries are the first of these columns."""
+
+    blocks: int
+    means: Tensor
+    log_sums: Tensor
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The attention of new tokens over a layer and their own `k` and `v`; channels of the three tensors are dense."""
+
+    module: ModuleType | CompiledKernels
+    tuning: Tuning
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    store: LayerCache
+    new: NewTokens
+    scale: float
+    sinks: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of unpacked numbers."""
+        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
+
+    def attend(self) -> Tensor:
+        """Attention [B, Hq, S, dv] in the dtype of `q`."""
+        make = torch.empty if self.new.fill(self.q.shape[2]) else torch.zeros  # padding columns stay zero
+        out = make(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=self.q.device)
+        unit, counts = self.tuning.library_unit, self.new.counts
+        if unit and max(counts) >= unit and self._is_known_to_the_library():
+            for sequence, count in enumerate(counts):
+                found = self._by_the_library(sequence) if count >= unit else None
+                if count:
+                    self._attend_rest(range(sequence, sequence + 1), found, out)
+        else:
+            self._attend_rest(range(len(counts)), None, out)
+        return out
+
+    # ---- most of it, by the library ----
+
+    def _is_known_to_the_library(self) -> bool:
+        plan = self.store.plan
+        plain = plan.sliding_window is None and not self.module.SOFTCAP.value
+        if not plain or self.dtype != torch.float16:
+            return False
+        return library_has(self.q.device, plan.key_head_dim, plan.value_head_dim)
+
+    def _by_the_library(self, sequence: int) -> Found:
+        """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool."""
+        own, plan, unit = self.new.columns[sequence], self.store.plan, self.tuning.library_unit
+        q, k, v = (halved(self.module, part, sequence, own, unit) for part in (self.q, self.k, self.v))
+        pieces = pieces_of(self.store.live_blocks(sequence), plan.block, unit, self._room_of_blocks)
+        themselves = library_attention(q, k, v, self.scale, causal=True)
+        found = over_pieces(self.module, q, self._unpacked(sequence, pieces), self.scale, themselves)
+        return Found(sum(pieces), *found)
+
+    @property
+    def _room_of_blocks(self) -> int:
+        """Blocks of all heads of a sequence that fit the scratch."""
+        plan = self.store.plan
+        return self.tuning.prefill_scratch // (plan.num_key_value_heads * plan.block * self._token_bytes)
+
+    def _unpacked(self, sequence: int, pieces: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [1, Hkv, tokens, channels] of pieces of a sequence's pool."""
+        plan, done = self.store.plan, 0
+        heads = slice(sequence * plan.num_key_value_heads, (sequence + 1) * plan.num_key_value_heads)
+        for blocks in pieces:
+            keys, values = self._scratch(plan.num_key_value_heads, plan.sink + blocks * plan.block)
+            self._unpack(keys, values, heads, done, blocks)
+            yield keys[None, :, plan.sink :, : plan.key_head_dim], values[None, :, plan.sink :, : plan.value_head_dim]
+            done += blocks
+
+    # ---- the rest, by the generated kernel ----
+
+    def _attend_rest(self, sequences: range, found: Found | None, out: Tensor) -> None:
+        """Write the attention of these sequences into `out`. As many heads are unpacked at once as fit the scratch, but
+        at least one, which may take more."""
+        skipped, heads = 0 if found is None else found.blocks, self.store.plan.num_key_value_heads
+        pieces, capacity = self._room(sequences, found)
+        begin, end = sequences.start * heads, sequences.stop * heads
+        at_once = min(end - begin, max(1, self.tuning.prefill_scratch // (capacity * self._token_bytes)))
+        keys, values = self._scratch(at_once, capacity)
+        for first in range(begin, end, at_once):
+            some = slice(first, min(end, first + at_once))
+            if pieces:
+                self._unpack(keys, values, some, skipped, pieces)
+            self._attend_unpacked(keys, values, found, out, some, (first - begin) * (self.q.shape[1] // heads))
+
+    def _room(self, sequences: range, found: Found | None) -> tuple[int, int]:
+        """For a head of the longest sequence, without what the library has read: how many programs unpack it, and the
+        tokens that its room must hold."""
+        store, pieces, tokens = self.store, 0, 0
+        for sequence in sequences:
+            blocks = store.live_blocks(sequence) - (0 if found is None else found.blocks)
+            copied = store.rows[sequence] + (self.new.counts[sequence] if found is None else 0)
+            pieces = max(pieces, blocks + -(-copied // ROWS_COPIED))
+            tokens = max(tokens, blocks * store.plan.block + copied)
+        return pieces, max(1, -(-tokens // ROWS_COPIED)) * ROWS_COPIED
+
+    def _attend_unpacked(
+        self, keys: Tensor, values: Tensor, found: Found | None, out: Tensor, heads: slice, first_query_head: int
+    ) -> None:
+        """Write into `out` the attention of these heads' queries over their unpacked `keys` and `values` and over what
+        was `found` for them, from a query head on."""
+        query_heads, columns = self.q.shape[1:3]
+        plan, tuning = self.store.plan, self.tuning
+        tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
+        grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
+        self.module.prefill[grid](
+            self.q,
+            keys,
+            values,
+            self.q if self.sinks is None else self.sinks,
+            out,
+            self.new.state,
+            keys if found is None else found.means[first_query_head:],
+            keys if found is None else found.log_sums[first_query_head:],
+            self.q.stride()[:3],
+            columns,
+            heads.start,
+            self.q.shape[0],
+            plan.window,
+            self.store.ring,
+            keys.shape[1],
+            0 if found is None else found.blocks,
+            0 if found is None else found.means.shape[1],
+            self.scale,
+            FOUND=found is not None,
+            TILE=tile,
+            STEP=step,
+            num_warps=tuning.prefill_warps,
+            num_stages=tuning.prefill_stages,
+        )
+
+    # ---- both ----
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of an unpacked token of a head."""
+        channels: int = self.module.KEY_PADDED.value + self.module.VALUE_PADDED.value
+        return channels * self.dtype.itemsize
+
+    def _scratch(self, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Room for so many tokens of heads, unpacked."""
+        key, value = (
+            torch.empty(heads, tokens, padded.value, dtype=self.dtype, device=self.q.device)
+            for padded in (self.module.KEY_PADDED, self.module.VALUE_PADDED)
+        )
+        return key, value
+
+    def _unpack(self, keys: Tensor, values: Tensor, heads: slice, skipped: int, pieces: int) -> None:
+        """Write into `keys` and `values` [heads, capacity, channels] what these heads attend to behind the `skipped`
+        blocks: so many pieces of pool, rows and new tokens."""
+        self.module.unpack[(pieces, 2, heads.stop - heads.start)](
+            self.store.words,
+            self.store.buffers,
+            self.k,
+            self.v,
+            keys,
+            values,
+            self.new.state,
+            self.k.stride()[:3],
+            self.v.stride()[:3],
+            self.store.head_units,
+            heads.start,
+            self.k.shape[0],
+            self.store.plan.window,
+            self.store.ring,
+            keys.shape[1],
+            skipped,
+            **widths_of(self.store.plan, self.store.bits),
+            ROWS=ROWS_COPIED,
+            num_warps=4,
+        )
+
+
+def halved(module: ModuleType | CompiledKernels, part: Tensor, sequence: int, own: slice, unit: int) -> Tensor:
+    """A sequence's own columns of queries, keys or values `part` [B, heads, S, channels] as fp16 [1, heads, columns,
+    channels]: columns of zeros follow, up to a multiple of `unit`."""
+    (_, heads, _, channels), count = part.shape, own.stop - own.start
+    columns = -(-count // unit) * unit
+    halves = torch.empty(1, heads, columns, channels, dtype=torch.float16, device=part.device)
+    module.halve[(columns // ROWS_JOINED, heads)](
+        part,
+        halves,
+        part.stride()[:3],
+        sequence,
+        own.start,
+        count,
+        columns,
+        CHANNELS=channels,
+        TILE=ROWS_JOINED,
+        num_warps=4,
+    )
+    return halves
+
+
+def pieces_of(blocks: int, block: int, unit: int, room: int) -> list[int]:
+    """Pieces in which the library reads the first ones of so many blocks of `block` tokens; at most `room` at once.
+
+    The library prepares a kernel for every length of a piece, which takes it as long as several layers' attention. So
+    there are few lengths: the longest, and multiples of a 64th of it.
+    """
+    longest, fine = (max(1, tokens // block) for tokens in (16 * unit, unit // 4))
+    most = max(fine, min(longest, room) // fine * fine)
+    whole, rest = divmod(blocks // fine * fine, most)
+    return [most] * whole + [rest] * (rest > 0)
+
+
+def over_pieces(
+    module: ModuleType | CompiledKernels,
+    q: Tensor,
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    scale: float,
+    found: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` [1, Hq, columns, dk] over keys and values [1, Hkv, T, channels] in pieces, all of which every
+    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them."""
+    for k, v in pieces:
+        others = library_attention(q, k, v, scale)
+        module.join[(found[1].numel() // ROWS_JOINED,)](*found, *others, TILE=ROWS_JOINED, num_warps=4)
+    return found

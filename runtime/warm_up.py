@@ -1,0 +1,142 @@
+"""Compiles the kernels that a model needs first, several at a time, while its weights are read.
+
+Triton compiles a kernel when it is first launched, and one after the other. So the launches are made beforehand, on
+tensors without memory, and their kernels are compiled in threads. Triton keeps what it has compiled on the disk: the
+next process reads it there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Attention
+from .cache import Cache
+from .kernels import LayerKernels
+from .manifest import DTYPES
+from .plan import CachePlan, LayerPlan, sequence_bytes
+
+NOWHERE = torch.device("meta")
+
+COMPILED_AT_ONCE = 16
+"""How many kernels are compiled at the same time, on a machine with as many cores."""
+
+
+@dataclass
+class Call:
+    """The arguments of one attention call of a layer."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+@contextmanager
+def first_kernels(
+    attention: Sequence[Attention], plan: CachePlan, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """Within, the kernels are compiled that a new cache in `dtype` is written and read with, if Triton compiles them.
+
+    An error of Triton is left to the launch of the kernel.
+    """
+    kinds = {
+        (layer.module, one.stages[:1]): (_Compiled(layer.module), layer.tuning, one)
+        for layer, one in zip(attention, plan.layers, strict=True)
+        if isinstance(layer, LayerKernels) and isinstance(layer.module, ModuleType)
+    }
+    if device.type != "cuda" or not kinds:
+        yield
+        return
+
+    def compile_all() -> None:
+        import triton
+
+        with (
+            torch.cuda.device(device),
+            ThreadPoolExecutor(min(COMPILED_AT_ONCE, os.cpu_count() or 1)) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            for module, tuning, one in kinds.values():
+                launch_first(LayerKernels(module, tuning), plan, one, dtype)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(1) as thread:  # a mode of Triton's belongs to a thread, and this one ends with it
+        compiling = thread.submit(compile_all)
+        yield
+        compiling.result()
+
+
+def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype: torch.dtype) -> None:
+    """Make the launches for a prompt and for one token in a new cache of a layer, without memory."""
+    whole = roomy(replace(plan, dtype=str(dtype).removeprefix("torch.")), layer)
+    for count in (1, 2):
+        if count <= plan.max_len:
+            attend(kernels, whole, plan.max_len, 0, _call(kernels, layer, count, dtype))
+
+
+def _call(kernels: LayerKernels, layer: LayerPlan, count: int, dtype: torch.dtype) -> Call:
+    module = kernels.module
+    heads = layer.num_key_value_heads * module.GROUP.value
+    new = partial(torch.empty, dtype=dtype, device=NOWHERE)
+    return Call(
+        new(1, heads, count, layer.key_head_dim),
+        new(1, layer.num_key_value_heads, count, layer.key_head_dim),
+        new(1, layer.num_key_value_heads, count, layer.value_head_dim),
+        scale=1.0,
+        softcap=None,
+        sinks=new(heads) if module.HAS_SINKS.value else None,
+    )
+
+
+def roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
+    """A plan of these layers with room for two sequences at the widest codes.
+
+    Such caches exist: with fewer sequences or tokens than planned, codes stay wide for longer.
+    """
+    itemsize = DTYPES[plan.dtype].itemsize
+    wide = (replace(layer, arena_bytes=2 * sequence_bytes(layer, plan.max_len, itemsize, stage=0)) for layer in layers)
+    return replace(plan, batch_size=2, layers=tuple(wide))
+
+
+def attend(kernels: Attention, plan: CachePlan, max_len: int, stage: int, call: Call) -> Cache:
+    """Make an attention call on a cache of the one layer in `plan`, without memory. It is at `stage` and its window is
+    full, so that a block leaves it if one ever can."""
+    batch, _, count, _ = call.q.shape
+    cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
+    store = cache.layers[0]
+    rows = min(store.plan.sink + store.plan.window, max_len - count)
+    store.seek([rows] * batch, stage)
+    cache.length = [rows] * batch
+    cache.begin([slice(0, count)] * batch)
+    kernels.attend(call.q, call.k, call.v, store, cache.new_tokens, call.scale, call.softcap, call.sinks)
+    return cache
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """Takes the place of a module of kernels, and compiles them instead of launching them."""
+
+    module: ModuleType
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.module, name)
+        return _CompiledKernel(found) if hasattr(found, "warmup") else found
+
+
+@dataclass(frozen=True)
+class _CompiledKernel:
+    kernel: Any
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return partial(self.kernel.warmup, grid=grid)
