@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pmkvq_compiler import runtime
 from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.passes.base import run_passes
@@ -26,8 +28,9 @@ from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
+from tests.conftest import CompileTiny
 from tests.families import FAMILIES, Family
-from tests.fuzz import chosen
+from tests.fuzz import LONG_ONLY, chosen
 from tests.models import tiny_folder
 from tests.programs import compiled_model, relative_error
 
@@ -165,3 +168,17 @@ def test_what_is_folded_is_what_the_table_says(compiled: Compiled) -> None:
         assert reason in (site.reason, None) or reason in str(site.reason)
         assert (site.reason is None) == (reason is None)
         assert can_transform(site) == family.values
+
+
+SMALL: dict[str, Any] = {"budget": "150%", "bits": (4,), "window": 16, "block": 16, "max_len": 120, "calib_len": 64}
+
+
+@LONG_ONLY
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_compiles_into_a_budget(name: str, compile_tiny: CompileTiny) -> None:
+    artifact = compile_tiny(FAMILIES[name].model_type, FAMILIES[name].overrides, **SMALL)
+    model = runtime.load(artifact, trust_code=False)
+    assert any(layer.quantized for layer in model.plan.layers)
+    source = AutoModelForCausalLM.from_pretrained(artifact.parent / "source")
+    with torch.no_grad():
+        assert relative_error(model(tokens(60)[:1]), source(tokens(60)[:1]).logits) <= 1e-5

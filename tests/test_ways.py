@@ -1,6 +1,6 @@
 """Models of unusual kinds in every way that an artifact is used: each way works, or is refused in one sentence.
 
-`make test` takes one kind, `make fuzz` all of them. Their wheels, artifacts in transformers, and ONNX models are real.
+`make fuzz` runs these tests. Wheels, artifacts in transformers, and ONNX models are real.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.conftest import CompileTiny, silent
 from tests.environments import environment, install
 from tests.families import FAMILIES
 from tests.folders import tree
-from tests.fuzz import LONG_ONLY, chosen
+from tests.fuzz import LONG_ONLY
 from tests.hybrids import HYBRIDS
 from tests.models import tiny_folder
 from tests.programs import relative_error
@@ -58,7 +58,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=chosen(KINDS, "chunks"))
+pytestmark = LONG_ONLY
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def artifact(request: pytest.FixtureRequest, compile_tiny: CompileTiny) -> Path:
     kind = KINDS[request.param]
     return compile_tiny(kind.model_type, kind.overrides, **FOUR_BITS, onnx=kind.not_in_onnx is None)
@@ -90,7 +93,6 @@ def test_without_remote_code_it_is_the_source_model(artifact: Path) -> None:
     assert relative_error(folded, source) <= 1e-5
 
 
-@LONG_ONLY
 def test_the_wheel_writes_the_same_text_where_no_compiler_is(artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="builds the artifact's wheel")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, artifact]
@@ -104,7 +106,6 @@ def test_the_wheel_writes_the_same_text_where_no_compiler_is(artifact: Path, tmp
     assert json.loads(run(python, "-c", code, stdin=json.dumps(tokens().tolist()))) == [text(artifact)]
 
 
-@LONG_ONLY
 @pytest.mark.parametrize("name", KINDS)
 def test_onnx_works_or_is_refused_before_anything_is_measured(
     name: str, compile_tiny: CompileTiny, tmp_path: Path

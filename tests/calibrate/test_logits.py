@@ -31,6 +31,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2}),
     ("gpt_neox", {}),
     ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 96}),
 ]
 
 
