@@ -60,7 +60,7 @@ def test_unquantized_artifact_scores_what_its_source_scores(tmp_path: Path, monk
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    source, artifact = model_folder(tmp_path / "source", "llama"), tmp_path / "artifact"
+    source, artifact = model_folder(tmp_path / "source", num_hidden_layers=1), tmp_path / "artifact"
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.eos_token = tokenizer.pad_token = chr(2)  # the harness asks for both
     tokenizer.save_pretrained(source)

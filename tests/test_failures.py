@@ -114,7 +114,7 @@ def test_a_solver_that_does_not_run_is_named(
 
     monkeypatch.setattr(pulp.LpProblem, "solve", fail)
     small = ["--max-len", "256", "--window", "64", "--calib-samples", "2", "--calib-len", "96"]
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
     assert cli.main([str(folder), "--budget", "70%", "--dry-run", *small]) == 1
     assert "the CBC solver of PuLP did not run (cbc died)" in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_a_solver_that_does_not_run_is_named(
 def test_a_batch_of_any_size_is_planned_or_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
     small = [
         "--max-len",
         "256",
@@ -151,7 +151,7 @@ def test_a_batch_of_any_size_is_planned_or_refused_at_once(
 def test_numbers_of_any_size_end_in_a_plan_or_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
     small = {"--max-len": "256", "--window": "64", "--calib-samples": "2", "--calib-len": "96", flag: value}
     arguments = [word for pair in small.items() for word in pair]
     code = cli.main([str(folder), "--budget", "70%", "--dry-run", *arguments])
@@ -161,7 +161,7 @@ def test_numbers_of_any_size_end_in_a_plan_or_in_one_sentence(
 
 
 def test_a_reader_that_closes_its_end_early_ends_the_command_quietly(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
     small = ["--max-len", "256", "--window", "64", "--calib-samples", "2", "--calib-len", "96", "--dry-run"]
     command = [sys.executable, "-m", "pmkvq_compiler.cli", str(folder), "--budget", "70%", *small]
     read, write = os.pipe()
