@@ -246,12 +246,16 @@ class Bench:
                 return [row for length in arguments.lengths for row in self._simulated(length)]
 
     def _own(self, length: int) -> list[Row]:
-        caches = {budget: self._artifact(length, budget) for budget in self.arguments.budgets}
-        options = {"full": self._artifact(max(self.arguments.lengths), None), "caches": caches}
-        return self._run("pmkvq-compile", [length], options)
+        full = self._artifact(max(self.arguments.lengths), None)
+        if full is None:
+            raise SystemExit("without an artifact in full precision there is nothing to compare; use another model")
+        made = {budget: self._artifact(length, budget) for budget in self.arguments.budgets}
+        caches = {budget: folder for budget, folder in made.items() if folder is not None}
+        return self._run("pmkvq-compile", [length], {"full": full, "caches": caches}) if caches else []
 
-    def _artifact(self, length: int, budget: str | None) -> str:
-        """The folder of an artifact, which is compiled unless it is there."""
+    def _artifact(self, length: int, budget: str | None) -> str | None:
+        """The folder of an artifact, which is compiled unless it is there; None if that fails, which the compiler
+        explains: a few tokens may not fit a small budget."""
         chosen = ["--budget", budget, *self.calibration] if budget else ["--recipe", "none", *NO_CALIBRATION]
         name = "-".join(word for word in chosen if not word.startswith("--"))
         folder = self.arguments.folder / "artifacts" / f"{length}-{self.arguments.dtype}-{name}"
@@ -259,7 +263,7 @@ class Bench:
             command = [sys.executable, "-m", "pmkvq_compiler.cli", self.arguments.model, *chosen]
             options = ["--dtype", self.arguments.dtype, "--max-len", str(length), "-o", str(folder)]
             if subprocess.run([*command, *options], check=False).returncode:
-                raise SystemExit(f"this model cannot be compared at {length:,} tokens and {budget or 'full precision'}")
+                return None
         return str(folder)
 
     def _run(self, engine: str, lengths: list[int], options: Mapping[str, Any]) -> list[Row]:
