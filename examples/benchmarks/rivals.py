@@ -57,6 +57,7 @@ from pmkvq_compiler.source.source import open_source
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 ENGINES = Path(__file__).parent / "rival_engines.py"
+PROJECT = "pmkvq_compiler"
 NO_CALIBRATION = ("--calib-samples", "1", "--calib-len", "128")
 """As little as there can be, for where nothing is planned."""
 TRANSFORMERS_CACHES: dict[str, dict[str, Any]] = {
@@ -96,10 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     table = arguments.folder / "rivals.csv"
     if not arguments.plot:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
         for rival in arguments.rivals:
             check_installed(rival, python_of(rival, arguments))
         bench = Bench(arguments)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
         for rival in arguments.rivals:
             print(rival, flush=True)
             add_rows(bench.measure(rival), table)
@@ -190,13 +191,14 @@ def python_of(rival: str, arguments: argparse.Namespace) -> str:
 
 
 def check_installed(rival: str, python: str) -> None:
-    """End the program with a sentence if an interpreter does not have what a rival needs."""
-    for module in RIVALS[rival].modules:
+    """End the program with a sentence if an interpreter does not have this project and what a rival needs."""
+    for module in (PROJECT, *RIVALS[rival].modules):
         look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
         if subprocess.run([python, "-c", look], capture_output=True, check=False).returncode:
+            install = "{python} -m pip install ." if module == PROJECT else RIVALS[rival].install
             raise SystemExit(
                 f"{rival} needs the module {module}, which {python} does not have; install it with "
-                f"`{RIVALS[rival].install.format(python=python)}`, name another interpreter with --python "
+                f"`{install.format(python=python)}`, name another interpreter with --python "
                 f"{rival}=PATH, or leave it out of --rivals"
             )
 
@@ -246,12 +248,16 @@ class Bench:
                 return [row for length in arguments.lengths for row in self._simulated(length)]
 
     def _own(self, length: int) -> list[Row]:
-        caches = {budget: self._artifact(length, budget) for budget in self.arguments.budgets}
-        options = {"full": self._artifact(max(self.arguments.lengths), None), "caches": caches}
-        return self._run("pmkvq-compile", [length], options)
+        full = self._artifact(max(self.arguments.lengths), None)
+        if full is None:
+            raise SystemExit("without an artifact in full precision there is nothing to compare; use another model")
+        made = {budget: self._artifact(length, budget) for budget in self.arguments.budgets}
+        caches = {budget: folder for budget, folder in made.items() if folder is not None}
+        return self._run("pmkvq-compile", [length], {"full": full, "caches": caches}) if caches else []
 
-    def _artifact(self, length: int, budget: str | None) -> str:
-        """The folder of an artifact, which is compiled unless it is there."""
+    def _artifact(self, length: int, budget: str | None) -> str | None:
+        """The folder of an artifact, which is compiled unless it is there; None if that fails, which the compiler
+        explains: a few tokens may not fit a small budget."""
         chosen = ["--budget", budget, *self.calibration] if budget else ["--recipe", "none", *NO_CALIBRATION]
         name = "-".join(word for word in chosen if not word.startswith("--"))
         folder = self.arguments.folder / "artifacts" / f"{length}-{self.arguments.dtype}-{name}"
@@ -259,7 +265,7 @@ class Bench:
             command = [sys.executable, "-m", "pmkvq_compiler.cli", self.arguments.model, *chosen]
             options = ["--dtype", self.arguments.dtype, "--max-len", str(length), "-o", str(folder)]
             if subprocess.run([*command, *options], check=False).returncode:
-                raise SystemExit(f"this model cannot be compared at {length:,} tokens and {budget or 'full precision'}")
+                return None
         return str(folder)
 
     def _run(self, engine: str, lengths: list[int], options: Mapping[str, Any]) -> list[Row]:
