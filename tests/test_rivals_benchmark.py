@@ -241,7 +241,11 @@ def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(
         arguments = ["--model", __file__, "--rivals", f"pmkvq-compile,{name}", "--output", str(tmp_path / "out")]
         with pytest.raises(SystemExit, match=f"^{name} needs the module not_there, .* -m pip install .*--rivals$"):
             rivals.main(arguments)
+    assert not (tmp_path / "out").exists()
     rivals.check_installed("pmkvq-compile", sys.executable)
+    monkeypatch.setattr(rivals, "PROJECT", "not_here")
+    with pytest.raises(SystemExit, match=r"needs the module not_here, .* -m pip install \.`"):
+        rivals.check_installed("llama.cpp", sys.executable)
 
 
 @pytest.mark.parametrize(

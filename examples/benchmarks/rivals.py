@@ -57,6 +57,7 @@ from pmkvq_compiler.source.source import open_source
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 
 ENGINES = Path(__file__).parent / "rival_engines.py"
+PROJECT = "pmkvq_compiler"
 NO_CALIBRATION = ("--calib-samples", "1", "--calib-len", "128")
 """As little as there can be, for where nothing is planned."""
 TRANSFORMERS_CACHES: dict[str, dict[str, Any]] = {
@@ -96,10 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     table = arguments.folder / "rivals.csv"
     if not arguments.plot:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
         for rival in arguments.rivals:
             check_installed(rival, python_of(rival, arguments))
         bench = Bench(arguments)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
         for rival in arguments.rivals:
             print(rival, flush=True)
             add_rows(bench.measure(rival), table)
@@ -190,13 +191,14 @@ def python_of(rival: str, arguments: argparse.Namespace) -> str:
 
 
 def check_installed(rival: str, python: str) -> None:
-    """End the program with a sentence if an interpreter does not have what a rival needs."""
-    for module in RIVALS[rival].modules:
+    """End the program with a sentence if an interpreter does not have this project and what a rival needs."""
+    for module in (PROJECT, *RIVALS[rival].modules):
         look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
         if subprocess.run([python, "-c", look], capture_output=True, check=False).returncode:
+            install = "{python} -m pip install ." if module == PROJECT else RIVALS[rival].install
             raise SystemExit(
                 f"{rival} needs the module {module}, which {python} does not have; install it with "
-                f"`{RIVALS[rival].install.format(python=python)}`, name another interpreter with --python "
+                f"`{install.format(python=python)}`, name another interpreter with --python "
                 f"{rival}=PATH, or leave it out of --rivals"
             )
 
