@@ -244,7 +244,7 @@ def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(
     assert not (tmp_path / "out").exists()
     rivals.check_installed("pmkvq-compile", sys.executable)
     monkeypatch.setattr(rivals, "PROJECT", "not_here")
-    with pytest.raises(SystemExit, match="needs the module not_here, .* -m pip install [.]`"):
+    with pytest.raises(SystemExit, match=r"needs the module not_here, .* -m pip install \.`"):
         rivals.check_installed("llama.cpp", sys.executable)
 
 
