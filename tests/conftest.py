@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
+from pmkvq_compiler import compile as compiler
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.emit import check
 from pmkvq_compiler.options import CompileOptions
@@ -20,6 +21,7 @@ from pmkvq_compiler.options import CompileOptions
 from . import check_processes
 from .folders import TEXT, model_folder
 from .models import SHAPE, tiny_folder
+from .programs import captured_once
 
 # Tiny tensors gain nothing from threads, which wait for each other on a busy machine: here, and in processes that tests
 # start.
@@ -43,6 +45,7 @@ def token_lines(path: Path, seed: int = 0, lines: int = 4, count: int = 200) -> 
 
 # Tests of the process itself, of its isolation and of interrupts, have the real one: see `real_checks`.
 check.subprocess = check_processes.FORKED  # type: ignore[assignment]
+compiler.capture = captured_once
 
 
 @pytest.fixture(scope="module")

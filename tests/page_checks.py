@@ -232,7 +232,7 @@ def check_rotation(case: Case, device: torch.device) -> None:
 
 SMALL = [
     PagedCase(
-        Case(key_axis="token", key_bits=2, value_bits=4, group=7, heads=2), ((70, 130), (1, 65), (62, 1), (1, 1)), 8
+        Case(key_axis="token", key_bits=2, value_bits=4, group=3, heads=2), ((70, 130), (1, 65), (62, 1), (1, 1)), 8
     ),
     PagedCase(Case(), ((130, 1, 70), (1, 1, 1)), beginnings=((1, 0, 128), (2, 0, 128))),
     PagedCase(Case(sink=1), ((127, 0), (1, 1), (1, 1)), beginnings=((1, 0, 128),)),
@@ -241,7 +241,7 @@ SMALL = [
     PagedCase(Case(sliding_window=70, head_dim=80), ((90, 1), (1, 65), (50, 1), (1, 1)), exact=True),
     PagedCase(Case(dtype=torch.float32, key_bits=8), ((100, 1), (1, 90))),
     PagedCase(Case(sink=70, window=64, sliding_window=100), ((163, 20), (1, 143), (2, 1), (1, 2))),
-    PagedCase(Case(heads=2, group=3, has_sinks=True), ((200, 1, 90), (70, 65, 100), (1, 1, 66)), tuning=LIBRARY),
+    PagedCase(Case(heads=2, group=2, has_sinks=True), ((200, 1, 90), (70, 65, 100), (1, 1, 66)), tuning=LIBRARY),
 ]
 """For the interpreter, which is slow."""
 

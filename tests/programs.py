@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
@@ -27,15 +26,22 @@ from .models import tiny_model
 
 MAX_LEN = 64
 
+CAPTURED: dict[str, Program] = {}
+"""Programs by their configs."""
+
 
 def captured(model_type: str, **overrides: Any) -> Program:
     """The program of a tiny model as captured; a copy that a test may change."""
-    return _capture(model_type, json.dumps(overrides)).copy()
+    return captured_once(tiny_model(model_type, **overrides).config)
 
 
-@functools.cache
-def _capture(model_type: str, overrides: str) -> Program:
-    return capture(tiny_model(model_type, **json.loads(overrides)).config)
+def captured_once(config: PretrainedConfig) -> Program:
+    """What `capture` returns, which depends on the config alone: it is captured once for all tests that compile it."""
+    values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    key = json.dumps([type(config).__name__, values], sort_keys=True, default=str)
+    if key not in CAPTURED:
+        CAPTURED[key] = capture(config)
+    return CAPTURED[key].copy()
 
 
 def located(model_type: str, **overrides: Any) -> Program:

@@ -18,12 +18,13 @@ from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny
+from .fuzz import LONG_ONLY
 
 IDS = torch.arange(3, 43).unsqueeze(0)
-ARTIFACTS: list[tuple[str, dict[str, Any]]] = [
+ARTIFACTS = [
     ("llama", {"budget": "70%"}),
     ("gpt_oss", {"budget": "80%"}),
-    ("llama", {"recipe": "rotation", "budget": "60%"}),
+    pytest.param("llama", {"recipe": "rotation", "budget": "60%"}, marks=LONG_ONLY),
 ]
 
 

@@ -16,6 +16,7 @@ from pmkvq_compiler.cli import main
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.source.source import open_source
 from tests.folders import model_folder
+from tests.fuzz import LONG_ONLY
 from tests.test_chat_templates import BOMBS, CONVERSATIONS, FAULTS, QWEN, TEMPLATES
 
 SHORT = [{"role": "user", "content": "Ahoy"}, {"role": "assistant", "content": "Aye"}]
@@ -87,7 +88,7 @@ def test_no_template_hangs_or_exhausts_a_compile(tokenizer: Any, monkeypatch: py
     assert any("seconds" in reason for reason in reasons)
 
 
-@pytest.mark.parametrize("place", [3, AT_ONCE + 1])
+@pytest.mark.parametrize("place", [pytest.param(3, marks=LONG_ONLY), AT_ONCE + 1])
 def test_the_one_conversation_that_takes_too_long_is_named(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:

@@ -36,11 +36,11 @@ from tests.fuzz import LONG
 from tests.models import tiny_folder
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("qwen2", {"tie_word_embeddings": True}),
     ("gpt_oss", {"sliding_window": 160, "num_local_experts": 4, "num_experts_per_tok": 2}),
 ]
 if os.environ.get(LONG):
     KINDS += [
+        ("qwen2", {"tie_word_embeddings": True}),
         ("qwen2", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("gemma2", {"sliding_window": 160, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0}),
@@ -107,7 +107,7 @@ class Stopped(Exception):
 def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
     tmp_path: Path, little_memory: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, problem = request_of(tmp_path, "qwen2", {})
+    source, problem = request_of(tmp_path, "qwen2", {"num_hidden_layers": 2, "tie_word_embeddings": True})
     little_memory()
     expected = calibrate(source, problem, silent)
     ran: list[int] = []
@@ -133,7 +133,7 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
             stops += 1
             assert len(ran) == len(range(3)), "one layer for each of three texts, and none that was done before"
             assert not list(tmp_path.glob("*.calibration.safetensors"))
-    assert stops == 3 + 2 * 3, "forward, and backward for each of two measures"
+    assert stops == 2 + 2 * 2, "forward, and backward for each of two measures"
     assert_close(found, expected)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -238,20 +238,24 @@ def growth(model, free, dry_run=True):
     return max(peaks[0], resident("VmHWM") - before), peaks[1]
 
 growth("small", 1 << 40)  # imports what a compile needs
-found = {"streamed": growth("large", 0), "loaded": growth("large", 1 << 40), "wide": growth("wide", 0, False)}
+found = {"streamed": growth("large", 0), "loaded": growth("large", 1 << 40)}
+if Path(sys.argv[1], "wide").exists():
+    found["wide"] = growth("wide", 0, dry_run=False)
 print(json.dumps(found))
 """
 
 
 def test_a_streamed_model_takes_the_memory_of_some_layers(tmp_path: Path) -> None:
-    """8 layers of 28 MB; and an embedding and a head of 134 MB each, which stay in memory until weights are written."""
+    """8 layers of 28 MB. `make fuzz` also takes a model with an embedding and a head of 134 MB each, which stay in
+    memory until weights are written."""
     shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     folder = tiny_folder(tmp_path / "large", "llama", **shape)
     whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     tiny_folder(tmp_path / "small", "llama")
     vocab_size, hidden_size = 1 << 17, 256
-    tiny_folder(tmp_path / "wide", "llama", vocab_size=vocab_size, hidden_size=hidden_size)
+    if os.environ.get(LONG):
+        tiny_folder(tmp_path / "wide", "llama", vocab_size=vocab_size, hidden_size=hidden_size)
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": torch.randint(3, 128, (64,)).tolist()}) + "\n")
     command = [sys.executable, "-c", PEAKS, str(tmp_path)]
     root = Path(__file__).parents[2]
@@ -261,9 +265,10 @@ def test_a_streamed_model_takes_the_memory_of_some_layers(tmp_path: Path) -> Non
     print({name: [f"{peak / 1e6:.0f} MB" for peak in peaks] for name, peaks in found.items()}, whole)
     assert found["loaded"][0] > 0.8 * whole
     assert found["streamed"][0] < 0.4 * whole
-    head = vocab_size * hidden_size * torch.float32.itemsize
-    assert found["wide"][0] < 3.5 * head, "the embedding, the head, and logits of the text at a few steps"
-    assert found["wide"][1] < 1.5 * head, "a tensor at a time"
+    if "wide" in found:
+        head = vocab_size * hidden_size * torch.float32.itemsize
+        assert found["wide"][0] < 3.5 * head, "the embedding, the head, and logits of the text at a few steps"
+        assert found["wide"][1] < 1.5 * head, "a tensor at a time"
 
 
 @pytest.mark.parametrize(
