@@ -8,6 +8,7 @@ next process reads it there.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ def first_kernels(
 ) -> Iterator[None]:
     """Within, the kernels are compiled that a new cache in `dtype` is written and read with, if Triton compiles them.
 
-    An error of Triton is left to the launch of the kernel.
+    Nothing depends on this, so nothing fails by it: an error of Triton is left to the launch of the kernel, and any
+    other becomes a warning.
     """
     kinds = {
         (layer.module, one.stages[:1]): (_Compiled(layer.module), layer.tuning, one)
@@ -75,7 +77,13 @@ def first_kernels(
     with ThreadPoolExecutor(1) as thread:  # a mode of Triton's belongs to a thread, and this one ends with it
         compiling = thread.submit(compile_all)
         yield
-        compiling.result()
+        if (error := compiling.exception()) is not None:
+            warnings.warn(
+                f"the first kernels could not be compiled while the model was loaded ({error}), so its first tokens "
+                f"take longer; please report this",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,11 @@ import torch
 from pmkvq_compiler import runtime
 from pmkvq_compiler.emit import cubins, launches
 from pmkvq_compiler.errors import CompileError, UsageError
+from pmkvq_compiler.runtime import warm_up
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import choose_attention, import_generated
 from pmkvq_compiler.runtime.tuning import Tuning
-from pmkvq_compiler.runtime.warm_up import launch_first
 
 from ..conftest import CompileTiny
 from .plans import cache_plan, layer_plan
@@ -120,7 +121,7 @@ def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny:
     modules = {name: import_generated(package / "kernels" / f"{name}.py") for name in names}
     known, launched = ({name: launches.Recorder(module) for name, module in modules.items()} for _ in range(2))
     for name, layer in zip(names, model.plan.layers, strict=True):
-        launch_first(LayerKernels(known[name], tuning), model.plan, layer, model.dtype)
+        warm_up.launch_first(LayerKernels(known[name], tuning), model.plan, layer, model.dtype)
     attention = [LayerKernels(launched[name], tuning) for name in names]
     for batch in (1, 2):
         cache = dataclasses.replace(model, attention=attention).new_cache(batch, 260)
@@ -137,6 +138,28 @@ def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny:
         assert all(one.divisible >= expected[key].divisible for key, one in found.items())
     kernels = {one.kernel for recorder in launched.values() for one in recorder.launches.values()}
     assert ("halve" in kernels) == (tuning is LIBRARY)
+
+
+def test_a_model_loads_though_its_first_kernels_cannot_be_compiled(
+    compile_tiny: CompileTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = compile_tiny("gemma2", {**GEMMA, "attn_logit_softcapping": None}, dtype="bfloat16", **OPTIONS)
+    package, plan = package_of(artifact), runtime.load(artifact).plan
+    layers = import_generated(package / "kernels" / "attention_0.py")
+    attention = [LayerKernels(layers, CONSERVATIVE)] * len(plan.layers)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(warm_up, "launch_first", fail)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    read = False
+    with (
+        pytest.warns(RuntimeWarning, match=r"could not be compiled while the model was loaded \(no driver\)"),
+        warm_up.first_kernels(attention, plan, torch.bfloat16, torch.device("cuda:0")),
+    ):
+        read = True
+    assert read
 
 
 def test_code_takes_the_parameters_that_are_passed(compiled: Path, tmp_path: Path) -> None:
