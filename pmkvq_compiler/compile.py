@@ -25,7 +25,7 @@ from pmkvq_compiler.emit.package import emit_package, write_for_transformers, wr
 from pmkvq_compiler.emit.place import Place, claimed
 from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.emit.weights import weight_bytes, write_weights
-from pmkvq_compiler.emit.whole import kept_whole, other_bytes, rename, write_others
+from pmkvq_compiler.emit.whole import check_whole, other_bytes, rename, write_others
 from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.interrupts import Signals, watched
 from pmkvq_compiler.options import CompileOptions
@@ -94,7 +94,7 @@ def _compile(
 ) -> CompileResult:
     source, program, max_len = captured(options, steps)
     problem = resolve(options, program.sites, max_len, source.dtype, program.states)
-    whole = kept_whole(source) if options.whole else None
+    whole = source.whole if options.whole else None
     if onnx_export is not None:
         onnx_export.check_expressible(program)
     if place is not None:
@@ -171,7 +171,7 @@ def captured(options: CompileOptions, steps: Steps) -> tuple[Source, Program, in
         source = open_source(options.model, options.dtype)
         max_len = _max_len(source, options)
         if options.whole:
-            kept_whole(source)
+            check_whole(source)
     with steps("capture"):
         program = capture(source.config)
         if options.dump_passes is not None:

@@ -202,8 +202,7 @@ class LayerKernels:
     def overlap(self, device: torch.device) -> dict[str, bool]:
         """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
         Only Triton can launch it so."""
-        able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return {"launch_pdl": True} if able and isinstance(self.module, ModuleType) else {}
+        return {"launch_pdl": True} if isinstance(self.module, ModuleType) and overlaps(device) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -219,6 +218,12 @@ class LayerKernels:
 
 def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@lru_cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a device can launch a kernel before the one in front of it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache

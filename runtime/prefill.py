@@ -18,6 +18,7 @@ from .backend import NewTokens
 from .cubins import CompiledKernels
 from .layer_cache import LayerCache
 from .library import library_attention, library_has
+from .plan import LayerPlan
 from .tuning import Tuning, widths_of
 
 ROWS_COPIED = 64
@@ -52,15 +53,10 @@ class Prefill:
     scale: float
     sinks: Tensor | None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of unpacked numbers."""
-        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
-
     def attend(self) -> Tensor:
         """Attention [B, Hq, S, dv] in the dtype of `q`."""
         unit, counts = self.tuning.library_unit, self.new.counts
-        if not unit or max(counts) < unit or not self._is_known_to_the_library():
+        if not unit or max(counts) < unit or not known_to_the_library(self.module, self.store.plan, self.q):
             out = self._result()
             self._attend_rest(range(len(counts)), None, out)
             return out
@@ -80,13 +76,6 @@ class Prefill:
 
     # ---- most of it, by the library ----
 
-    def _is_known_to_the_library(self) -> bool:
-        plan = self.store.plan
-        plain = plan.sliding_window is None and not self.module.SOFTCAP.value
-        if not plain or self.dtype != torch.float16:
-            return False
-        return library_has(self.q.device, plan.key_head_dim, plan.value_head_dim)
-
     def _by_the_library(self, sequence: int) -> Found | None:
         """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool; None if it
         brings too few."""
@@ -103,14 +92,14 @@ class Prefill:
     def _room_of_blocks(self) -> int:
         """Blocks of all heads of a sequence that fit the scratch."""
         plan = self.store.plan
-        return self.tuning.prefill_scratch // (plan.num_key_value_heads * plan.block * self._token_bytes)
+        return scratch_holds(self.module, self.tuning, plan.num_key_value_heads * plan.block, self.q.dtype)
 
     def _unpacked(self, sequence: int, pieces: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values [1, Hkv, tokens, channels] of pieces of a sequence's pool."""
         plan, done = self.store.plan, 0
         heads = slice(sequence * plan.num_key_value_heads, (sequence + 1) * plan.num_key_value_heads)
         for blocks in pieces:
-            keys, values = self._scratch(plan.num_key_value_heads, plan.sink + blocks * plan.block)
+            keys, values = scratch_for(self.module, plan.num_key_value_heads, plan.sink + blocks * plan.block, self.q)
             self._unpack(keys, values, heads, done, blocks)
             yield keys[None, :, plan.sink :, : plan.key_head_dim], values[None, :, plan.sink :, : plan.value_head_dim]
             done += blocks
@@ -123,8 +112,8 @@ class Prefill:
         skipped, heads = 0 if found is None else found.blocks, self.store.plan.num_key_value_heads
         pieces, capacity = self._room(sequences, found)
         begin, end = sequences.start * heads, sequences.stop * heads
-        at_once = min(end - begin, max(1, self.tuning.prefill_scratch // (capacity * self._token_bytes)))
-        keys, values = self._scratch(at_once, capacity)
+        at_once = min(end - begin, max(1, scratch_holds(self.module, self.tuning, capacity, self.q.dtype)))
+        keys, values = scratch_for(self.module, at_once, capacity, self.q)
         for first in range(begin, end, at_once):
             some = slice(first, min(end, first + at_once))
             if pieces:
@@ -179,20 +168,6 @@ class Prefill:
 
     # ---- both ----
 
-    @property
-    def _token_bytes(self) -> int:
-        """Bytes of an unpacked token of a head."""
-        channels: int = self.module.KEY_PADDED.value + self.module.VALUE_PADDED.value
-        return channels * self.dtype.itemsize
-
-    def _scratch(self, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Room for so many tokens of heads, unpacked."""
-        key, value = (
-            torch.empty(heads, tokens, padded.value, dtype=self.dtype, device=self.q.device)
-            for padded in (self.module.KEY_PADDED, self.module.VALUE_PADDED)
-        )
-        return key, value
-
     def _unpack(self, keys: Tensor, values: Tensor, heads: slice, skipped: int, pieces: int) -> None:
         """Write into `keys` and `values` [heads, capacity, channels] what these heads attend to behind the `skipped`
         blocks: so many pieces of pool, rows and new tokens."""
@@ -217,6 +192,34 @@ class Prefill:
             ROWS=ROWS_COPIED,
             num_warps=4,
         )
+
+
+def known_to_the_library(module: ModuleType | CompiledKernels, plan: LayerPlan, q: Tensor) -> bool:
+    """Whether the library has the attention of a layer's queries `q`."""
+    plain = plan.sliding_window is None and not module.SOFTCAP.value
+    if not plain or unpacked_dtype(q.dtype) != torch.float16:
+        return False
+    return library_has(q.device, plan.key_head_dim, plan.value_head_dim)
+
+
+def unpacked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of unpacked numbers, for queries in `dtype`."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def scratch_holds(module: ModuleType | CompiledKernels, tuning: Tuning, tokens: int, dtype: torch.dtype) -> int:
+    """How often so many tokens of a head, unpacked for queries in `dtype`, fit the scratch."""
+    channels: int = module.KEY_PADDED.value + module.VALUE_PADDED.value
+    return tuning.prefill_scratch // (tokens * channels * unpacked_dtype(dtype).itemsize)
+
+
+def scratch_for(module: ModuleType | CompiledKernels, heads: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for so many tokens of heads, unpacked, for queries of the dtype and on the device of `like`."""
+    key, value = (
+        torch.empty(heads, tokens, padded.value, dtype=unpacked_dtype(like.dtype), device=like.device)
+        for padded in (module.KEY_PADDED, module.VALUE_PADDED)
+    )
+    return key, value
 
 
 def halved(module: ModuleType | CompiledKernels, part: Tensor, sequence: int, own: slice, unit: int) -> Tensor:

@@ -25,6 +25,14 @@ def environment(folder: Path, *names: str) -> Path:
     return folder / "bin" / "python"
 
 
+def build_wheel(artifact: Path, folder: Path) -> Path:
+    """The wheel of an artifact, built in `folder`."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, artifact]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 def install(python: Path, wheel: Path) -> None:
     """Install a wheel, and only that, into the environment of `python`."""
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]

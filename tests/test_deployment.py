@@ -24,7 +24,7 @@ from pmkvq_compiler.runtime.load import file_digest
 
 from .children import in_child
 from .conftest import silent
-from .environments import environment, install
+from .environments import build_wheel, environment, install
 from .folders import TEXT, model_folder, open_to_others, tree
 from .test_huggingface import CHAT_TEMPLATE
 
@@ -51,11 +51,9 @@ def bare(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling", reason="builds the artifact's wheel")
     folder = tmp_path_factory.mktemp("bare")
     before = tree(artifact)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, artifact]
-    subprocess.run(build, check=True, capture_output=True)
+    wheel = build_wheel(artifact, folder)
     assert tree(artifact) == before, "a build leaves the artifact as it was"
     python = environment(folder / "venv", "torch", "safetensors", "tokenizers")
-    (wheel,) = folder.glob("*.whl")
     install(python, wheel)
     return python
 

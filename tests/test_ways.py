@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.errors import CompileError
 from pmkvq_compiler.options import CompileOptions
 from tests.conftest import CompileTiny, silent
-from tests.environments import environment, install
+from tests.environments import build_wheel, environment, install
 from tests.families import FAMILIES
 from tests.folders import tree
 from tests.fuzz import LONG_ONLY
@@ -95,10 +93,8 @@ def test_without_remote_code_it_is_the_source_model(artifact: Path) -> None:
 
 def test_the_wheel_writes_the_same_text_where_no_compiler_is(artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="builds the artifact's wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, artifact]
-    subprocess.run(build, check=True, capture_output=True)
+    wheel = build_wheel(artifact, tmp_path)
     python = environment(tmp_path / "venv", "torch", "safetensors")
-    (wheel,) = tmp_path.glob("*.whl")
     install(python, wheel)
     package = json.loads((artifact / "pmkvq.json").read_text())["package"]
     code = f"import json, sys, torch, {package}; model = {package}.load(); ids = torch.tensor(json.load(sys.stdin)); "

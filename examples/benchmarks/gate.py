@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pmkvq_compiler.divergence import relative_norm
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.quantize import decode, unpack
 
@@ -27,7 +28,7 @@ class WrongKernelError(Exception):
 
 def check(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     """Raises `WrongKernelError` where `found` is farther from `expected` than the tolerance, or not finite."""
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    error = relative_norm(found, expected)
     if not error <= tolerance:  # a NaN is not
         raise WrongKernelError(f"{what} is wrong: its relative error is {error:.1e}, and {tolerance:.1e} is allowed")
 

@@ -33,7 +33,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -468,19 +468,27 @@ def read_rows(path: Path) -> list[Row]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Draw quality against true bits, with a line for each recipe."""
+    chains = any(row.exact > 0 for row in rows)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for recipe in dict.fromkeys(row.recipe for row in rows if row.budget):
+        own = [row for row in rows if row.recipe == recipe]
+        lines[recipe.strip()] = [(row.true_bits, 100 * row.exact if chains else row.divergence) for row in own]
+    if chains:
+        draw(lines, "exact chains, %", "linear", path)
+    else:
+        draw(lines, "KL to full precision, nats a token", "log", path)
+
+
+def draw(lines: Mapping[str, Sequence[tuple[float, float]]], what: str, scale: str, path: Path) -> None:
+    """Draw `what` was found, on an axis of this scale, against true bits: the points of each line."""
     import matplotlib.pyplot as plt
 
-    chains = any(row.exact > 0 for row in rows)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for recipe in dict.fromkeys(row.recipe for row in rows if row.budget):
-        points = sorted(
-            (row.true_bits, 100 * row.exact if chains else row.divergence) for row in rows if row.recipe == recipe
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", label=recipe.strip())
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set_xlabel("true bits a number")
-    axes.set_ylabel("exact chains, %" if chains else "KL to full precision, nats a token")
-    if not chains:
-        axes.set_yscale("log")
+    axes.set_ylabel(what)
+    axes.set_yscale(scale)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -388,20 +388,11 @@ def _known(number: float, form: str) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw divergence against true bits at the longest length, with a line for each rival."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     longest = [row for row in rows if row.tokens == max(each.tokens for each in rows)]
-    for rival in dict.fromkeys(row.rival for row in longest):
-        points = sorted((row.true_bits, row.divergence) for row in longest if row.rival == rival)
-        axes.plot(*zip(*points, strict=True), marker="o", label=rival)
-    axes.set_xlabel("true bits a number")
-    axes.set_ylabel("KL to its own full precision, nats a token")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
-    plt.close(figure)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in longest:
+        lines.setdefault(row.rival, []).append((row.true_bits, row.divergence))
+    quality.draw(lines, "KL to its own full precision, nats a token", "log", path)
 
 
 if __name__ == "__main__":

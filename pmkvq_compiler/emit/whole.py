@@ -37,8 +37,8 @@ CONFIG = "config.json"
 FIRST_SHARD = "model-00001-of-00001.safetensors"
 
 
-def kept_whole(source: Source) -> Whole:
-    """The multimodal model around `source`, to be kept. Raises `UsageError` if there is none, or if it cannot be."""
+def check_whole(source: Source) -> None:
+    """Raises `UsageError` if there is no multimodal model around `source`, or if it cannot be kept."""
     whole, reason = source.whole, None
     if whole is None:
         reason = "is no multimodal model"
@@ -49,9 +49,8 @@ def kept_whole(source: Source) -> Whole:
     else:
         stored = {name: one.dtype for name, one in whole.others.tensors.items() if one.dtype not in DTYPES}
         reason = next((f"stores {name} in {dtype}, which is not copied" for name, dtype in stored.items()), None)
-    if whole is None or reason is not None:
+    if reason is not None:
         raise UsageError(f"{source.name} {reason}, so it cannot be kept whole; leave --whole out")
-    return whole
 
 
 def rename(program: Program, whole: Whole, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

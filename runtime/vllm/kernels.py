@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import LayerKernels, merge_launch, places_of, splits_of
-from ..library import library_attention, library_has
-from ..prefill import ROWS_COPIED, Found, halved, over_pieces, pieces_of
+from ..library import library_attention
+from ..prefill import (
+    ROWS_COPIED,
+    Found,
+    halved,
+    known_to_the_library,
+    over_pieces,
+    pieces_of,
+    scratch_for,
+    scratch_holds,
+)
 from ..tuning import widths_of
 from .layout import PagedLayer
 from .pages import Batch
@@ -207,11 +216,8 @@ class KernelPages:
                 self._attend_rest(queries, range(sequence, sequence + 1), new, length, found, *rest)
 
     def _is_known_to_the_library(self, queries: Tensor) -> bool:
-        plan = self.layer.plan
-        plain = not self.layer.exact and plan.sliding_window is None and not self.kernels.module.SOFTCAP.value
-        if not plain or queries.dtype == torch.float32:
-            return False
-        return library_has(queries.device, plan.key_head_dim, plan.value_head_dim)
+        layer = self.layer
+        return not layer.exact and known_to_the_library(self.kernels.module, layer.plan, queries)
 
     def _by_the_library(
         self, queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, sequence: int, scale: float
@@ -220,7 +226,7 @@ class KernelPages:
         plan, tuning = self.layer.plan, self.kernels.tuning
         start, stop, length = batch.known[sequence - batch.several.start]
         seen = (self.layer.quantized_until(length - (stop - start)) - plan.sink) // plan.block
-        room = tuning.prefill_scratch // (self.layer.heads * plan.block * self._token_bytes(queries.dtype))
+        room = scratch_holds(self.kernels.module, tuning, self.layer.heads * plan.block, queries.dtype)
         pieces = pieces_of(seen, plan.block, tuning.library_unit, room)
         if not pieces:
             return None
@@ -238,7 +244,7 @@ class KernelPages:
         plan, heads, done = self.layer.plan, self.layer.heads, 0
         for blocks in pieces:
             capacity = plan.sink + blocks * plan.block
-            scratch = self._scratch(heads, capacity, keys)
+            scratch = scratch_for(self.kernels.module, heads, capacity, keys)
             self._unpack((keys, values), scratch, batch, (sequence * heads, capacity, 0, done), blocks, heads)
             k, v = (part[None, :, plan.sink :] for part in scratch)
             yield k[..., : plan.key_head_dim], v[..., : plan.value_head_dim]
@@ -263,8 +269,8 @@ class KernelPages:
         skipped = 0 if found is None else found.blocks
         pieces, recent_at, capacity = self._room(longest_new, longest, skipped)
         first, last = sequences.start * layer.heads, sequences.stop * layer.heads
-        at_once = min(last - first, max(1, tuning.prefill_scratch // (capacity * self._token_bytes(queries.dtype))))
-        scratch = self._scratch(at_once, capacity, queries)
+        at_once = min(last - first, max(1, scratch_holds(module, tuning, capacity, queries.dtype)))
+        scratch = scratch_for(module, at_once, capacity, queries)
         tile, step = tuning.prefill_shape(max(part.shape[-1] for part in scratch), scratch[0].dtype)
         tiles, group = -(-longest_new // tile), queries.shape[1] // layer.heads
         for head in range(first, last, at_once):
@@ -321,21 +327,6 @@ class KernelPages:
             num_warps=4,
         )
 
-    def _token_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of an unpacked token of a head."""
-        module = self.kernels.module
-        channels: int = module.KEY_PADDED.value + module.VALUE_PADDED.value
-        return channels * _unpacked_dtype(dtype).itemsize
-
-    def _scratch(self, heads: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for so many tokens of heads, unpacked."""
-        module, dtype = self.kernels.module, _unpacked_dtype(like.dtype)
-        key, value = (
-            torch.empty(heads, tokens, padded.value, dtype=dtype, device=like.device)
-            for padded in (module.KEY_PADDED, module.VALUE_PADDED)
-        )
-        return key, value
-
     def _room(self, new: int, longest: int, skipped: int) -> tuple[int, int, int]:
         """Of what `new` tokens of a sequence of `longest` tokens see at most behind the `skipped` blocks: in how many
         pieces it is unpacked, after how many tokens of the scratch those begin that are seen as they are, and how many
@@ -369,7 +360,3 @@ def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
 
 def _rounded(tokens: int) -> int:
     return -(-tokens // ROWS_COPIED) * ROWS_COPIED
-
-
-def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float32 else torch.float16

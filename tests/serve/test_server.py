@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from pmkvq_compiler import runtime
-from tests.environments import environment, install
+from tests.environments import build_wheel, environment, install
 
 from .engines import ENGINE, REASONER, SETTINGS, Alone, Served, chains
 from .test_engine import CHUNKED, MODELS
@@ -74,11 +74,9 @@ def test_an_artifacts_wheel_is_enough(served_tiny: Served, alone: Alone, tmp_pat
     """In an environment of vLLM without this compiler, by the folder inside of the installed package."""
     pytest.importorskip("hatchling", reason="builds the artifact's wheel")
     artifact, prompts = served_tiny(), CHUNKED[:3]
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, artifact]
-    subprocess.run(build, check=True, capture_output=True)
+    wheel = build_wheel(artifact, tmp_path)
     others = [one.name for one in distributions() if one.name != "pmkvq-compiler"]
     python = environment(tmp_path / "venv", *others)
-    (wheel,) = tmp_path.glob("*.whl")
     install(python, wheel)
     package = runtime.open_artifact(artifact).manifest.package
     code = f"import {package}, importlib.util; print({package}.FOLDER, importlib.util.find_spec('pmkvq_compiler'))"
