@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -23,11 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.calibrate.attention_hook import run
 from pmkvq_compiler.emit.onnx_export import check_expressible
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.runtime import linear_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.reference import Reference
 from pmkvq_compiler.source import state_functions
 from pmkvq_compiler.source.capture import capture
 
@@ -230,6 +234,48 @@ def test_an_interrupt_leaves_the_states_as_they_were_or_says_so(break_off: Any) 
                 assert torch.equal(model(ids, broken), model(ids))
                 continue
             assert any(torch.equal(out, one) for one in (afterwards[0], afterwards[-1])), at
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"), [("qwen3_5_text", "reference"), ("nemotron_h", "reference"), ("lfm2", "")]
+)
+def test_a_model_says_what_computes_its_recurrences(
+    family: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution is no recurrence. On a CPU the library is not even looked for."""
+    _, model = hybrid(family)
+    model = replace(model, attention=[Reference()] * len(model.plan.layers))
+    monkeypatch.setattr(linear_attention, "_imported", lambda: pytest.fail("it was looked for"))
+    model(tokens(1, 20))
+    assert model.recurrences_from == expected
+    library = linear_attention.Library("fla 1.2", *[linear_attention.Kernels(max, max)] * 3)
+    monkeypatch.setattr(linear_attention, "_imported", lambda: library)
+    assert replace(model, device=torch.device("cuda")).recurrences_from == ("fla 1.2" if expected else "")
+
+
+@pytest.mark.parametrize("family", DEFAULT)
+@torch.no_grad()
+def test_measures_do_not_depend_on_libraries_that_transformers_calls(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are installed, they take the places of its own functions, on the CPU as well, where they cannot
+    run."""
+    source, _ = hybrid(family)
+    ids, positions = tokens(1, 20), torch.arange(20).unsqueeze(0)
+    expected = run(source, ids, positions)
+    module, replaced = sys.modules[type(source).__module__], []
+    for name in state_functions.NAMES.keys() & vars(module).keys():
+
+        @functools.wraps(vars(module)[name])
+        def library(*_: Any, **__: Any) -> Tensor:
+            raise RuntimeError("0 active drivers")
+
+        monkeypatch.setattr(module, name, library)
+        replaced.append((name, library))
+    with pytest.raises(RuntimeError, match="active drivers"):
+        source(ids)
+    assert torch.equal(run(source, ids, positions), expected)
+    assert all(vars(module)[name] is function for name, function in replaced)
 
 
 def test_another_models_states_are_refused() -> None:
