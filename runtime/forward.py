@@ -50,8 +50,8 @@ class Forward:
         PyTorch, or flash-linear-attention with its version, such as "fla 0.6.0"; empty where the model has none.
 
         Asking imports the library where it would be used. A failure of it, then or later, is a warning."""
-        states = [one.shape for one in self.plan.states if len(one.shape) == 3]  # those of convolutions have 2 axes
-        names = (computed_by(shape, self.dtype, self.device, self.attention) for shape in states)
+        states = (state for state in self.plan.states if state.is_recurrence)
+        names = (computed_by(state.shape, self.dtype, self.device, self.attention) for state in states)
         return ", ".join(dict.fromkeys(names))
 
     @torch.inference_mode()

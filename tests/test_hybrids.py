@@ -302,6 +302,7 @@ def test_only_attention_is_planned_and_states_are_reported_apart(artifact: Path)
     assert report["state_bytes"] == plan.state_bytes(4) == runtime.load(artifact).new_cache(2).state_bytes
     assert report["arena_bytes"] == plan.arena_bytes <= report["budget"]
     assert "recurrent states" in (artifact / "report.html").read_text()
+    assert "pip install fla-core" in (artifact / "README.md").read_text()
     assert report["check"]["largest_layer_error"] <= 1e-4
     assert "serving" not in report, "vLLM refuses it"
 

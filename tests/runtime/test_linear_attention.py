@@ -190,7 +190,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, untried: None) -> Callable[[Libr
     """Let a library compute on the CPU."""
 
     def use(library: Library) -> None:
-        monkeypatch.setattr(linear_attention, "TRIAL", 70)
+        monkeypatch.setattr(linear_attention, "TRIALS", {True: 2, False: 70})
+        monkeypatch.setattr(linear_attention, "STEPS", 16)
         monkeypatch.setattr(linear_attention, "library_for", lambda *_: None if linear_attention._failures else library)
 
     return use
@@ -217,8 +218,8 @@ def test_a_library_that_agrees_computes_the_recurrence(
         assert found.dtype == expected.dtype
         assert relative_error(found, expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
     assert relative_error(caches[1].states.read(0, 0), caches[0].states.read(0, 0)) <= 1e-2
-    assert calls[:2] == (["steps", "steps"] if dtype == torch.float32 else ["chunks", "steps"]), "the comparison"
-    assert calls[2:] == (["steps"] * 5 if dtype == torch.float32 else ["chunks", *["steps"] * 4])
+    compared = ["steps"] * 6 if dtype == torch.float32 else ["chunks"] * 2 + ["steps"] * 5
+    assert calls == compared, "each kernel once more than it is needed"
 
 
 def transposed(step: Step) -> Step:
@@ -296,12 +297,12 @@ def few_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DIMENSIONS = {
-    "alike": {"keys": 32, "values": 32},
+    "same": {"keys": 32, "values": 32},
     "narrow": {"keys": 8, "values": 8},
     "odd": {"key_heads": 4, "keys": 24, "values": 40},
     "wide": {"keys": 256, "values": 64},
 }
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.mark.gpu
@@ -313,9 +314,10 @@ def test_the_library_computes_what_float64_does(kind: str, dimensions: str, dtyp
     """A ragged batch with padding at either end, then chunks, then single tokens of which one sequence has none, as
     columns and as counts on the device."""
     shape = DIMENSIONS[dimensions]
+    if dtype == torch.float16 and dimensions != "same":
+        pytest.skip("each takes seconds to compile")
     seed = int(torch.randint(1 << 30, ()))
-    print(f"seed {seed}")
-    given = operands(kind, 3, 220, dtype, "cuda", seed, **shape)
+    given = operands(kind, 3, 320, dtype, "cuda", seed, **shape)
     exact = [x.double() for x in given]
     size = (4, shape["keys"], shape["values"])
     library, reference = fresh(size, 3, torch.float32, "cuda"), fresh(size, 3, torch.float64, "cuda")
@@ -324,33 +326,34 @@ def test_the_library_computes_what_float64_does(kind: str, dimensions: str, dtyp
     calls = [
         (slice(0, 150), [slice(0, 150), slice(60, 150), slice(0, 100)], False),
         (slice(150, 190), [slice(0, 40), slice(0, 0), slice(3, 40)], False),
-        (slice(190, 200), [slice(0, 10)] * 3, True),
-        *((slice(t, t + 1), [slice(0, 1), slice(0, 1), slice(0, t % 2)], bool(t % 2)) for t in range(200, 210)),
+        (slice(190, 310), [slice(0, 120)] * 3, True),
+        *((slice(t, t + 1), [slice(0, 1), slice(0, 1), slice(0, t % 2)], bool(t % 2)) for t in range(310, 320)),
     ]
     for columns, own, on_device in calls:
         found = run(kind, library, part(given, columns), own, on_device)
         expected = run(kind, reference, part(exact, columns), own, on_device)
         for row, tokens in enumerate(own):
             if tokens.start < tokens.stop:
-                assert relative_error(found[row, tokens], expected[row, tokens]) <= ROUNDING[dtype]
-        assert relative_error(library.states.read(0, 0), reference.states.read(0, 0)) <= ROUNDING[dtype]
+                assert relative_error(found[row, tokens], expected[row, tokens]) <= ROUNDING[dtype], seed
+        assert relative_error(library.states.read(0, 0), reference.states.read(0, 0)) <= ROUNDING[dtype], seed
     assert not linear_attention._failures
 
 
-LARGER: dict[str, dict[str, Any]] = {
-    "qwen3_next": {"linear_key_head_dim": 16, "linear_value_head_dim": 32},
-    "kimi_linear": {"linear_head_dim": 16},
-    "granitemoehybrid": {"mamba_d_state": 16},
+DENSE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "mlp_only_layers": [0, 1, 2, 3]},
+    "kimi_linear": {"linear_head_dim": 16, "first_k_dense_replace": 3},
+    "bamba": {"mamba_d_state": 16},
     "lfm2": {},
 }
+"""Without experts, for which torch has no float32 kernel that a CUDA graph could hold."""
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("few_configurations")
-@pytest.mark.parametrize("family", LARGER)
+@pytest.mark.parametrize("family", DENSE)
 def test_a_hybrid_on_the_library_writes_what_the_reference_writes(family: str, compile_tiny: CompileTiny) -> None:
-    artifact = compile_tiny(family, {**HYBRIDS[family], **LARGER[family]}, recipe="none")
-    ids = torch.randint(3, 128, (2, 90), device="cuda")
+    artifact = compile_tiny(family, {**HYBRIDS[family], **DENSE[family]}, recipe="none", batch_size=2)
+    ids = torch.randint(3, 128, (2, 190), device="cuda")
     mask = torch.ones_like(ids)
     mask[0, :40] = 0
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2)):
@@ -359,7 +362,7 @@ def test_a_hybrid_on_the_library_writes_what_the_reference_writes(family: str, c
         assert plain.recurrences_from == ("" if family == "lfm2" else "reference")
         assert model.recurrences_from.startswith("" if family == "lfm2" else "fla ")
         caches = [one.new_cache(2) for one in (plain, model)]
-        for columns in (slice(0, 60), slice(60, 89), slice(89, 90)):
+        for columns in (slice(0, 140), slice(140, 189), slice(189, 190)):
             expected, found = (
                 one(ids[:, columns], cache, attention_mask=mask[:, columns])
                 for one, cache in zip((plain, model), caches, strict=True)
@@ -368,10 +371,10 @@ def test_a_hybrid_on_the_library_writes_what_the_reference_writes(family: str, c
             assert relative_error(found[own], expected[own]) <= tolerance
         for name, state in caches[1].states.tensors.items():
             assert relative_error(state, caches[0].states.tensors[name]) <= tolerance
+        replayed = model.generate(ids, 60, attention_mask=mask, eos_token_id=())
+        assert torch.equal(replayed, by_calls(model, ids, mask, 60))
         if dtype == torch.float32:
-            replayed = model.generate(ids, 60, attention_mask=mask, eos_token_id=())
             assert torch.equal(replayed, plain.generate(ids, 60, attention_mask=mask, eos_token_id=()))
-            assert torch.equal(replayed, by_calls(model, ids, mask, 60))
     assert not linear_attention._failures
 
 
