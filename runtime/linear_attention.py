@@ -188,9 +188,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 @cache
 def _imported() -> Library | None:
-    if importlib.util.find_spec("fla") is None:
-        return None
     try:
+        if importlib.util.find_spec("fla") is None:
+            return None
         import fla
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
         from fla.ops.kda import chunk_kda, fused_recurrent_kda

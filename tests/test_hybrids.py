@@ -355,6 +355,33 @@ def test_the_artifact_generates_by_itself_and_in_transformers(artifact: Path) ->
     assert hugging.generate(ids[:1, :9], max_new_tokens=6, num_beams=2, pad_token_id=0).shape == (1, 15)
 
 
+def test_an_artifact_runs_by_itself_beside_a_broken_library(artifact: Path, tmp_path: Path) -> None:
+    """On the CPU nothing looks for it, and nothing else than torch and safetensors is needed."""
+    copied = shutil.copytree(artifact, tmp_path / "moved" / "artifact")
+    (tmp_path / "broken" / "fla").mkdir(parents=True)
+    (tmp_path / "broken" / "fla" / "__init__.py").write_text("raise RuntimeError('it was imported')")
+    package = json.loads((copied / "pmkvq.json").read_text())["package"]
+    program = f"""
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"transformers", "pmkvq_compiler", "einops"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+sys.path[:0] = [{str(copied)!r}, {str(tmp_path / "broken")!r}]
+import {package}
+model = {package}.load()
+import torch
+print(model.generate(torch.arange(3, 43).unsqueeze(0), 8, eos_token_id=()).tolist()[0], model.recurrences_from)
+assert not {{"transformers", "pmkvq_compiler", "fla"}} & set(sys.modules)
+"""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = runtime.load(artifact).generate(torch.arange(3, 43).unsqueeze(0), 8, eos_token_id=()).tolist()[0]
+    assert done.stdout.strip() == f"{expected} reference"
+
+
 def test_onnx_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(CompileError, match=r"recurrent state .* compile it without --onnx"):
         check_expressible(replace(captured("llama"), states=hybrid("lfm2")[1].plan.states))
