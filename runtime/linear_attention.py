@@ -4,9 +4,11 @@ The library is optional: it is used on a CUDA device, where it can be imported. 
 are compared with the reference's on a few random numbers (see `recurrence`). What does not work becomes a warning.
 
 Each rule has two kernels. One goes from token to token and computes in float32. The other takes chunks of tokens on
-tensor cores, whose products round to the dtype of the operands, or to TF32 if that is float32. TF32 keeps 10 bits, so
-models in float32 never take the second one. Decoding takes the first one. The host reads no numbers for it, so a CUDA
-graph can hold it.
+tensor cores and keeps the states between chunks in the dtype of the operands. That is for bfloat16 alone: operands in
+float32 would be rounded to the 10 bits of TF32, and float16 might not have the range of a state. Decoding takes the
+first kernel. The host reads no numbers for it, so a CUDA graph can hold it.
+
+The library's short convolution is not used. It knows no padding, and rounds as PyTorch's does.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -51,7 +53,7 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 
 def one_by_one(query: Tensor) -> bool:
     """Whether the tokens of queries [B, S, ...] are taken one after the other."""
-    return query.shape[1] <= STEPS or query.dtype == torch.float32
+    return query.shape[1] <= STEPS or query.dtype != torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,19 @@ def rule_for(name: str, reference: Rule, operands: tuple[Any, ...]) -> Rule:
     forms = tuple(Form.of(one) if isinstance(one, Tensor) else one for one in given)
     tokens = TRIALS[one_by_one(operands[0])]
     agrees = _agrees(library, name, reference, forms, state.shape[1:], state.device, tokens)
-    return getattr(library, name) if agrees else reference
+    return partial(_run, library, name, reference) if agrees else reference
+
+
+def _run(library: Library, name: str, reference: Rule, *operands: Any) -> tuple[Tensor, Tensor]:
+    """What a rule of the library computes. Where it fails, the library is given up, and the reference goes on."""
+    try:
+        results: tuple[Tensor, Tensor] = getattr(library, name)(*operands)
+        return results
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a kernel may raise that another version of Triton compiles
+        give_up(f"({library.name}) does not work here ({brief(f'{type(error).__name__}: {error}')})")
+        return reference(*operands)
 
 
 @dataclass(frozen=True)
@@ -165,16 +179,10 @@ def _agrees(
             form = drawn(shape, *next(ranges)).to(form.dtype)
         operands.append(form)
     operands.append(drawn((1, *state_shape), -1, 1))
-    try:
-        results = getattr(library, name)(*operands), reference(*operands)
-        if all(_difference(*pair) <= AGREEMENT[dtype] for pair in zip(*results, strict=True)):
-            return True
+    pairs = zip(_run(library, name, reference, *operands), reference(*operands), strict=True)
+    if not _failures and any(_difference(*pair) > AGREEMENT[dtype] for pair in pairs):
         give_up(f"({library.name}) computes something else here than PyTorch does")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a kernel may raise that another version of Triton compiles
-        give_up(f"({library.name}) does not work here ({brief(f'{type(error).__name__}: {error}')})")
-    return False
+    return not _failures
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
