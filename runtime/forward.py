@@ -14,6 +14,7 @@ from .cache import Cache
 from .errors import InputError
 from .inputs import chosen_tokens, padding_mask, positions_of, token_ids
 from .plan import CachePlan
+from .recurrence import computed_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,16 @@ class Forward:
         """Where the kernels come from: "triton", which compiles them at their first launch, the target of kernels that
         were compiled with the artifact, such as "sm_90", or "reference", which has none."""
         return ", ".join(dict.fromkeys(one.name for one in self.attention))
+
+    @property
+    def recurrences_from(self) -> str:
+        """What computes the linear recurrences (gated delta rules and Mamba scans): "reference", which is plain
+        PyTorch, or flash-linear-attention with its version, such as "fla 0.6.0"; empty where the model has none.
+
+        Asking imports the library where it would be used. A failure of it, then or later, is a warning."""
+        states = (state for state in self.plan.states if state.is_recurrence)
+        names = (computed_by(state.shape, self.dtype, self.device, self.attention) for state in states)
+        return ", ".join(dict.fromkeys(names))
 
     @torch.inference_mode()
     def __call__(

@@ -50,7 +50,8 @@ def load(
     """The model in the artifact folder `path`, by default in its own dtype and on the CPU.
 
     `backend` chooses the attention: "triton" for the artifact's generated kernels, which need a CUDA device, or
-    "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere.
+    "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere. With
+    "reference", recurrent layers are computed in plain PyTorch, too; else as the model's `recurrences_from` says.
 
     With `trust_code=False`, Python of the artifact is run only if the installed compiler would write the same, byte for
     byte, for the artifact's config and plan; machine code of `--aot` is not used. This needs the compiler and a few

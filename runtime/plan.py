@@ -95,6 +95,11 @@ class StatePlan:
         """Bytes for one sequence, where numbers of the model's own dtype take `itemsize` bytes."""
         return math.prod(self.shape) * (max(4, itemsize) if self.float32 else itemsize)
 
+    @property
+    def is_recurrence(self) -> bool:
+        """Whether it is that of a linear recurrence, a matrix for each head. A convolution keeps its last inputs."""
+        return len(self.shape) == 3
+
 
 @dataclass(frozen=True)
 class CachePlan:

@@ -1,9 +1,11 @@
-"""Operations that carry a state from token to token, in plain PyTorch: a short convolution and two linear recurrences.
+"""Operations that carry a state from token to token: a short convolution and two linear recurrences.
 
 Each reads its state from the cache and leaves there the state after the new tokens. Columns that are padding do not
-change a state, and their results mean nothing. The recurrences take the tokens in chunks: within a chunk a triangle of
-decayed products stands for the steps from token to token, and between chunks there is only the state. A chunk of one
-token is the plain recurrence.
+change a state, and their results mean nothing.
+
+A library computes the recurrences where it can (`linear_attention`). The reference is plain PyTorch. It takes the
+tokens in chunks: within a chunk a triangle of decayed products stands for the steps from token to token, and between
+chunks there is only the state. A chunk of one token is the plain recurrence.
 
 Below, a state is a matrix S [keys, values] for each head, `a` the decay of a token, and `cumulative` the sum of the
 logarithms of the decays from the beginning of the chunk.
@@ -12,12 +14,17 @@ logarithms of the decays from the beginning of the chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Attention
 from .cache import Cache
+from .linear_attention import Rule, library_for, rule_for
+from .reference import REFERENCE
 
 CHUNK = 64
 """Tokens of a chunk, at most."""
@@ -70,27 +77,11 @@ def gated_delta_rule(
     queries and keys are divided by their norms. The state is [B, Hv, dk, dv] in float32, and so are all computations.
     The result is [B, S, Hv, dv] in the dtype of `query`.
     """
-    compute, heads = torch.promote_types(query.dtype, torch.float32), value.shape[2]
-    q, k = (_repeated(x.to(compute), heads) for x in (query, key))
-    if normalize:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS) for x in (q, k))
-    q, k, v = (x.transpose(1, 2) for x in (q * scale, k, value.to(compute)))
-    decay = decay.to(compute).reshape(*decay.shape[:3], -1)
-    decay, beta = (_only_tokens(x, cache).transpose(1, 2) for x in (decay, beta.to(compute).unsqueeze(-1)))
-    state = cache.states.read(layer, index).to(compute)
-    parts = []
-    for part in _chunks(k, decay):
-        cumulative = decay[:, :, part].cumsum(2)
-        keys, weighted = k[:, :, part], k[:, :, part] * beta[:, :, part]
-        read = weighted * cumulative.exp()
-        values = v[:, :, part] * beta[:, :, part]
-        if keys.shape[2] > 1:  # each token also reads what those before it in the chunk have written
-            system = _decayed_products(weighted, keys, cumulative)
-            read, values = _solved(system, read), _solved(system, values)
-        out, state = _step(q[:, :, part], keys, values - read @ state, cumulative, state)
-        parts.append(out)
+    decay, beta = (_only_tokens(x, cache) for x in (decay, beta))
+    operands = query, key, value, decay, beta, scale, normalize, cache.states.read(layer, index)
+    out, state = _rule("delta_rule", _delta_rule, operands, cache)(*operands)
     cache.states.write(layer, index, state)
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(query.dtype)
+    return out
 
 
 def selective_scan(
@@ -102,18 +93,76 @@ def selective_scan(
     `rate` is [H] or, if every channel of the state decays by itself, [H, N]. The state is [B, H, N, P] in float32, and
     so are all computations. The result is [B, S, H, P] in float32.
     """
+    operands = x, _only_tokens(step, cache), rate, key, query, cache.states.read(layer, index)
+    by_channel = rate.dim() == 2  # Mamba 1, which the library does not have
+    out, state = (_scan if by_channel else _rule("scan", _scan, operands, cache))(*operands)
+    cache.states.write(layer, index, state)
+    return out
+
+
+def computed_by(shape: Sequence[int], dtype: torch.dtype, device: torch.device, attention: Sequence[Attention]) -> str:
+    """What computes the recurrences of a model in `dtype` on `device` whose states have this `shape`: "reference", or
+    the library and its version. Where all `attention` is the reference, so is this."""
+    library = None if _is_plain(attention) else library_for(shape, dtype, device)
+    return REFERENCE.name if library is None else library.name
+
+
+def _rule(name: str, reference: Rule, operands: tuple[Any, ...], cache: Cache) -> Rule:
+    return reference if _is_plain(cache.attention) else rule_for(name, reference, operands)
+
+
+def _is_plain(attention: Sequence[Attention]) -> bool:
+    """Whether a model was asked to compute everything in plain PyTorch."""
+    return all(one is REFERENCE for one in attention)
+
+
+# ---- the reference ----
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    scale: float,
+    normalize: bool,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`gated_delta_rule` of columns that are all tokens, and the state after them."""
+    compute, heads = torch.promote_types(query.dtype, torch.float32), value.shape[2]
+    q, k = (_repeated(x.to(compute), heads) for x in (query, key))
+    if normalize:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS) for x in (q, k))
+    q, k, v = (x.transpose(1, 2) for x in (q * scale, k, value.to(compute)))
+    decay = decay.to(compute).reshape(*decay.shape[:3], -1).transpose(1, 2)
+    beta, state = beta.to(compute).unsqueeze(-1).transpose(1, 2), state.to(compute)
+    parts = []
+    for part in _chunks(k, decay):
+        cumulative = decay[:, :, part].cumsum(2)
+        keys, weighted = k[:, :, part], k[:, :, part] * beta[:, :, part]
+        read = weighted * cumulative.exp()
+        values = v[:, :, part] * beta[:, :, part]
+        if keys.shape[2] > 1:  # each token also reads what those before it in the chunk have written
+            system = _decayed_products(weighted, keys, cumulative)
+            read, values = _solved(system, read), _solved(system, values)
+        out, state = _step(q[:, :, part], keys, values - read @ state, cumulative, state)
+        parts.append(out)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(query.dtype), state
+
+
+def _scan(x: Tensor, step: Tensor, rate: Tensor, key: Tensor, query: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of columns that are all tokens, and the state after them."""
     compute, heads = torch.promote_types(x.dtype, torch.float32), x.shape[2]
     q, k = (_repeated(one.to(compute), heads).transpose(1, 2) for one in (query, key))
-    steps = _only_tokens(step.to(compute).unsqueeze(-1), cache).transpose(1, 2)
+    steps = step.to(compute).unsqueeze(-1).transpose(1, 2)
     v = x.to(compute).transpose(1, 2) * steps
-    decay = steps * rate.to(compute).reshape(heads, 1, -1)
-    state = cache.states.read(layer, index).to(compute)
+    decay, state = steps * rate.to(compute).reshape(heads, 1, -1), state.to(compute)
     parts = []
     for part in _chunks(k, decay):
         out, state = _step(q[:, :, part], k[:, :, part], v[:, :, part], decay[:, :, part].cumsum(2), state)
         parts.append(out)
-    cache.states.write(layer, index, state)
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), state
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -13,21 +14,30 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.calibrate.attention_hook import run
 from pmkvq_compiler.emit.onnx_export import check_expressible
 from pmkvq_compiler.errors import CompileError
+from pmkvq_compiler.runtime import linear_attention
+from pmkvq_compiler.runtime.backend import NewTokens
 from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.graph import _step
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.reference import Reference
 from pmkvq_compiler.source import state_functions
 from pmkvq_compiler.source.capture import capture
 
@@ -232,6 +242,48 @@ def test_an_interrupt_leaves_the_states_as_they_were_or_says_so(break_off: Any) 
             assert any(torch.equal(out, one) for one in (afterwards[0], afterwards[-1])), at
 
 
+@pytest.mark.parametrize(
+    ("family", "expected"), [("qwen3_5_text", "reference"), ("nemotron_h", "reference"), ("lfm2", "")]
+)
+def test_a_model_says_what_computes_its_recurrences(
+    family: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution is no recurrence. On a CPU the library is not even looked for."""
+    _, model = hybrid(family)
+    model = replace(model, attention=[Reference()] * len(model.plan.layers))
+    monkeypatch.setattr(linear_attention, "_imported", lambda: pytest.fail("it was looked for"))
+    model(tokens(1, 20))
+    assert model.recurrences_from == expected
+    library = linear_attention.Library("fla 1.2", *[linear_attention.Kernels(max, max)] * 3)
+    monkeypatch.setattr(linear_attention, "_imported", lambda: library)
+    assert replace(model, device=torch.device("cuda")).recurrences_from == ("fla 1.2" if expected else "")
+
+
+@pytest.mark.parametrize("family", DEFAULT)
+@torch.no_grad()
+def test_measures_do_not_depend_on_libraries_that_transformers_calls(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are installed, they take the places of its own functions, on the CPU as well, where they cannot
+    run."""
+    source, _ = hybrid(family)
+    ids, positions = tokens(1, 20), torch.arange(20).unsqueeze(0)
+    expected = run(source, ids, positions)
+    module, replaced = sys.modules[type(source).__module__], []
+    for name in state_functions.NAMES.keys() & vars(module).keys():
+
+        @functools.wraps(vars(module)[name])
+        def library(*_: Any, **__: Any) -> Tensor:
+            raise RuntimeError("0 active drivers")
+
+        monkeypatch.setattr(module, name, library)
+        replaced.append((name, library))
+    with pytest.raises(RuntimeError, match="active drivers"):
+        source(ids)
+    assert torch.equal(run(source, ids, positions), expected)
+    assert all(vars(module)[name] is function for name, function in replaced)
+
+
 def test_another_models_states_are_refused() -> None:
     (_, one), (_, other) = hybrid("qwen3_5_text"), hybrid("lfm2")
     with pytest.raises(runtime.InputError, match="the cache is another model's"):
@@ -256,6 +308,7 @@ def test_only_attention_is_planned_and_states_are_reported_apart(artifact: Path)
     assert report["state_bytes"] == plan.state_bytes(4) == runtime.load(artifact).new_cache(2).state_bytes
     assert report["arena_bytes"] == plan.arena_bytes <= report["budget"]
     assert "recurrent states" in (artifact / "report.html").read_text()
+    assert "pip install fla-core" in (artifact / "README.md").read_text()
     assert report["check"]["largest_layer_error"] <= 1e-4
     assert "serving" not in report, "vLLM refuses it"
 
@@ -308,9 +361,106 @@ def test_the_artifact_generates_by_itself_and_in_transformers(artifact: Path) ->
     assert hugging.generate(ids[:1, :9], max_new_tokens=6, num_beams=2, pad_token_id=0).shape == (1, 15)
 
 
+def test_an_artifact_runs_by_itself_beside_a_broken_library(artifact: Path, tmp_path: Path) -> None:
+    """On the CPU nothing looks for it, and nothing else than torch and safetensors is needed."""
+    copied = shutil.copytree(artifact, tmp_path / "moved" / "artifact")
+    (tmp_path / "broken" / "fla").mkdir(parents=True)
+    (tmp_path / "broken" / "fla" / "__init__.py").write_text("raise RuntimeError('it was imported')")
+    package = json.loads((copied / "pmkvq.json").read_text())["package"]
+    program = f"""
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"transformers", "pmkvq_compiler", "einops"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+sys.path[:0] = [{str(copied)!r}, {str(tmp_path / "broken")!r}]
+import {package}
+model = {package}.load()
+import torch
+print(model.generate(torch.arange(3, 43).unsqueeze(0), 8, eos_token_id=()).tolist()[0], model.recurrences_from)
+assert not {{"transformers", "pmkvq_compiler", "fla"}} & set(sys.modules)
+"""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = runtime.load(artifact).generate(torch.arange(3, 43).unsqueeze(0), 8, eos_token_id=()).tolist()[0]
+    assert done.stdout.strip() == f"{expected} reference"
+
+
 def test_onnx_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(CompileError, match=r"recurrent state .* compile it without --onnx"):
         check_expressible(replace(captured("llama"), states=hybrid("lfm2")[1].plan.states))
+
+
+class Silent(Reference):
+    """Attention that attends to nothing, and reads no lengths on the host."""
+
+    replayable = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+
+
+class Announced(TorchFunctionMode):
+    """Refuses tensors that are made of the host's numbers."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), "the host tells the device numbers"
+        return function(*args, **(kwargs or {}))
+
+
+class Captured(TorchDispatchMode):
+    """Refuses what else a CUDA graph cannot hold: numbers read by the host, and tensors in its memory."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs, out)):
+            assert not isinstance(one, Tensor) or one.is_meta, f"{function} has a tensor on the {one.device}"
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return out
+
+
+def trace_decode_step(model: CompiledModel, announced: bool = True) -> None:
+    """Trace a decode step of two sequences on a device without memory. Unless it is `announced` on the device which of
+    them have a token, the host tells it."""
+    device = torch.device("meta")
+    with torch.inference_mode():
+        weights = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in model.weights.items()}
+        bound = {name: partial(getattr(model, name).func, weights) for name in ("hidden_states", "logits")}
+        model = replace(model, **bound, device=device, attention=[Silent()] * len(model.plan.layers))
+        cache = model.new_cache(2)
+        cache.new_tokens = NewTokens([slice(0, 0)] * 2, cache.state if announced else None)
+        tokens, counts = (torch.zeros(2, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        with Announced(), Captured():
+            assert _step(model, cache, tokens, counts).shape == (2, SHAPE["vocab_size"])
+
+
+@pytest.mark.parametrize("by_library", [False, True])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "lfm2", "bamba", *(["kimi_linear"] if os.environ.get(LONG) else [])]
+)
+def test_a_decode_step_asks_the_host_for_nothing(
+    family: str, by_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a CUDA graph can hold it. Tensors of their shapes stand for what the library's kernels return."""
+    if family not in CONFIG_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not have it")
+    launched: list[Tensor] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        launched.append(q)
+        return torch.empty_like(v), torch.empty_like(initial_state)
+
+    library = linear_attention.Library("fla 0", *[linear_attention.Kernels(kernel, kernel)] * 3)
+    monkeypatch.setattr(linear_attention, "library_for", lambda *_: library if by_library else None)
+    monkeypatch.setattr(linear_attention, "_agrees", lambda *_: True)
+    dense = {"first_k_dense_replace": 3} if family == "kimi_linear" else {}  # torch multiplies experts in bf16 alone
+    _, model = hybrid(family, **dense)
+    trace_decode_step(model)
+    assert len(launched) == (sum(state.is_recurrence for state in model.plan.states) if by_library else 0)
+    with pytest.raises(AssertionError, match="the host tells the device numbers"):
+        trace_decode_step(model, announced=False)
 
 
 @pytest.mark.skipif(not os.environ.get(LONG), reason="Triton's interpreter is slow")

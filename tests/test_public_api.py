@@ -37,6 +37,7 @@ pmkvq_compiler.runtime
     CompiledModel.generate(self, input_ids: Tensor, max_new_tokens: int, do_sample: bool = False, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_token_id: int | Sequence[int] | None = None, seed: int | None = None, streamer: Streamer | None = None, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor
     CompiledModel.new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache
     CompiledModel.kernels_from: str
+    CompiledModel.recurrences_from: str
     Cache.bits: list[tuple[int, int]]
     Cache.bytes_reserved: int
     Cache.bytes_used: int

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from pmkvq_compiler.source.state_functions import own_functions
+
 ATTENTION = "pmkvq_calibrate"
 """The `attn_implementation` to load a model with, if it is to be observed."""
 
@@ -147,11 +149,12 @@ def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, last: i
     """
     length = input_ids.shape[1]
     kept = slice(max(0, length - last), length) if last else 0
-    logits: Tensor = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=torch.ones_like(input_ids),
-        use_cache=False,
-        logits_to_keep=kept,
-    ).logits
+    with own_functions(model):
+        logits: Tensor = model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=torch.ones_like(input_ids),
+            use_cache=False,
+            logits_to_keep=kept,
+        ).logits
     return logits[:, -last:]

@@ -20,7 +20,17 @@ from pmkvq_compiler.runtime.manifest import MANIFEST
 LONGEST = 64
 """The most characters of a package's name, so that the file name of its wheel does not get too long."""
 SUFFIX = "_pmkvq"
-NEEDED = {"torch", "safetensors", "tokenizers", "jinja2", "triton", "transformers", "huggingface_hub", "hatchling"}
+NEEDED = {
+    "fla",
+    "hatchling",
+    "huggingface_hub",
+    "jinja2",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+}
 """Packages that an artifact imports when it runs or is built. They may be missing on this machine."""
 OURS = {"pmkvq_compiler"}
 """May be installed in a way that `_is_taken` does not find."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -146,21 +146,47 @@ PADDING_MASK = "create_recurrent_attention_mask"
 def state_markers(model: PreTrainedModel) -> Iterator[None]:
     """Within, the state functions of the model's code leave markers. Raises `CompileError` if one of them computes
     something else than the runtime would."""
-    markers, replaced = Functions(), []
+    markers = Functions()
+
+    def marker(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if name == PADDING_MASK:
+            return lambda *args, **kwargs: None
+        if not _agrees(name, inspect.unwrap(function)):
+            raise CompileError(
+                f"{model.config.model_type} has a function {name} whose recurrent state this version does not know; "
+                f"choose another model, or an earlier version of transformers"
+            )
+        found: Callable[..., Any] = getattr(markers, NAMES[name])
+        return found
+
+    with _replaced(model, {*NAMES, PADDING_MASK}, marker):
+        yield
+
+
+@contextmanager
+def own_functions(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the state functions of the model's code are those of transformers in plain PyTorch.
+
+    Otherwise transformers calls a library with kernels for them if it is installed, on the CPU as well, where the
+    kernels cannot run. What is measured must not depend on that either.
+    """
+    with _replaced(model, NAMES.keys(), lambda name, function: inspect.unwrap(function)):
+        yield
+
+
+@contextmanager
+def _replaced(
+    model: PreTrainedModel, names: Collection[str], replacement: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within, the functions of these names in the model's code are replaced."""
+    replaced = []
     try:
         for module in _modules(model):
             for name, function in [*vars(module).items()]:
-                if name in NAMES:
-                    if not _agrees(name, inspect.unwrap(function)):
-                        raise CompileError(
-                            f"{model.config.model_type} has a function {name} whose recurrent state this version does "
-                            f"not know; choose another model, or an earlier version of transformers"
-                        )
+                if name in names:
+                    other = replacement(name, function)
                     replaced.append((module, name, function))
-                    setattr(module, name, getattr(markers, NAMES[name]))
-                elif name == PADDING_MASK:
-                    replaced.append((module, name, function))
-                    setattr(module, name, lambda *args, **kwargs: None)
+                    setattr(module, name, other)
         yield
     finally:
         for module, name, function in replaced:
@@ -223,7 +249,7 @@ def _running() -> Functions:
         def call(*args: Any) -> Tensor:
             operands = args[:-2]
             store = StateStore([StatePlan(0, 0, state_shape(marker, operands), float32=True)], 2, torch.float32, "cpu")
-            return STATE_OPS[marker](*operands, SimpleNamespace(states=store, new_tokens=new), 0, 0)
+            return STATE_OPS[marker](*operands, SimpleNamespace(states=store, new_tokens=new, attention=()), 0, 0)
 
         return call
 

@@ -32,7 +32,7 @@ ORDINARY = {
 }
 TAKEN = ["torch", "Tokenizers", "json", "NumPy", "transformers", "safetensors", "jinja2", "triton", "hatchling", "yaml"]
 TAKEN += ["huggingface-hub", "huggingface_hub", "pmkvq-compiler", "class", "Import", "lambda", "test", "con", "lpt1"]
-TAKEN += ["modeling.pmkvq", "typing extensions", "dist", "regex", "re", "ast", "site"]
+TAKEN += ["modeling.pmkvq", "typing extensions", "dist", "regex", "re", "ast", "site", "FLA"]
 HOSTILE = [
     'a"b',
     "it's",

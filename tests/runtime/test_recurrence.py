@@ -19,9 +19,9 @@ from pmkvq_compiler.runtime.states import StateStore
 LENGTH, HEADS, KEYS, VALUES = 150, 4, 8, 6
 
 
-def fresh(shape: tuple[int, ...], batch: int = 2, dtype: torch.dtype = torch.float64) -> Any:
-    store = StateStore([StatePlan(0, 0, shape, float32=True)], batch, dtype, "cpu")
-    return SimpleNamespace(states=store, new_tokens=NewTokens([], None))
+def fresh(shape: tuple[int, ...], batch: int = 2, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Any:
+    store = StateStore([StatePlan(0, 0, shape, float32=True)], batch, dtype, device)
+    return SimpleNamespace(states=store, new_tokens=NewTokens([], None), attention=())
 
 
 def fed(cache: Any, columns: list[slice], on_device: bool = False) -> Any:
@@ -29,9 +29,10 @@ def fed(cache: Any, columns: list[slice], on_device: bool = False) -> Any:
     if not on_device:
         cache.new_tokens = NewTokens(columns, None)
         return cache
-    told = {"start": [own.start for own in columns], "count": [own.stop - own.start for own in columns]}
-    rows = state_rows({**told, "length": [0] * len(columns), "reached": [0] * len(columns)})
-    cache.new_tokens = NewTokens([slice(0, 0)] * len(columns), torch.tensor(rows, dtype=torch.int32))
+    counts = {"start": [own.start for own in columns], "count": [own.stop - own.start for own in columns]}
+    rows = state_rows({**counts, "length": [0] * len(columns), "reached": [0] * len(columns)})
+    told = torch.tensor(rows, dtype=torch.int32, device=cache.states.read(0, 0).device)
+    cache.new_tokens = NewTokens([slice(0, 0)] * len(columns), told)
     return cache
 
 
