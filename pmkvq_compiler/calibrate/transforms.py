@@ -22,6 +22,8 @@ K is stored after RoPE, where no general matrix can be folded. It is only rotate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -85,12 +87,25 @@ class Moments:
     def value_matrices(self) -> dict[int, Tensor]:
         """For each layer, the matrices [Hkv, dv, dv] (float64, CPU) of V."""
         matrices = {}
-        for layer, square in self.value_square.items():
-            tokens = self.tokens[layer]
-            mean = self.value[layer].cpu() / tokens
-            covariance = square.cpu() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
-            matrices[layer] = matched(mean, covariance, self.gradient_square[layer].cpu())
+        with one_thread():
+            for layer, square in self.value_square.items():
+                tokens = self.tokens[layer]
+                mean = self.value[layer].cpu() / tokens
+                covariance = square.cpu() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
+                matrices[layer] = matched(mean, covariance, self.gradient_square[layer].cpu())
         return matrices
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, PyTorch computes in one thread. The eigenvectors of a matrix as small as a head take many times as long
+    in several threads, which wait for each other, most of all where other programs use the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def matched(mean: Tensor, covariance: Tensor, importance: Tensor) -> Tensor:
