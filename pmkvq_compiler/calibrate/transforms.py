@@ -22,8 +22,6 @@ K is stored after RoPE, where no general matrix can be folded. It is only rotate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.runtime.rotation import hadamard
+from pmkvq_compiler.threads import one_thread
 
 FLOOR = 0.1
 """Share of the mean eigenvalue that is added to all eigenvalues of C and G. Otherwise M would magnify directions that
@@ -94,18 +93,6 @@ class Moments:
                 covariance = square.cpu() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
                 matrices[layer] = matched(mean, covariance, self.gradient_square[layer].cpu())
         return matrices
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, PyTorch computes in one thread. The eigenvectors of a matrix as small as a head take many times as long
-    in several threads, which wait for each other, most of all where other programs use the same cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def matched(mean: Tensor, covariance: Tensor, importance: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pmkvq_compiler.calibrate import transforms
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.calibrate.transforms import FLOOR, Moments, matched
 from pmkvq_compiler.formats import as_cached
+from pmkvq_compiler.threads import one_thread
 from tests.models import tiny_model
 
 HEADS, DIM = 2, 16
@@ -71,7 +72,7 @@ def test_small_matrices_are_computed_in_one_thread(monkeypatch: pytest.MonkeyPat
         moments.value_matrices()
         assert seen == [1, 1]
         assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError), transforms.one_thread():
+        with pytest.raises(KeyError), one_thread():
             raise KeyError
         assert torch.get_num_threads() == 2
     finally:
