@@ -11,8 +11,8 @@ with the process which loads the artifact and checks it; both count the pages of
 largest memory of a GPU that tensors of the one process took, or that both processes took during the check.
 
 With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
-the whole model: a line through both. With `--memory`, no more of each device's memory is used. A part of a model is
-spread over several GPUs, or read layer by layer, where the whole model would be.
+the whole model: for each step a line through both, and none that falls. With `--memory`, no more of each device's
+memory is used. A part of a model is spread over several GPUs, or read layer by layer, where the whole model would be.
 
 Writes DIR/scale.csv and scale.md.
 """
@@ -199,10 +199,11 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     one, other = rows
 
     def at_whole(step: str) -> float:
-        slope = (other[step] - one[step]) / (other["layers"] - one["layers"])
-        return max(0.0, other[step] + slope * (whole - other["layers"]))
+        slope = max(0.0, (other[step] - one[step]) / (other["layers"] - one["layers"]))
+        return float(other[step] + slope * (whole - other["layers"]))
 
-    scaled = {step: at_whole(step) for step in (*STEPS, "total")}
+    scaled = {step: at_whole(step) for step in STEPS}
+    scaled |= {"total": sum(scaled.values())}
     return [one, other, other | scaled | {"layers": whole, "device": f"{other['device']}, extrapolated"}]
 
 
