@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pmkvq_compiler.calibrate.calibration import Calibration
-from pmkvq_compiler.calibrate.opened import check_device
+from pmkvq_compiler.calibrate.opened import rooms_of
 from pmkvq_compiler.calibrate.storage import calibration_path, load_or_calibrate
 from pmkvq_compiler.emit.artifact import remove_unlisted, write_manifest
 from pmkvq_compiler.emit.check import check_artifact
@@ -155,8 +155,7 @@ def _write_artifact(
             written += onnx_export.write_onnx(program, folder, manifest["weights"])
     with steps("check"):
         reference = calibration.check_ids, calibration.check_logits, calibration.check_layers
-        device = check_device(problem.device, weight_bytes(program, source.dtype))
-        check = check_artifact(folder, place.scratch, report.dtype, device, *reference)
+        check = check_artifact(folder, place.scratch, report.dtype, rooms_of(problem.device), *reference)
     report = replace(report, check=check, seconds=steps.seconds)
     written += write_report(report, folder)
     remove_unlisted(folder, written)

@@ -8,10 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pmkvq_compiler.recipes import Recipe
 from pmkvq_compiler.runtime.plan import KeyAxis
 from pmkvq_compiler.runtime.quantize import fake_quantize
+from pmkvq_compiler.threads import one_thread
 
 Transform = Literal["none", "scale", "rotate", "match"]
 """What each head of a tensor is multiplied by before it is quantized: nothing, a diagonal matrix of inverse scales (K
@@ -75,7 +77,20 @@ def stored(x: Tensor, kept: Format, sink: int, block: int, matrices: Tensor | No
     if matrices is None:
         return as_cached(x, kept.bits, kept.axis, sink, block)
     transformed = as_cached(x @ matrices.to(x), kept.bits, kept.axis, sink, block)
-    return transformed @ torch.linalg.inv(matrices).to(x)
+    return transformed @ inverse_of(matrices).to(x)
+
+
+_INVERSES = WeakTensorKeyDictionary()
+
+
+def inverse_of(matrices: Tensor) -> Tensor:
+    """The inverses of matrices [H, d, d]. They are kept as long as the matrices are, because each text, code and plan
+    asks for those of the same layers."""
+    if matrices not in _INVERSES:
+        with one_thread():
+            _INVERSES[matrices] = torch.linalg.inv(matrices)
+    inverses: Tensor = _INVERSES[matrices]
+    return inverses
 
 
 def as_cached(x: Tensor, bits: int, axis: KeyAxis, sink: int, block: int) -> Tensor:

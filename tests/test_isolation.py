@@ -62,7 +62,7 @@ def test_the_check_imports_nothing_from_the_current_folder_and_writes_nothing_in
         monkeypatch.setenv("PYTHONPATH", path)
     expected = reference(artifact)
     before = tree(artifact)
-    figures = check_artifact(artifact, tmp_path, "float32", "cpu", *expected)
+    figures = check_artifact(artifact, tmp_path, "float32", {"cpu": 0}, *expected)
     assert figures["full_precision_error"] < 1e-5
     assert caught(traps) == ""
     assert tree(artifact) == before
@@ -76,7 +76,7 @@ def test_an_artifact_that_does_not_load_is_told_in_a_sentence(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(Defect, match=r"does not load in a fresh process \(.*is not an artifact.*\)$") as error:
-        check_artifact(tmp_path, tmp_path, "float32", "cpu", *reference(artifact))
+        check_artifact(tmp_path, tmp_path, "float32", {"cpu": 0}, *reference(artifact))
     assert "\n" not in str(error.value)
     said, code = explain(error.value)
     (log,) = tmp_path.glob("pmkvq-compile-*.log")
@@ -97,7 +97,7 @@ def test_a_check_that_a_signal_ends_is_no_defect(
     monkeypatch.setattr("sys.executable", str(program))
     ids, logits = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 8)
     with pytest.raises(CompileError, match=f"was ended by {signal.name}") as error:
-        check_artifact(tmp_path, tmp_path, "float32", "cpu", ids, logits, LayerOutputs(torch.zeros(1, 1)))
+        check_artifact(tmp_path, tmp_path, "float32", {"cpu": 0}, ids, logits, LayerOutputs(torch.zeros(1, 1)))
     assert not isinstance(error.value, Defect)
 
 

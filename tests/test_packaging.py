@@ -111,6 +111,7 @@ FLOORS = [
         "budget",
         "progress",
         "divergence",
+        "threads",
         "formats",
         "recipes",
         "unquantized",

@@ -258,6 +258,9 @@ def test_a_rival_that_is_missing_is_named_with_the_way_to_get_it(
         (["--python", "llama.cpp=/nowhere/python"], "'/nowhere/python' of llama.cpp is no program"),
         (["--model", "nowhere.gguf"], "'nowhere.gguf' is not a file"),
         (["--lengths", "0"], "'0' is not a list of numbers above 0"),
+        (["--lengths", "2048,4000"], "--lengths is not a multiple of 64, and 'quanto, K by channel' only takes whole"),
+        (["--decode", "16"], "--decode is not a multiple of 64"),
+        (["--chunk", "100"], "--chunk is not a multiple of 64"),
     ],
 )
 def test_unusable_arguments_are_refused_at_once(

@@ -69,6 +69,8 @@ TRANSFORMERS_CACHES: dict[str, dict[str, Any]] = {
 """Arguments of `QuantizedCache`, with its groups of 64 numbers and its window of 128 tokens. HQQ's groups of a channel
 are tokens that lie far apart, of all heads; quanto's are 64 successive tokens of a head, as in KIVI. Where K is grouped
 by token, these are the axes that transformers' documentation advises."""
+GROUPS_OF_TOKENS, GROUP = "quanto, K by channel", 64
+"""A cache that only takes whole groups of so many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for rival, path in arguments.python.items():
         if shutil.which(path) is None:
             parser.error(f"--python: {path!r} of {rival} is no program; give the path of a Python")
+    grouped = "transformers" in arguments.rivals and GROUPS_OF_TOKENS in arguments.caches
+    for option, numbers in (
+        ("--lengths", arguments.lengths),
+        ("--chunk", [arguments.chunk]),
+        ("--decode", [arguments.decode]),
+    ):
+        if grouped and any(number % GROUP for number in numbers):
+            parser.error(
+                f"{option} is not a multiple of {GROUP}, and {GROUPS_OF_TOKENS!r} only takes whole groups of so many "
+                f"tokens; choose a multiple, or leave it out of --caches"
+            )
     if not arguments.plot and not Path(arguments.model).is_file():
         parser.error(f"--model: {arguments.model!r} is not a file; name a .gguf file")
     arguments.folder = arguments.output / Path(arguments.model).stem

@@ -11,8 +11,8 @@ with the process which loads the artifact and checks it; both count the pages of
 largest memory of a GPU that tensors of the one process took, or that both processes took during the check.
 
 With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
-the whole model: a line through both. With `--memory`, no more of each device's memory is used. A model that needs more
-is then read layer by layer, and so are its parts.
+the whole model: for each step a line through both, and none that falls. With `--memory`, no more of each device's
+memory is used. A part of a model is spread over several GPUs, or read layer by layer, where the whole model would be.
 
 Writes DIR/scale.csv and scale.md.
 """
@@ -111,8 +111,7 @@ def drawn(spec: TensorSpec, device: str) -> Tensor:
 def compile_once(arguments: argparse.Namespace) -> None:
     """Compile the model in `--model` and print the figures as JSON; `main` starts a process for this."""
     folder = Path(arguments.model)
-    if arguments.memory is not None:
-        limit_memory(parse_budget(arguments.memory, 0), arguments.streamed)
+    limit_memory(None if arguments.memory is None else parse_budget(arguments.memory, 0), arguments.share)
     options = CompileOptions(
         model=str(folder),
         output=folder.parent / "artifact",
@@ -178,15 +177,16 @@ def used_bytes(index: int) -> int:
     return total - free
 
 
-def limit_memory(limit: int, streamed: bool) -> None:
+def limit_memory(limit: int | None, share: float) -> None:
     """Use no more than `limit` bytes of each GPU; on the CPU, only say that no more is free.
 
-    Where the model stands for a part of one that is `streamed`, say that nothing is free, so that it is, too.
+    Say that only a `share` of this is free, if the model stands for a whole one of which it needs this share.
     """
     free = opened.free_bytes
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(index)[1], index)
-    opened.free_bytes = lambda device: 0 if streamed else min(free(device), limit)
+    if limit is not None:
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(index)[1], index)
+    opened.free_bytes = lambda device: int(share * (free(device) if limit is None else min(free(device), limit)))
 
 
 def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -199,10 +199,11 @@ def measured(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     one, other = rows
 
     def at_whole(step: str) -> float:
-        slope = (other[step] - one[step]) / (other["layers"] - one["layers"])
-        return max(0.0, other[step] + slope * (whole - other["layers"]))
+        slope = max(0.0, (other[step] - one[step]) / (other["layers"] - one["layers"]))
+        return float(other[step] + slope * (whole - other["layers"]))
 
-    scaled = {step: at_whole(step) for step in (*STEPS, "total")}
+    scaled = {step: at_whole(step) for step in STEPS}
+    scaled |= {"total": sum(scaled.values())}
     return [one, other, other | scaled | {"layers": whole, "device": f"{other['device']}, extrapolated"}]
 
 
@@ -219,10 +220,9 @@ def measured_once(name: str, layers: int, arguments: argparse.Namespace) -> dict
         command += ["--max-len", str(arguments.max_len), "--texts", str(arguments.texts)]
         command += ["--text-len", str(arguments.text_len)]
         command += [] if arguments.keep is None else ["--keep", str(arguments.keep / f"{name}-{layers}")]
-        if arguments.memory is not None:
-            command += ["--memory", arguments.memory]
-            free = [parse_budget(arguments.memory, 0)] * max(1, torch.cuda.device_count())
-            command += ["--streamed"] * (opened.placement(weight_bytes(name, device), free) == "layer by layer")
+        command += [] if arguments.memory is None else ["--memory", arguments.memory]
+        whole = needed_bytes(config_of(name, None), device, arguments.text_len)
+        command += ["--share", str(needed_bytes(config, device, arguments.text_len) / whole)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             print(f"{name}: the compile failed", flush=True)
@@ -238,11 +238,12 @@ def measured_once(name: str, layers: int, arguments: argparse.Namespace) -> dict
     return row
 
 
-def weight_bytes(name: str, device: str) -> int:
-    """The bytes of the whole model's weights as it runs on the device."""
+def needed_bytes(config: PretrainedConfig, device: str, text_len: int) -> int:
+    """The bytes that a model needs on a device to be calibrated there in one piece."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config_of(name, None), dtype=torch.bfloat16)
-    return model.num_parameters() * (torch.float32 if device == "cpu" else torch.bfloat16).itemsize
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return opened.needed_bytes(config, model.num_parameters() * dtype.itemsize, text_len, dtype)
 
 
 STEPS = ("source", "capture", "calibrate", "plan", "passes", "emit", "check")
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/scale"))
     parser.add_argument("--keep", type=Path, help="keep artifacts in this folder, such as for startup.py")
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--streamed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.model is not None:
         compile_once(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION
 from pmkvq_compiler.calibrate.streamed_model import StreamedModel
@@ -23,9 +23,6 @@ NUMBERS_A_TOKEN = 12, 4
 SPREAD = 0.9
 """The share of the free memory of several devices that a model may need."""
 
-ROOM_TO_CHECK = 1.2
-"""How many times the bytes of its weights an artifact takes while it is checked."""
-
 Placement = Literal["one device", "all GPUs", "layer by layer"]
 
 
@@ -37,9 +34,10 @@ def opened(source: Source, problem: Problem) -> PreTrainedModel | StreamedModel:
     in which a layer takes more than hidden states from another one, keeps latents, or has no attention.
     """
     gc.collect()  # a model that was opened before and is no longer used refers to itself, and would stay
-    every = problem.device == "cuda"
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [problem.device]
-    needed, free = _needed_bytes(source, problem), [free_bytes(device) for device in devices]
+    devices = _devices(problem.device)
+    dtype = source.running_dtype(problem.device)
+    needed = needed_bytes(source.config, source.stored_bytes(dtype), problem.calib_len, dtype)
+    free = [free_bytes(device) for device in devices]
     where = placement(needed, free)
     if where == "layer by layer" and source.has_plain_tensors and _has_plain_layers(problem):
         return StreamedModel(source, problem.sites, problem.device)
@@ -62,21 +60,24 @@ def placement(needed: int, free: Sequence[int]) -> Placement:
     return "all GPUs" if needed <= SPREAD * sum(free) else "layer by layer"
 
 
-def check_device(device: str, weight_bytes: int) -> str:
-    """The device to check an artifact on: the CPU, which maps weights from files, if they do not fit `device`."""
+def rooms_of(device: str) -> dict[str, int]:
+    """The free bytes of a device, for a process that begins now; "cuda" stands for all GPUs."""
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # another process checks it, which cannot use what this one holds in reserve
-    return device if ROOM_TO_CHECK * weight_bytes <= free_bytes(device) else "cpu"
+        torch.cuda.empty_cache()  # the other process cannot use what this one holds in reserve
+    return {one: free_bytes(one) for one in _devices(device)}
 
 
-def _needed_bytes(source: Source, problem: Problem) -> int:
-    """The bytes of the weights, and of what a backward pass over a calibration text keeps."""
-    dtype, config = source.running_dtype(problem.device), source.config.get_text_config()
+def _devices(device: str) -> list[str]:
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else [device]
+
+
+def needed_bytes(config: PretrainedConfig, weight_bytes: int, calib_len: int, dtype: torch.dtype) -> int:
+    """The bytes of the weights, and of what a backward pass over a calibration text keeps in `dtype`."""
+    config = config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     widest = max(inner) if isinstance(inner, list) else inner  # some models have one for each layer
     numbers = NUMBERS_A_TOKEN[0] * config.hidden_size + NUMBERS_A_TOKEN[1] * widest
-    kept = problem.calib_len * config.num_hidden_layers * numbers * dtype.itemsize
-    return source.stored_bytes(dtype) + kept
+    return weight_bytes + calib_len * config.num_hidden_layers * numbers * dtype.itemsize
 
 
 def free_bytes(device: str) -> int:

@@ -54,7 +54,7 @@ def load_or_calibrate(
             logger.warning("%s is damaged (%s); calibrating again", path, error)
     if dry_run:
         return calibrate(source, problem, progress)
-    notes = path.with_name(f".{path.name.removesuffix('.safetensors')}")
+    notes = path.with_name(f".{path.stem}.notes")
     calibration = calibrate(source, problem, progress, notes)
     save_calibration(calibration, path)
     shutil.rmtree(notes, ignore_errors=True)

@@ -65,6 +65,9 @@ class Notes:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished)
         os.replace(unfinished, self._path(name))
 
+    def remove(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
@@ -102,16 +105,14 @@ def walk_streamed(
     positions = [torch.arange(len(sample)).unsqueeze(0) for sample in samples]
     texts = [streamed.begin(sample.unsqueeze(0), each) for sample, each in zip(samples, positions, strict=True)]
     _note_hidden_states(streamed, notes, texts, partial(progress, step))
-    count, name = len(streamed.layers), step.lower().replace(" ", "-")
-    number = count + 1
+    count, name, head = len(streamed.layers), step.lower().replace(" ", "-"), objective.__name__
+    number = count
     while number > 0 and f"{name}-{number - 1}" in notes:
         number -= 1
-        if number < count:
-            observe.restore(number, _named(notes.read(f"{name}-{number}"), MEASURED))
-    if number > count:
-        number = count
-        notes.write(f"{name}-{count}", _listed(GRADIENT, _head_gradients(streamed, notes, texts, objective)))
-    gradients = _tensors(streamed, notes, f"{name}-{number}", GRADIENT)
+        observe.restore(number, notes.read(f"{name}-{number}"))
+    if number == count and head not in notes:  # every measure begins with the same gradients
+        notes.write(head, _numbered(_head_gradients(streamed, notes, texts, objective)))
+    gradients = _tensors(streamed, notes, head if number == count else f"{name}-{number}-gradients") if number else []
 
     def checked(call: AttentionCall) -> Tensor | None:
         check_operands(streamed.model, call)
@@ -120,11 +121,13 @@ def walk_streamed(
     while number > 0:
         number -= 1
         progress(step, 2 * count - number - 1, 2 * count)
-        hidden = _tensors(streamed, notes, f"hidden-{number}", HIDDEN)
+        hidden = _tensors(streamed, notes, f"hidden-{number}")
         with streamed.reading(number), observed(checked):
             gradients = [_through(streamed, number, *each) for each in zip(texts, hidden, gradients, strict=True)]
-        found = {f"{MEASURED}{key}": value for key, value in observe.measured(number).items()}
-        notes.write(f"{name}-{number}", found | _listed(GRADIENT, gradients))
+        if number > 0:
+            notes.write(f"{name}-{number}-gradients", _numbered(gradients))
+        notes.write(f"{name}-{number}", observe.measured(number))
+        notes.remove(f"{name}-{number + 1}-gradients")
     progress(step, 2 * count, 2 * count)
 
 
@@ -136,19 +139,19 @@ def _note_hidden_states(
     count = len(streamed.layers)
     done = next((number for number in range(count + 1) if f"hidden-{number}" not in notes), count + 1)
     if done == 0:
-        notes.write("hidden-0", _listed(HIDDEN, [text.hidden for text in texts]))
+        notes.write("hidden-0", _numbered([text.hidden for text in texts]))
     for number in range(max(done - 1, 0), count):
         progress(number, 2 * count)
-        hidden = _tensors(streamed, notes, f"hidden-{number}", HIDDEN)
+        hidden = _tensors(streamed, notes, f"hidden-{number}")
         with streamed.reading(number), observed(partial(check_operands, streamed.model)):
             after = [streamed.run(number, text, each) for text, each in zip(texts, hidden, strict=True)]
-        notes.write(f"hidden-{number + 1}", _listed(HIDDEN, after))
+        notes.write(f"hidden-{number + 1}", _numbered(after))
 
 
 def _head_gradients(streamed: StreamedModel, notes: Notes, texts: Sequence[Text], objective: Objective) -> list[Tensor]:
     """The gradients of the objective with respect to the hidden states after the last layer."""
     found = []
-    states = _tensors(streamed, notes, f"hidden-{len(streamed.layers)}", HIDDEN)
+    states = _tensors(streamed, notes, f"hidden-{len(streamed.layers)}")
     for text, hidden in zip(texts, states, strict=True):
         hidden.requires_grad_()
         logits = streamed.finish(text, hidden)
@@ -164,21 +167,14 @@ def _through(streamed: StreamedModel, number: int, text: Text, hidden: Tensor, g
     return gradient_at(hidden)
 
 
-MEASURED, GRADIENT, HIDDEN = "measured.", "gradient.", "hidden."
-"""What the names of tensors in a note begin with."""
+def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The contents of a note with one tensor for each text."""
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
-def _listed(kind: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"{kind}{index}": tensor for index, tensor in enumerate(tensors)}
-
-
-def _named(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
-
-
-def _tensors(streamed: StreamedModel, notes: Notes, name: str, kind: str) -> list[Tensor]:
-    """The tensors of one kind in a note, one for each text, on the model's device."""
-    found = _named(notes.read(name), kind)
+def _tensors(streamed: StreamedModel, notes: Notes, name: str) -> list[Tensor]:
+    """The tensors of such a note, on the model's device."""
+    found = notes.read(name)
     return [found[str(index)].to(streamed.device) for index in range(len(found))]
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pmkvq_compiler.calibrate.attention_hook import AttentionCall
 from pmkvq_compiler.runtime.rotation import hadamard
+from pmkvq_compiler.threads import one_thread
 
 FLOOR = 0.1
 """Share of the mean eigenvalue that is added to all eigenvalues of C and G. Otherwise M would magnify directions that
@@ -85,11 +86,12 @@ class Moments:
     def value_matrices(self) -> dict[int, Tensor]:
         """For each layer, the matrices [Hkv, dv, dv] (float64, CPU) of V."""
         matrices = {}
-        for layer, square in self.value_square.items():
-            tokens = self.tokens[layer]
-            mean = self.value[layer].cpu() / tokens
-            covariance = square.cpu() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
-            matrices[layer] = matched(mean, covariance, self.gradient_square[layer].cpu())
+        with one_thread():
+            for layer, square in self.value_square.items():
+                tokens = self.tokens[layer]
+                mean = self.value[layer].cpu() / tokens
+                covariance = square.cpu() / tokens - mean.unsqueeze(2) * mean.unsqueeze(1)
+                matrices[layer] = matched(mean, covariance, self.gradient_square[layer].cpu())
         return matrices
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pmkvq_compiler.calibrate.layer_outputs import LayerOutputs, layer_tensors, 
 from pmkvq_compiler.children import isolated
 from pmkvq_compiler.divergence import divergences, relative_norm
 from pmkvq_compiler.emit.artifact import save_tensors
+from pmkvq_compiler.emit.fetched import load_anyhow
 from pmkvq_compiler.emit.layer_errors import LayerError, layer_errors
 from pmkvq_compiler.errors import CompileError, Defect
 
@@ -42,7 +44,7 @@ def check_artifact(
     folder: Path,
     scratch: Path,
     dtype: str,
-    device: str,
+    rooms: Mapping[str, int],
     input_ids: Tensor,
     logits: Tensor,
     layers: LayerOutputs,
@@ -50,7 +52,8 @@ def check_artifact(
     """Compare the artifact in `folder`, whose weights are in `dtype`, with the source model; returns figures by name.
 
     The source model is given by its `logits` [N, V] for the last N tokens of `input_ids` [1, S], and by the outputs of
-    its `layers` for the first tokens. The artifact runs on `device`. The two processes exchange files in `scratch`.
+    its `layers` for the first tokens. The artifact runs on the first of the devices in `rooms`, which have so many
+    bytes free. The two processes exchange files in `scratch`.
 
     Raises `CompileError` if the artifact does not load, or if one of its layers differs from the source's.
     """
@@ -58,7 +61,8 @@ def check_artifact(
         reference, found = Path(place, "reference.safetensors"), Path(place, "figures.json")
         tensors = {"input_ids": input_ids, "logits": logits, **layer_tensors(layers)}
         save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, reference)
-        command = [sys.executable, "-m", "pmkvq_compiler.emit.check", *map(str, (folder, device, reference, found))]
+        files = folder, reference, found
+        command = [sys.executable, "-m", "pmkvq_compiler.emit.check", json.dumps(rooms), *map(str, files)]
         with isolated():
             done = subprocess.run(
                 command,
@@ -122,9 +126,9 @@ def measure(model: runtime.CompiledModel, input_ids: Tensor, logits: Tensor) -> 
 
 
 if __name__ == "__main__":
-    artifact, device, tensors, output = sys.argv[1:]
+    rooms, artifact, tensors, output = sys.argv[1:]
     reference = load_file(tensors)
-    model = runtime.load(artifact, device, backend="reference")
+    model = load_anyhow(artifact, json.loads(rooms))
     input_ids = reference["input_ids"]
     measured = {
         "figures": measure(model, input_ids, reference["logits"]),

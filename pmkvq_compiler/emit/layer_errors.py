@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.calibrate.layer_outputs import QUERIES, TOKENS, LayerOutputs
+from pmkvq_compiler.emit.fetched import Fetched
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def layer_errors(model: runtime.CompiledModel, input_ids: Tensor, expected: Laye
     attentions, keys = iter(sorted(expected.scores)), dict[int, Tensor]()
     code["cached_attention"] = partial(_attend, code["cached_attention"], expected, found, attentions, keys)
     code |= {name: partial(_run_layer, code[name], expected, found) for name in layers}
-    hidden_states, logits_of = code["bind"](Widened(model.weights))
+    hidden_states, logits_of = code["bind"](Fetched(model.weights, model.device, torch.float32))
     widened = replace(model, hidden_states=hidden_states, logits=logits_of, dtype=torch.float32)
     beginning = input_ids[:, :TOKENS]
     logits = widened(beginning, model.new_cache(max_len=beginning.shape[1]))[0, -QUERIES:]
@@ -63,23 +64,6 @@ def _copied(code: dict[str, Any]) -> dict[str, Any]:
 
 def _is_layer(function: Any) -> bool:
     return inspect.isfunction(function) and [*inspect.signature(function).parameters][:2] == ["weights", "layer"]
-
-
-@dataclass(frozen=True)
-class Widened(Mapping[str, Tensor]):
-    """Weights that are converted to float32 when they are read."""
-
-    stored: Mapping[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.stored[name]
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
 
 def _attend(

@@ -117,7 +117,15 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
         ran.append(number)
         return run(streamed, number, text, hidden)
 
+    finished: list[int] = []
+    finish = StreamedModel.finish
+
+    def counted_head(streamed: StreamedModel, text: Any, hidden: Tensor) -> Any:
+        finished.append(len(hidden))
+        return finish(streamed, text, hidden)
+
     monkeypatch.setattr(StreamedModel, "run", counted)
+    monkeypatch.setattr(StreamedModel, "finish", counted_head)
     output, stops = tmp_path / "artifact", 0
     while True:
         ran.clear()
@@ -133,7 +141,10 @@ def test_a_calibration_that_was_stopped_at_any_layer_goes_on_there(
             stops += 1
             assert len(ran) == len(range(3)), "one layer for each of three texts, and none that was done before"
             assert not list(tmp_path.glob("*.calibration.safetensors"))
+            gradients = [path.name for path in tmp_path.glob(".*/*-gradients.safetensors")]
+            assert len(gradients) <= 1, "those of the layers behind are not kept"
     assert stops == 2 + 2 * 2, "forward, and backward for each of two measures"
+    assert len(finished) == 3, "the head of each text, once for both measures and all stops"
     assert_close(found, expected)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmkvq_compiler.calibrate import transforms
 from pmkvq_compiler.calibrate.attention_hook import ATTENTION, AttentionCall, observed, run
 from pmkvq_compiler.calibrate.transforms import FLOOR, Moments, matched
 from pmkvq_compiler.formats import as_cached
+from pmkvq_compiler.threads import one_thread
 from tests.models import tiny_model
 
 HEADS, DIM = 2, 16
@@ -55,6 +58,25 @@ def test_channels_get_alike_and_the_mean_the_same_in_all() -> None:
     assert torch.isfinite(without_mean).all()
     nothing = torch.zeros(HEADS, DIM, DIM, dtype=torch.float64)
     assert torch.isfinite(matched(torch.zeros_like(mean), nothing, nothing)).all(), "a head that is never used"
+
+
+def test_small_matrices_are_computed_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(transforms, "matched", lambda *moments: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        moments = Moments()
+        moments.tokens, moments.value = {0: 1, 1: 1}, dict.fromkeys((0, 1), torch.zeros(HEADS, DIM))
+        moments.value_square = moments.gradient_square = dict.fromkeys((0, 1), spread(0, 1))
+        moments.value_matrices()
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), one_thread():
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_codes_of_matched_values_cost_the_output_less() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -363,9 +364,11 @@ def test_what_runs_out_is_said_in_a_sentence_and_nothing_is_left(tmp_path: Path)
         return code, said.getvalue()
 
     assert main([*command, "--dry-run"]) == 0  # all is imported
-    opened = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    folder = Path("/proc/self/fd")
+    opened = {int(name) for name in os.listdir(folder)} if folder.exists() else {*range(64)}
+    unused = (number for number in itertools.count() if number not in opened)  # a limit on numbers, not on how many
     limits = [(resource.RLIMIT_FSIZE, size) for size in (0, 5_000, 60_000)]
-    limits += [(resource.RLIMIT_NOFILE, opened + more) for more in range(5)]
+    limits += [(resource.RLIMIT_NOFILE, number) for number in itertools.islice(unused, 5)]
     for kind, limit in limits:
         code, said = in_child(partial(limited, kind, limit))
         assert code == 1, said
