@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from .base import Pass
-from .ops import CASTS
+from .ops import CASTS, same_form
 from .program import Program
 from .verify import Stage, is_assertion
 
@@ -26,7 +26,8 @@ class Canonicalize(Pass):
 
     1. Assertions are removed.
     2. An op that returns its operand is replaced by the operand: dropout, casts to the same dtype, full slices,
-       expansions to the same shape, products with 1, `detach`, `alias`, and `contiguous` in front of a reshape.
+       expansions to the same shape, products with 1, `detach`, `alias`, `contiguous` in front of a reshape, and a
+       concatenation with nothing but empty tensors.
     3. Casts of every kind become `to.dtype`. A device that a cast names is dropped: the operand is already there.
     4. The batch size and the sequence length are read from `input_ids`, and every size is computed once.
     5. An in-place op becomes its functional form, and a copy into a slice becomes a `slice_scatter`, if nothing that
@@ -66,15 +67,27 @@ def _drop_identity(node: Node) -> bool:
     return True
 
 
+def _drop_concatenation(node: Node) -> bool:
+    if node.target is not aten.cat.default:
+        return False
+    (first, *others), *dims = node.args
+    dim = dims[0] if dims else 0
+    if any(str(other.meta["val"].shape[dim]) != "0" for other in others):
+        return False
+    node.replace_all_uses_with(first)
+    node.graph.erase_node(node)
+    return True
+
+
 def _returns_operand(node: Node, operand: Node) -> bool:
     before, after = operand.meta.get("val"), node.meta.get("val")
     if node.target in CASTS:
         return bool(before.dtype == after.dtype)
     if node.target is aten.slice.Tensor:
         step = node.args[4] if len(node.args) > 4 else 1
-        return step == 1 and _same_form(operand, node)
+        return step == 1 and same_form(operand, node)
     if node.target is aten.expand.default:
-        return _same_form(operand, node)
+        return same_form(operand, node)
     if node.target is aten.mul.Tensor:
         return bool(node.args[1] == 1 and before.dtype == after.dtype)
     if node.target is aten.dropout.default:
@@ -110,7 +123,7 @@ def _scatter_slice(node: Node) -> bool:
     part, values = node.args[:2]
     whole = part.args[0]
     owned = whole.op == "call_function" and _is_private(whole, node, part)
-    if not owned or list(part.users) != [node] or node.users or not _same_form(part, values):
+    if not owned or list(part.users) != [node] or node.users or not same_form(part, values):
         return False
     with node.graph.inserting_before(node):
         scattered = node.graph.call_function(aten.slice_scatter.default, (whole, values, *part.args[1:]))
@@ -164,12 +177,6 @@ def _outlives(view: Node, place: Node) -> bool:
     return _shares_memory(view) and any(user > place or _outlives(user, place) for user in view.users)
 
 
-def _same_form(one: Node, other: Node) -> bool:
-    """Whether two values have the same shape and dtype."""
-    first, second = one.meta["val"], other.meta["val"]
-    return first.dtype == second.dtype and list(map(str, first.shape)) == list(map(str, second.shape))
-
-
 def _functional_form(target: OpOverload) -> OpOverload | None:
     """The op that is not in place: `aten.add.Tensor` for `aten.add_.Tensor`. None if there is none."""
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
@@ -199,6 +206,7 @@ def _count_in_float(node: Node) -> bool:
 RULES: tuple[Callable[[Node], bool], ...] = (
     _drop_assertion,
     _drop_identity,
+    _drop_concatenation,
     _unify_cast,
     _scatter_slice,
     _make_functional,

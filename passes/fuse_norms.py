@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from .base import Pass
+from .ops import only_reader
 from .program import Program
 from .verify import Stage
 
@@ -93,9 +94,9 @@ def _match_root(node: Any, x: Any) -> float | None:
 
 def _match_weight(n: Node, x: Node, eps: float) -> Norm | None:
     """The normalization that ends with `n` or with the ops that follow it, by rules 1 to 3."""
-    h, reader = x.args[0], _only_reader(n)
+    h, reader = x.args[0], only_reader(n)
     if _is_cast(reader, _dtype(h)):
-        weighted = _only_reader(reader)
+        weighted = only_reader(reader)
         weight = _weight(weighted, reader)
         if weight is not None and _dtype(weight) == _dtype(h):
             return Norm(weighted, h, weight, eps)
@@ -103,7 +104,7 @@ def _match_weight(n: Node, x: Node, eps: float) -> Norm | None:
     weight = _weight(reader, n)
     if weight is None:
         return None
-    stored, rounded = weight.args[0] if weight.target is aten.to.dtype else weight, _only_reader(reader)
+    stored, rounded = weight.args[0] if weight.target is aten.to.dtype else weight, only_reader(reader)
     if _dtype(stored) == _dtype(h) and _is_cast(rounded, _dtype(h)):
         return Norm(rounded, h, stored, eps)
     return Norm(reader, x, weight, eps) if _dtype(weight) == _dtype(x) else None
@@ -116,10 +117,6 @@ def _weight(product: Node | None, operand: Node) -> Node | None:
     other = product.args[1] if product.args[0] is operand else product.args[0]
     fits = isinstance(other, Node) and other.meta["val"].shape == operand.meta["val"].shape[-1:]
     return other if fits else None
-
-
-def _only_reader(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_cast(node: Node | None, dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from pmkvq_compiler.runtime import recurrence
+from pmkvq_compiler.runtime import fused, recurrence
 from pmkvq_compiler.runtime.attention import cached_attention as run_cached_attention
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.plan import LayerPlan, StatePlan
@@ -121,6 +121,12 @@ STATE_OPS: dict[OpOverload, Callable[..., Tensor]] = {
 """The markers of ops that carry a state from token to token, and the runtime's functions. A marker's last two arguments
 are the index of its layer and that of its state among the layer's states. The function takes the cache before these."""
 
+MERGED_OPS = frozenset({fused.linears, fused.gated_linear})
+"""Ops that are given lists of weights and of biases, after their input."""
+
+FUSED_OPS = MERGED_OPS | {fused.linear_add, fused.rope}
+"""Ops that passes make of several others."""
+
 
 def state_markers(graph: Graph) -> list[Node]:
     """The markers of ops with a state, in their order."""
@@ -169,3 +175,14 @@ def uses_cache(node: Node) -> bool:
 def layer_place(node: Node) -> int:
     """The place of the layer's index among the arguments of a node that uses the cache: after the cache."""
     return 4 if node.target is cached_attention else len(node.args) - 2
+
+
+def only_reader(node: Node) -> Node | None:
+    """The one node that reads a value; None if there are more or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def same_form(one: Node, other: Node) -> bool:
+    """Whether two values have the same shape and dtype."""
+    first, second = one.meta["val"], other.meta["val"]
+    return first.dtype == second.dtype and list(map(str, first.shape)) == list(map(str, second.shape))

@@ -13,7 +13,9 @@ from .base import Pass
 from .canonicalize import Canonicalize
 from .fold_key_scales import FoldKeyScales
 from .fold_value_transform import FoldValueTransform
+from .fuse_linears import FuseLinears
 from .fuse_norms import FuseNorms
+from .fuse_rope import FuseRope
 from .outline_layers import OutlineLayers
 from .rewrite_attention import RewriteAttention
 from .rotate_keys import RotateKeys
@@ -43,6 +45,9 @@ def pipeline(
         Canonicalize(),
         # After Canonicalize, which leaves one kind of cast and no reader without effect, and before OutlineLayers.
         FuseNorms(),
+        FuseRope(),
+        # After FuseNorms, whose norms it takes along.
+        FuseLinears(),
         # Last, because it compares layers op by op: differences that have no effect must be gone.
         OutlineLayers(),
     ]

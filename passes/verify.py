@@ -8,7 +8,7 @@ import operator
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from .ops import MARKER, STATE_OPS, uses_cache
+from .ops import FUSED_OPS, MARKER, STATE_OPS, uses_cache
 from .program import Program
 
 
@@ -71,6 +71,8 @@ def _allowed(node: Node, stage: Stage) -> bool:
         return stage < Stage.REWRITTEN
     if uses_cache(node):
         return stage >= Stage.REWRITTEN
+    if node.target in FUSED_OPS:
+        return stage >= Stage.CANONICAL
     if not isinstance(node.target, OpOverload):
         return node.target in PYTHON_FUNCTIONS
     if node.target.namespace != "aten":

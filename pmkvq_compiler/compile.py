@@ -41,8 +41,8 @@ from pmkvq_compiler.problem import Problem, resolve, unserved_feature
 from pmkvq_compiler.progress import Progress, Steps
 from pmkvq_compiler.report.contents import Report, report_contents
 from pmkvq_compiler.report.page import write_report
-from pmkvq_compiler.runtime.load import tensor_table
 from pmkvq_compiler.runtime.plan import CachePlan
+from pmkvq_compiler.runtime.weights import tensor_table
 from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import INDEX_FILE
 from pmkvq_compiler.source.multimodal import Whole

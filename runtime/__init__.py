@@ -6,7 +6,7 @@ It needs torch and safetensors, and triton on a CUDA device.
 from .cache import Cache
 from .errors import ArtifactError, CacheFull, InputError
 from .generate import PREFILL_CHUNK
-from .load import Backend, choose_attention, load
+from .load import Backend, choose_attention, choose_backend, load
 from .manifest import FORMAT_VERSION, open_artifact
 from .model import CompiledModel
 from .plan import CachePlan, LayerPlan
@@ -23,6 +23,7 @@ __all__ = [
     "InputError",
     "LayerPlan",
     "choose_attention",
+    "choose_backend",
     "load",
     "open_artifact",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .backend import Attention
 from .cache import Cache
 from .errors import InputError
+from .fused import PLAIN, Ops
 from .inputs import chosen_tokens, padding_mask, positions_of, token_ids
 from .plan import CachePlan
 from .recurrence import computed_by
@@ -21,14 +22,14 @@ from .recurrence import computed_by
 class Forward:
     """A model to be called for logits. Threads may share it; each needs its own cache.
 
-    `hidden_states(input_ids, position_ids, cache) -> [B, S, hidden_size]` and `logits(hidden) -> [..., vocab_size]` are
-    the functions of the artifact's `model.py`, bound to the `weights`: tensors by their names in the checkpoint, and
-    constants.
+    `hidden_states(input_ids, position_ids, cache, ops) -> [B, S, hidden_size]` and
+    `logits(hidden) -> [..., vocab_size]` are the functions of the artifact's `model.py`, bound to the `weights`:
+    tensors by their names in the checkpoint, and constants.
     """
 
     plan: CachePlan
     weights: dict[str, Tensor]
-    hidden_states: Callable[[Tensor, Tensor, Cache], Tensor]
+    hidden_states: Callable[[Tensor, Tensor, Cache, Ops], Tensor]
     logits: Callable[[Tensor], Tensor]
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -37,6 +38,8 @@ class Forward:
     device: torch.device
     attention: Sequence[Attention]
     """The backend of each layer."""
+    ops: Ops = PLAIN
+    """What computes the ops that passes made of several others."""
 
     @property
     def kernels_from(self) -> str:
@@ -84,7 +87,7 @@ class Forward:
             cache.begin(columns)
             if positions is None:
                 positions = _following_positions(cache.length, columns, ids.shape[1])
-            hidden = self.hidden_states(ids.to(self.device), positions.to(self.device), cache)
+            hidden = self.hidden_states(ids.to(self.device), positions.to(self.device), cache, self.ops)
             logits = self.logits(hidden if chosen is None else hidden[chosen])
             cache.end()
         return logits

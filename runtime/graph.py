@@ -83,7 +83,7 @@ def _step(model: Forward, cache: Cache, tokens: Tensor, counts: Tensor) -> Tenso
     length += new
     torch.maximum(reached, length, out=reached)
     new.copy_(counts)
-    hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache)
+    hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache, model.ops)
     logits = model.logits(hidden[:, -1])
     if not captured:
         cache.end_change()

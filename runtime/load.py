@@ -18,13 +18,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from .backend import Attention
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
+from .fused import MERGED, PLAIN, Ops
 from .kernels import LayerKernels, check_kernels, is_too_wide
 from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
@@ -34,6 +32,7 @@ from .plan import CachePlan
 from .reference import REFERENCE
 from .tuning import read_tunings, tuning_for
 from .warm_up import first_kernels
+from .weights import check_tensors, read_weights
 
 Backend = Literal["reference", "triton"]
 Verify = Literal["digests", "manifest"]
@@ -92,15 +91,15 @@ def _loaded(
     artifact: Artifact, target: torch.dtype, place: torch.device, backend: Backend | None, trust_code: bool
 ) -> CompiledModel:
     """The model, whose weights were not compared with their digests. Raises the same errors as `load`."""
-    _check_tensors(artifact)
+    check_tensors(artifact)
     read_tunings(artifact.package.read("kernels/tuning.json").decode("utf-8", "replace"))
     ends, pad = _ids(artifact)
     if not trust_code:
         check_code(artifact)
     plan, code = _generated(artifact)
-    attention = choose_attention(artifact.package, plan, place, backend, target, compiled=trust_code)
+    attention, ops = choose_backend(artifact.package, plan, place, backend, target, compiled=trust_code)
     with first_kernels(attention, plan, target, place):
-        weights = _read_weights(artifact, target, place)
+        weights = read_weights(artifact, target, place, () if ops is PLAIN else code.JOINED)
     hidden_states, logits = code.bind(weights)
     return CompiledModel(
         plan=plan,
@@ -113,6 +112,7 @@ def _loaded(
         dtype=target,
         device=place,
         attention=attention,
+        ops=ops,
     )
 
 
@@ -133,39 +133,6 @@ def _device(device: str | torch.device | None) -> torch.device:
             f'device "{device}" cannot be used ({reason}); name one that PyTorch has, such as "cpu"'
         ) from error
     return place
-
-
-# ---- the manifest compared with the files ----
-
-
-def tensor_table(path: Path) -> dict[str, str]:
-    """Dtype and shape of every tensor of a safetensors file, as in "F32 [128, 64]". Raises `ArtifactError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            return {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({brief(error)}); {AGAIN}") from error
-
-
-def _check_tensors(artifact: Artifact) -> None:
-    """Raises `ArtifactError` where a tensor is missing, is not listed, or has another dtype or shape."""
-    for path, expected in _tensor_files(artifact):
-        found = tensor_table(path)
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name) != expected.get(name):
-                raise ArtifactError(
-                    f"{path}: tensor {brief(name)} is {brief(found.get(name, 'missing'))} where {MANIFEST} "
-                    f"says {brief(expected.get(name, 'nothing about it'))}; {AGAIN}"
-                )
-
-
-def _tensor_files(artifact: Artifact) -> list[tuple[Path, dict[str, str]]]:
-    """Every safetensors file, the constants last, and the table of its tensors."""
-    manifest = artifact.manifest
-    constants = artifact.package.folder / manifest.constants.partition("/")[2]
-    checkpoint = [(artifact.folder / name, manifest.tensors[name]) for name in manifest.weights]
-    return [*checkpoint, (constants, manifest.tensors[manifest.constants])]
 
 
 def _ids(artifact: Artifact) -> tuple[frozenset[int], int | None]:
@@ -253,7 +220,7 @@ def import_generated(path: Path, text: bytes | None = None) -> ModuleType:
     return module
 
 
-# ---- attention backends ----
+# ---- backends ----
 
 
 def choose_attention(
@@ -264,8 +231,20 @@ def choose_attention(
     dtype: torch.dtype | None = None,
     compiled: bool = True,
 ) -> Sequence[Attention]:
-    """The attention of every layer: the reference path, or the layer's kernels in the artifact's `package`, which is
-    given as its listed files or as its folder.
+    """The attention of every layer, as `choose_backend` chooses it."""
+    return choose_backend(package, plan, device, backend, dtype, compiled)[0]
+
+
+def choose_backend(
+    package: Files | Path,
+    plan: CachePlan,
+    device: torch.device,
+    backend: Backend | None = None,
+    dtype: torch.dtype | None = None,
+    compiled: bool = True,
+) -> tuple[Sequence[Attention], Ops]:
+    """The attention of every layer and the model's other ops: the reference path and plain PyTorch, or the layer's
+    kernels in the artifact's `package`, which is given as its listed files or as its folder, and merged products.
 
     Kernels that were compiled with the artifact are used if they are for this device and the model's `dtype` (by
     default the plan's). Otherwise Triton compiles the kernels at their first launch; where the artifact has compiled
@@ -277,7 +256,7 @@ def choose_attention(
     """
     chosen = backend or ("triton" if device.type == "cuda" else "reference")
     if chosen == "reference":
-        return [REFERENCE] * len(plan.layers)
+        return [REFERENCE] * len(plan.layers), PLAIN
     if chosen != "triton":
         raise InputError(f'backend {backend!r} is not known; choose "triton" or "reference"')
     files = Files(package) if isinstance(package, Path) else package
@@ -298,10 +277,11 @@ def choose_attention(
         name: _run(files, f"kernels/{name}.py") if archive is None else archive.kernels(name)
         for name in dict.fromkeys(names)
     }
-    return [
+    attention = [
         REFERENCE if too_wide else LayerKernels(modules[name], tuning)
         for name, too_wide in zip(names, left, strict=True)
     ]
+    return attention, MERGED
 
 
 def _fitting_archive(
@@ -340,19 +320,3 @@ def _check_triton(device: torch.device) -> None:
             f'backend "triton" needs a CUDA device and the model is on {device}; load with device="cuda" or '
             f'backend="reference"'
         )
-
-
-def _read_weights(artifact: Artifact, target: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The weights and constants. Weights that are stored in the model's own dtype are converted to `target`; constants,
-    and weights that the model keeps in float32, stay as they are."""
-    stored = DTYPES[artifact.manifest.plan.dtype]
-    *checkpoint, (constants, _) = _tensor_files(artifact)
-    weights: dict[str, Tensor] = {}
-    try:
-        for file, _ in checkpoint:
-            shard = load_file(file, device=str(device))
-            weights.update({key: value.to(target) if value.dtype == stored else value for key, value in shard.items()})
-        weights.update(load_file(constants, device=str(device)))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"the weights in {artifact.folder} cannot be read ({brief(error)}); {AGAIN}") from error
-    return weights

@@ -196,9 +196,7 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         self.compiled = package.load(device, dtype, backend)
         artifact = package.runtime.open_artifact(folder)
         self.prefill_chunk = package.runtime.PREFILL_CHUNK
-        self.attention_on = partial(
-            package.runtime.choose_attention, artifact.package, self.compiled.plan, backend=backend
-        )
+        self.backend_on = partial(package.runtime.choose_backend, artifact.package, self.compiled.plan, backend=backend)
         self.constants = set(artifact.manifest.tensors[artifact.manifest.constants])
         for name in self.compiled.weights.keys() - self.constants:
             _attach(self, name, self.compiled.weights[name])
@@ -240,15 +238,17 @@ class PmkvqForCausalLM(PreTrainedModel, GenerationMixin):
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PmkvqForCausalLM:
-        """Move or convert the weights. Constants are moved, never converted. Attention is chosen for the device."""
+        """Move or convert the weights. Constants are moved, never converted. The backend is chosen for the device."""
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.compiled.dtype, device=self.compiled.device))
         weights = self.compiled.weights  # read by the generated code: changed in place
         weights.update(self.named_parameters())
         weights.update({name: weights[name].to(probe.device) for name in self.constants})
         changed = (probe.device, probe.dtype) != (self.compiled.device, self.compiled.dtype)
-        attention = self.attention_on(probe.device, dtype=probe.dtype) if changed else self.compiled.attention
-        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, attention=attention)
+        attention, ops = self.compiled.attention, self.compiled.ops
+        if changed:
+            attention, ops = self.backend_on(probe.device, dtype=probe.dtype)
+        self.compiled = replace(self.compiled, dtype=probe.dtype, device=probe.device, attention=attention, ops=ops)
         return self
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> PmkvqCache:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.fused import PLAIN, joined
 from pmkvq_compiler.runtime.graph import Capture, GraphDecoder, Step, capture_cuda_graph
 
 from .kernel_checks import repair_interpreter
@@ -76,6 +78,21 @@ def compare(
     assert replayed.bytes_used == 0
 
 
+def check_merged(artifact: Path, device: str, tolerance: float) -> None:
+    """A model with kernels has projections side by side, whose one product is that of each by itself."""
+    torch.manual_seed(0)
+    merged, reference = (runtime.load(artifact, device, torch.float32, backend) for backend in ("triton", "reference"))
+    names = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+    for model, together in ((merged, True), (reference, False)):
+        assert (joined([model.weights[name] for name in names]) is not None) is together
+    assert all(torch.equal(tensor, reference.weights[name]) for name, tensor in merged.weights.items())
+    models, ids = (merged, replace(merged, ops=PLAIN)), torch.randint(3, 128, (2, 50))
+    caches = [model.new_cache(batch_size=2) for model in models]
+    for part in (ids[:, :46], ids[:, 46:49], ids[:, 49:]):
+        found, expected = (model(part, cache) for model, cache in zip(models, caches, strict=True))
+        assert_close(found, expected, tolerance)
+
+
 def prompted_caches(model: runtime.CompiledModel, lengths: tuple[int, ...]) -> tuple[runtime.Cache, runtime.Cache]:
     """Two caches that hold the same random prompts of these lengths."""
     prompted = model.new_cache(batch_size=len(lengths))
@@ -113,3 +130,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     repair_interpreter()
     compare(Path(sys.argv[1]), "cpu", torch.float32, steps=4, tolerance=0.0, capture=lambda step: step)
+    check_merged(Path(sys.argv[1]), "cpu", tolerance=1e-5)

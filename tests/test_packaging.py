@@ -147,10 +147,10 @@ def test_no_module_of_the_driver_imports_upward() -> None:
 
 
 RUNTIME_FLOORS = [
-    {"errors", "library", "records"},
+    {"errors", "fused", "library", "records"},
     {"claims", "inputs", "plan", "quantize", "rotation"},
     {"manifest"},
-    {"cubins", "tuning"},
+    {"cubins", "tuning", "weights"},
     {"layer_cache", "linear_attention", "states"},
     {"backend"},
     {"reference", "prefill"},

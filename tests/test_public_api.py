@@ -161,6 +161,7 @@ def test_the_runtime_exports_what_it_did() -> None:
         "LayerPlan",
         "PREFILL_CHUNK",
         "choose_attention",
+        "choose_backend",
         "load",
         "open_artifact",
     ]

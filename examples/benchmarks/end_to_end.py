@@ -7,9 +7,10 @@
 The model has the shape of Qwen2.5-7B and random weights, the same for all; caches are filled with random keys and
 values directly. `packed`: K and V at 2 bits, K by channel, 2.13 bits a number without the window. `bf16`: the same
 runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache, compiled by
-torch.compile and replayed as a CUDA graph. Each is timed at batch 1 and at the largest batch that fits the device, and
-`packed` also at the largest batch of the others that ran before it; `lowering` is a packed cache whose layers are all
-lowered in one step.
+torch.compile and replayed as a CUDA graph. `compiled`: the generated model with PyTorch's attention over a static bf16
+cache, compiled and replayed in the same way. `vllm`: vLLM with bf16 and with fp8 caches, if it is installed. Each is
+timed at `--batches`, by default at batch 1 and at the largest that fits the device, and `packed` then also at the
+largest of the others that ran before it; `lowering` is a packed cache whose layers are all lowered in one step.
 
 Before anything is timed, the logits of our models are compared with those that the reference path computes from the
 same cache; a model whose logits are wrong gets no row, and the exit code is 1.
@@ -24,6 +25,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -34,14 +36,17 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gate
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, StaticCache
 
 from pmkvq_compiler.budget import parse_budget
@@ -50,13 +55,18 @@ from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.pipeline import pipeline
-from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, choose_attention
+from pmkvq_compiler.runtime import Cache, CachePlan, CompiledModel, LayerPlan, choose_backend
+from pmkvq_compiler.runtime.fused import PLAIN
 from pmkvq_compiler.runtime.generate import decoder
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.plan import original_bytes, sequence_bytes
 from pmkvq_compiler.runtime.reference import REFERENCE
+from pmkvq_compiler.runtime.weights import side_by_side
 from pmkvq_compiler.source.capture import capture
+
+sys.path.append(str(Path(__file__).parent.parent / "serve"))
+import decode_speed
 
 Bits = tuple[int, int]
 
@@ -93,6 +103,7 @@ LOGITS_TOLERANCE = 0.05
 ROOM = WARM_UP + STEPS
 """Tokens that are decoded after a context; `--context` includes them."""
 SHORTEST = 1024
+LARGEST = "largest"
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,9 @@ class Setting:
     context: int
     memory: int | None
     """Bytes that the cache may take, where the device's free memory is not known."""
+    batches: tuple[int, ...]
+    largest: bool
+    """Whether the largest batch that fits is measured as well."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -128,12 +142,16 @@ class Row:
 # ---- models ----
 
 
-def random_weights(shapes: dict[str, torch.Size], device: str) -> dict[str, Tensor]:
-    """Weights by name, drawn in the order of their names; those of norms are 1."""
+def random_weights(
+    shapes: dict[str, torch.Size], device: str, joined: Sequence[Sequence[str]] = ()
+) -> dict[str, Tensor]:
+    """Weights by name, drawn in the order of their names; those of norms are 1. Those `joined` lie side by side."""
     generator = torch.Generator(device).manual_seed(0)
+    empty = {name: torch.empty(shape, dtype=DTYPE, device="meta") for name, shape in shapes.items()}
+    places = side_by_side(empty, joined, torch.device(device))
 
     def draw(name: str) -> Tensor:
-        weight = torch.empty(shapes[name], dtype=DTYPE, device=device)
+        weight = places[name] if name in places else torch.empty(shapes[name], dtype=DTYPE, device=device)
         return weight.fill_(1) if "norm" in name else weight.normal_(std=0.02, generator=generator)
 
     return {name: draw(name) for name in sorted(shapes)}
@@ -201,14 +219,15 @@ class Artifact(Contender):
             (folder / "kernels" / name).write_text(text, encoding="utf-8")
         nodes = program.graph.find_nodes(op="placeholder")
         shapes = {program.weights[node.name]: node.meta["val"].shape for node in nodes if node.name in program.weights}
-        weights = random_weights(shapes, self.device)
+        device, code = torch.device(self.device), import_generated(folder / "model.py")
+        self.code = code
+        weights = random_weights(shapes, self.device, code.JOINED)
         weights |= {constant.name: constant.value.to(self.device) for constant in program.constants.values()}
-        hidden_states, logits = import_generated(folder / "model.py").bind(weights)
-        device = torch.device(self.device)
-        attention = choose_attention(folder, self.plan, device)
+        hidden_states, logits = code.bind(weights)
+        attention, ops = choose_backend(folder, self.plan, device)
         size, no_ends = self.config.vocab_size, frozenset[int]()
         self.model = CompiledModel(
-            self.plan, weights, hidden_states, logits, size, no_ends, None, DTYPE, device, attention
+            self.plan, weights, hidden_states, logits, size, no_ends, None, DTYPE, device, attention, ops
         )  # fmt: skip
 
     def _plan(self, stages: tuple[Bits, ...], batch_size: int, held: int | None) -> CachePlan:
@@ -273,7 +292,8 @@ class Artifact(Contender):
         twin = copy.copy(self.cache)
         twin.attend_by([REFERENCE] * len(twin.layers))
         tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-        found, expected = self.decode(tokens, self.running), self.model(tokens.unsqueeze(-1), twin)[:, -1]
+        plain = dataclasses.replace(self.model, ops=PLAIN)
+        found, expected = self.decode(tokens, self.running), plain(tokens.unsqueeze(-1), twin)[:, -1]
         self.stop()
         gate.check("decode", found, expected, LOGITS_TOLERANCE)
 
@@ -295,6 +315,82 @@ class Called(Artifact):
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens.unsqueeze(-1), self.cache)[:, -1].argmax(-1)
+
+
+class StaticCompiled(Artifact):
+    """The generated model with PyTorch's own attention over a static bf16 cache, compiled by torch.compile, and on a
+    CUDA device replayed as one CUDA graph."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, ())
+        vars(self.code)["cached_attention"] = attend_static
+        self.compiled = torch.compile(self.one_token, fullgraph=True, dynamic=False)
+
+    def one_token(self, tokens: Tensor, cache: StaticLayers) -> Tensor:
+        hidden = self.model.hidden_states(tokens, cache.position.expand_as(tokens), cache)
+        return self.model.logits(hidden[:, -1])
+
+    @torch.no_grad()
+    def compare(self) -> None:
+        """Raises `gate.WrongKernelError` where the logits of a step are not those of the step as it is written."""
+        self.start(1)
+        found, expected = self.replay().clone(), self.one_token(self.tokens, self.cache)
+        self.stop()
+        gate.check("decode", found, expected, LOGITS_TOLERANCE)
+
+    @torch.no_grad()
+    def start(self, batch: int) -> None:
+        shape = (batch, self.heads, self.setting.context, self.head_dim)
+        layers = [(self._filled(shape), self._filled(shape)) for _ in self.plan.layers]
+        self.cache = StaticLayers(layers, torch.tensor([self.filled], device=self.device))
+        tokens = self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+
+        def run() -> Tensor:
+            with fastest_attention(self.device):
+                return self.compiled(tokens, self.cache)
+
+        self.replay = run if self.device == "cpu" else captured(run)
+
+    def _filled(self, shape: tuple[int, ...]) -> Tensor:
+        batch, heads, tokens, channels = shape
+        return random_heads(heads, tokens, channels, batch, self.device).contiguous()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens.unsqueeze(-1))
+        logits = self.replay()
+        self.cache.position.add_(1)
+        return logits.argmax(-1)
+
+    def stop(self) -> None:
+        self.cache = self.replay = None
+
+    def cache_bytes(self) -> int:
+        return sum(one.nbytes for layer in self.cache.layers for one in layer)
+
+
+@dataclass(frozen=True)
+class StaticLayers:
+    """Keys and values [B, H, context, d] of each layer, and the position [1] of the token that comes next."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    position: Tensor
+
+
+def attend_static(
+    q: Tensor, k: Tensor, v: Tensor, cache: StaticLayers, layer: int, scale: float, **others: Any
+) -> Tensor:
+    """`cached_attention` of one new token over a static cache."""
+    keys, values = cache.layers[layer]
+    keys.index_copy_(2, cache.position, k)
+    values.index_copy_(2, cache.position, v)
+    seen = (torch.arange(keys.shape[2], device=q.device) <= cache.position)[None, None, None]
+    return F.scaled_dot_product_attention(q, keys, values, seen, scale=scale, enable_gqa=True)
+
+
+def fastest_attention(device: str) -> AbstractContextManager[None]:
+    """Within, PyTorch attends with its fastest kernel for grouped queries and a mask."""
+    return nullcontext() if device == "cpu" else sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
 
 
 class Transformers(Contender):
@@ -443,32 +539,61 @@ def memory(contender: Contender) -> int:
 # ---- parts ----
 
 
+def decoding(contender: Contender, part: str, others: int | None = None) -> Iterator[Row]:
+    """The rows of a contender: at the batches that were asked for, at the largest of `others`, and at its own."""
+    setting = contender.setting
+    for batch in setting.batches:
+        yield measured(contender, part, batch)
+    if setting.largest:
+        if others is not None:
+            yield measured(contender, part, others)
+        yield largest(contender, part)
+
+
 def packed_part(setting: Setting, others: int | None) -> Iterator[Row]:
     contender = Artifact(setting, (FINAL,))
     contender.compare()
-    yield measured(contender, "packed", 1)
-    if others is not None:
-        yield measured(contender, "packed", others)
-    yield largest(contender, "packed")
+    yield from decoding(contender, "packed", others)
 
 
 def bf16_part(setting: Setting, others: int | None) -> Iterator[Row]:
     contender = Artifact(setting, ())
     contender.compare()
-    yield measured(contender, "bf16", 1)
-    yield largest(contender, "bf16")
+    yield from decoding(contender, "bf16")
 
 
 def eager_part(setting: Setting, others: int | None) -> Iterator[Row]:
-    contender = Transformers(setting)
-    yield measured(contender, "eager", 1)
-    yield largest(contender, "eager")
+    yield from decoding(Transformers(setting), "eager")
 
 
 def static_part(setting: Setting, others: int | None) -> Iterator[Row]:
-    contender = StaticTransformers(setting)
-    yield measured(contender, "static", 1)
-    yield largest(contender, "static")
+    yield from decoding(StaticTransformers(setting), "static")
+
+
+def compiled_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    contender = StaticCompiled(setting)
+    contender.compare()
+    yield from decoding(contender, "compiled")
+
+
+def vllm_part(setting: Setting, others: int | None) -> Iterator[Row]:
+    """vLLM with a bf16 cache and with fp8, where it is installed. It does not say what its steps' memory is."""
+    if importlib.util.find_spec("vllm") is None:
+        print("vllm: it is not installed here, so it has no rows", flush=True)
+        return
+    wanted = ",".join(map(str, setting.batches))
+    shapes = {"qwen2.5-7b": "7b"}.get(setting.shape, setting.shape)
+    layers = str(setting.config.num_hidden_layers)
+    options = ["--kinds", "bf16,fp8", "--batches", wanted, "--shapes", shapes, "--layers", layers]
+    options += ["--tokens", str(setting.context - ROOM), "--new", str(ROOM), "--largest", "512"]
+    for kind, found in decode_speed.timed(options):
+        counts = {int(batch): step for batch, step in found["rows"].items()}
+        for batch in counts if setting.largest else setting.batches:
+            if batch in counts:
+                yield Row(
+                    f"vllm {kind}", "decode", batch, counts[batch], 1e3 * batch / counts[batch],
+                    8.0 if kind == "fp8" else 16.0, float("nan"), float("nan"),
+                )  # fmt: skip
 
 
 def lowering_part(setting: Setting, others: int | None) -> Iterator[Row]:
@@ -496,9 +621,11 @@ PARTS: dict[str, Callable[[Setting, int | None], Iterator[Row]]] = {
     "packed": packed_part,
     "lowering": lowering_part,
     "static": static_part,
+    "compiled": compiled_part,
+    "vllm": vllm_part,
 }
 TRANSFORMERS = ("eager", "static")
-FULL_PRECISION = (*TRANSFORMERS, "bf16")
+FULL_PRECISION = (*TRANSFORMERS, "bf16", "compiled", "vllm bf16")
 
 
 def run_part(name: str, setting: Setting, others: int | None) -> list[Row]:
@@ -524,10 +651,15 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen2.5-7b", choices=SHAPES, help="(%(default)s)")
     parser.add_argument("--context", type=int, default=32768, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(%(default)s)")
+    parser.add_argument(
+        "--batches", default=f"1,{LARGEST}", help=f"sequences at once, and {LARGEST} for all that fit (%(default)s)"
+    )
     parser.add_argument("--memory", help="bytes for the cache, such as 64MiB; needed on the CPU")
     parser.add_argument("--output", type=Path, default=Path("out/end_to_end"))
     arguments = parser.parse_args()
     names = arguments.only.split(",")
+    if wrong := {one for one in arguments.batches.split(",") if one != LARGEST and not one.isdecimal()}:
+        parser.error(f"--batches {min(wrong)} is no number of sequences; give numbers, or {LARGEST}")
     if unknown := set(names) - set(PARTS):
         parser.error(f"--only {min(unknown)} is not a part; choose from {', '.join(PARTS)}")
     if arguments.context < SHORTEST:
@@ -535,7 +667,9 @@ def main() -> None:
     if arguments.device == "cpu" and arguments.memory is None:
         parser.error("--device cpu needs --memory, because a CPU does not say how much fits; give bytes, such as 8MiB")
     given = None if arguments.memory is None else parse_budget(arguments.memory, 0)
-    setting = Setting(arguments.shape, arguments.device, arguments.context, given)
+    batches = arguments.batches.split(",")
+    counts = tuple(int(batch) for batch in batches if batch != LARGEST)
+    setting = Setting(arguments.shape, arguments.device, arguments.context, given, counts, LARGEST in batches)
     rows: list[Row] = []
     failed = []
     for name in names:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,34 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def main() -> None:
-    options = read_arguments()
+    options = read_arguments(sys.argv[1:])
     if options.measure:
         (options.folder / "found.json").write_text(json.dumps(measure(options)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "bf16", options)
-        write_artifact(Path(folder) / "packed", options)
-        found = {}
-        for kind in options.kinds.split(","):
-            command = [sys.executable, __file__, *sys.argv[1:], "--measure", kind, "--folder", folder]
-            done = subprocess.run(command, env={**SETTINGS, **os.environ}, stdout=sys.stderr, check=False)
-            if done.returncode:
-                sys.exit(f"{kind}: vLLM ended with exit code {done.returncode}; its own words are above")
-            found[kind] = json.loads((Path(folder) / "found.json").read_text())
-            show(kind, found[kind])
+    found = {}
+    for kind, one in timed(sys.argv[1:]):
+        found[kind] = one
+        show(kind, one)
     compare(found)
 
 
-def read_arguments() -> argparse.Namespace:
+def timed(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kinds that the command line `arguments` ask for, and what `measure` finds of each."""
+    options = read_arguments(arguments)
+    kinds = options.kinds.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "bf16", options)
+        if "packed" in kinds:
+            write_artifact(Path(folder) / "packed", options)
+        for kind in kinds:
+            command = [sys.executable, __file__, *arguments, "--measure", kind, "--folder", folder]
+            done = subprocess.run(command, env={**SETTINGS, **os.environ}, stdout=sys.stderr, check=False)
+            if done.returncode:
+                sys.exit(f"{kind}: vLLM ended with exit code {done.returncode}; its own words are above")
+            yield kind, json.loads((Path(folder) / "found.json").read_text())
+
+
+def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batches", default="1,8,32", help="sequences at once (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32001, help="tokens of a prompt (default: %(default)s)")
@@ -97,7 +107,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> Any:

@@ -23,7 +23,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from pmkvq_compiler.passes.ops import cached_attention, uses_cache
+from pmkvq_compiler.emit.wrapping import wrap
+from pmkvq_compiler.passes.ops import FUSED_OPS, cached_attention, uses_cache
 from pmkvq_compiler.runtime import recurrence
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ RESERVED = frozenset(
     {
         "weights",
         "layer",
+        "ops",
         "path",
         "dtype",
         "device",
@@ -58,6 +60,9 @@ RESERVED = frozenset(
         "hidden_states",
         "logits",
         "partial",
+        "Ops",
+        "PLAIN",
+        "JOINED",
         *keyword.kwlist,
         *dir(builtins),
     }
@@ -65,7 +70,6 @@ RESERVED = frozenset(
 """Names that already have a meaning in a generated module."""
 LAYER_FUNCTION = "decoder_layer"
 """The beginning of the names of layers' functions."""
-LINE = 120
 EXPRESSION = 88
 """If an expression would be longer than this, its operands are written on separate lines."""
 
@@ -241,8 +245,13 @@ def _cache_op(node: Node, render: Render) -> Expression:
     return Expression(f"{node.target.__name__}({_arguments(node.args, kwargs, render)})")
 
 
+def _fused_op(node: Node, render: Render) -> Expression:
+    return Expression(f"ops.{node.target.__name__}({_arguments(node.args, {}, render)})")
+
+
 SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
     **dict.fromkeys(CACHE_OPS, _cache_op),
+    **dict.fromkeys(FUSED_OPS, _fused_op),
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,
@@ -286,6 +295,8 @@ class Body:
             return Expression("device")
         if isinstance(argument, float) and argument in (float("inf"), float("-inf")):
             return Expression("math.inf") if argument > 0 else Expression("-math.inf", UNARY)
+        if isinstance(argument, str):
+            return Expression(f'"{argument}"')
         negative = isinstance(argument, (int, float)) and argument < 0
         return Expression(repr(argument), UNARY if negative else ATOM)
 
@@ -346,7 +357,7 @@ class Body:
     def _head(self, node: Node) -> None:
         """Write a comment if another part of the module begins here."""
         heading = relative_module(node, self.module).partition(".")[0]
-        if isinstance(node.meta["val"], torch.Tensor) and heading and heading != self.heading:
+        if not isinstance(node.meta["val"], torch.SymInt) and heading and heading != self.heading:
             self.lines += ["", f"# {heading}"] if self.lines else [f"# {heading}"]
             self.heading = heading
 
@@ -356,14 +367,6 @@ def identifier(hint: str) -> str:
     found = re.search(r"[^\W\d]\w*(\W+\d+)*\W*$", hint)
     name = re.sub(r"\W+", "_", found[0]).rstrip("_") if found else ""
     return name if name.isidentifier() and not name.startswith(LAYER_FUNCTION) else f"value_{name}".rstrip("_")
-
-
-def wrap(start: str, call: str, indent: int = 4) -> list[str]:
-    """The line `start + call`, or three lines if it would be too long and `call` is a function call."""
-    opening = call.find("(")
-    if indent + len(start) + len(call) <= LINE or not call.endswith(")") or ")" in call[:-1]:
-        return [start + call]
-    return [start + call[: opening + 1], f"    {call[opening + 1 : -1]}", ")"]
 
 
 def module_of(node: Node) -> str:

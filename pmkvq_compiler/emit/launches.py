@@ -11,13 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pmkvq_compiler.emit.kernel_source import TUNING
+from pmkvq_compiler.emit.package import CONSTANTS
 from pmkvq_compiler.runtime.backend import NewTokens
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.cubins import ALIGNMENT, argument_type, variant
+from pmkvq_compiler.runtime.fused import MERGED
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.layer_cache import LayerCache
@@ -26,6 +27,7 @@ from pmkvq_compiler.runtime.manifest import DTYPES
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.runtime.tuning import read_tunings
 from pmkvq_compiler.runtime.warm_up import NOWHERE, Call, attend, roomy
+from pmkvq_compiler.runtime.weights import empty_tensors, side_by_side
 
 
 @dataclass
@@ -156,9 +158,8 @@ def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) 
     """The attention calls of each layer of the generated model: for one token and for several, and for one sequence and
     for two."""
     calls: list[list[Call]] = [[] for _ in plan.layers]
-    hidden_states, _ = import_generated(package / "model.py").bind(
-        _weights_without_numbers([*checkpoint, package / "constants.safetensors"])
-    )
+    code, weights = import_generated(package / "model.py"), dict(empty_tensors([*checkpoint, package / CONSTANTS]))
+    hidden_states, _ = code.bind({**weights, **side_by_side(weights, code.JOINED, NOWHERE)})
     whole = roomy(plan, *plan.layers)
     with torch.inference_mode():
         for batch in (1, 2):
@@ -167,19 +168,8 @@ def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) 
                 cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE, observers)
                 cache.begin([slice(0, count)] * batch)
                 ids = torch.zeros(batch, count, dtype=torch.int64, device=NOWHERE)
-                hidden_states(ids, ids, cache)
+                hidden_states(ids, ids, cache, MERGED)
     return calls
-
-
-def _weights_without_numbers(files: Sequence[Path]) -> dict[str, Tensor]:
-    weights = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(name)
-                some = part[:0] if part.get_shape() else file.get_tensor(name)
-                weights[name] = torch.empty(part.get_shape(), dtype=some.dtype, device=NOWHERE)
-    return weights
 
 
 def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) -> None:

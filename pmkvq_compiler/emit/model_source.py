@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from pmkvq_compiler.emit.expressions import LINE, MODEL_DTYPE, Body, Expression, wrap
-from pmkvq_compiler.passes.ops import STATE_OPS
+from pmkvq_compiler.emit.expressions import MODEL_DTYPE, Body, Expression
+from pmkvq_compiler.emit.wrapping import LINE, wrap
+from pmkvq_compiler.passes.ops import MERGED_OPS, STATE_OPS
 from pmkvq_compiler.passes.outline_layers import LAYER, layer_module
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.templates import render
@@ -58,6 +59,7 @@ def model_source(program: Program) -> str:
         "model.py.j2",
         functions=functions,
         vocab_size=vocab_size(program),
+        joined=_joined(program),
         uses_math="math." in text,
         uses_torch="torch." in text,
         state_ops=[name for name in sorted(one.__name__ for one in STATE_OPS.values()) if f"{name}(" in text],
@@ -103,7 +105,7 @@ def _model_function(program: Program, result: Node, head: list[Node]) -> tuple[F
         elif node in runs:
             names.setdefault(node.target, _write_run(body, runs[node], previous))
             previous = runs[node][-1]
-    parameters = ["weights: Weights", "input_ids: Tensor", "position_ids: Tensor", "cache: Cache"]
+    parameters = ["weights: Weights", "input_ids: Tensor", "position_ids: Tensor", "cache: Cache", "ops: Ops = PLAIN"]
     summary = "Last hidden states [B, S, hidden_size] of the tokens `input_ids` [B, S] at `position_ids` [B, S]."
     return Function("hidden_states", parameters, summary, _finish(body, result, expressions)), names
 
@@ -127,7 +129,7 @@ def _layer_function(program: Program, kind: str, calls: list[Node], names: list[
     if prefix is not None:
         lines.insert(0, f'path = f"{prefix.partition(LAYER)[0]}{LAYER}."')
     types = ("Tensor" if isinstance(value.meta.get("val"), Tensor) else "int" for value in values)
-    parameters = ["weights: Weights", "layer: int"]
+    parameters = ["weights: Weights", "layer: int", "ops: Ops"]
     parameters += [f"{name}: {'Cache' if name == 'cache' else type_}" for name, type_ in zip(names, types, strict=True)]
     return Function(kind, parameters, f"Hidden states after {span([call.args[0] for call in calls])}.", lines)
 
@@ -141,6 +143,18 @@ def _head_function(program: Program, result: Node, head: list[Node]) -> Function
     summary = "Logits [..., vocab_size] of last hidden states [..., hidden_size]."
     lines = _finish(body, head[-1] if head else result, expressions)
     return Function("logits", ["weights: Weights", f"{HIDDEN}: Tensor"], summary, lines)
+
+
+def _joined(program: Program) -> list[list[str]]:
+    """The names of weights, and of biases, that one product reads where they lie side by side, each group once."""
+    kinds = {call.target for call in program.graph.find_nodes(op="call_module")}
+    graphs = [program.graph_module.get_submodule(kind).graph for kind in sorted(kinds)]
+    found: dict[tuple[str, ...], None] = {}
+    for node in (node for graph in (program.graph, *graphs) for node in graph.nodes if node.target in MERGED_OPS):
+        for tensors in node.args[1:3]:
+            if tensors is not None and len(tensors) > 1 and None not in tensors:
+                found[tuple(one.meta.get("tensor") or program.weights[one.name] for one in tensors)] = None
+    return [list(names) for names in found]
 
 
 def _named_tensors(program: Program) -> dict[Node, Expression]:
@@ -203,12 +217,14 @@ def _write_run(body: Body, run: list[Node], previous: Node | None) -> list[str]:
     values = [body.state(first.args[other]) for other in places]
     names = [HIDDEN if other == place else value for other, value in zip(places, values, strict=True)]
     if len(run) == 1:
-        body.lines += wrap(f"{hidden} = ", f"{first.target}({', '.join(['weights', str(first.args[0]), *values])})")
+        body.lines += wrap(
+            f"{hidden} = ", f"{first.target}({', '.join(['weights', str(first.args[0]), 'ops', *values])})"
+        )
     else:
         if before != hidden:
             body.lines.append(f"{hidden} = {before}")
         values[place - FIRST_VALUE] = hidden
-        call = f"{first.target}({', '.join(['weights', 'layer', *values])})"
+        call = f"{first.target}({', '.join(['weights', 'layer', 'ops', *values])})"
         start = f"{first.args[0]}, " if first.args[0] else ""
         body.lines += ["", f"for layer in range({start}{run[-1].args[0] + 1}):"]
         body.lines += [f"    {line}" for line in wrap(f"{hidden} = ", call, indent=8)]

@@ -27,6 +27,7 @@ from pmkvq_compiler.source.multimodal import Whole
 from pmkvq_compiler.source.source import Source
 from pmkvq_compiler.templates import read, render
 
+CONSTANTS = "constants.safetensors"
 TAGS = ["kv-cache-quantization", "pm-kvq", "custom_code"]
 
 
@@ -78,8 +79,8 @@ def emit_package(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     constants = {constant.name: constant.value.contiguous() for constant in program.constants.values()}
-    save_tensors(constants, target / "constants.safetensors")
-    return [*pages, target / "constants.safetensors"]
+    save_tensors(constants, target / CONSTANTS)
+    return [*pages, target / CONSTANTS]
 
 
 def _card_metadata(source: Source) -> str:

@@ -20,7 +20,7 @@ from pmkvq_compiler.errors import UsageError
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.passes.rename_tensors import RenameTensors
-from pmkvq_compiler.runtime.load import tensor_table
+from pmkvq_compiler.runtime.weights import tensor_table
 from pmkvq_compiler.source.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from pmkvq_compiler.source.multimodal import Whole
 from pmkvq_compiler.source.source import Source

@@ -138,10 +138,25 @@ def test_generated_code_has_one_function_for_equal_layers() -> None:
 
 
 def test_generated_code_calls_a_norm_in_one_line() -> None:
-    text = model_source(lowered("llama"))
-    assert 'input_layernorm = F.rms_norm(hidden, [64], weights[path + "input_layernorm.weight"], 1e-06)' in text
-    assert text.count("F.rms_norm(") == 3
+    text = model_source(lowered("olmo2"))
+    assert 'F.rms_norm(down_proj, [64], weights[path + "post_feedforward_layernorm.weight"], 1e-05)' in text
+    assert text.count("F.rms_norm(") == 5
     assert "rsqrt" not in text
+
+
+def test_generated_code_calls_fused_ops_and_says_what_they_read() -> None:
+    code = module_of(model_source(lowered("qwen2")))
+    q, k, v = (f"model.layers.{{layer}}.self_attn.{name}_proj" for name in "qkv")
+    gate, up = (f"model.layers.{{layer}}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    biases = tuple(f"{name}.bias" for name in (q, k, v))
+    assert {*code.JOINED} == {tuple(f"{name}.weight" for name in (q, k, v)), biases, (gate, up)}
+    text = model_source(lowered("qwen2"))
+    for call in ("ops.linears(", "ops.rope([", "ops.gated_linear(", "ops.linear_add("):
+        assert call in text
+
+
+def test_generated_code_without_joined_tensors_is_code() -> None:
+    assert module_of(model_source(lowered("gpt_neox"))).JOINED == ()
 
 
 def test_generated_code_is_the_same_each_time() -> None:

@@ -33,6 +33,7 @@ from pmkvq_compiler.runtime import cache as cache_module
 from pmkvq_compiler.runtime.attention import cached_attention
 from pmkvq_compiler.runtime.backend import Attention
 from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.fused import Ops
 from pmkvq_compiler.runtime.graph import GraphDecoder
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.model import CompiledModel
@@ -117,7 +118,7 @@ def tiny_model(plan: CachePlan, max_len: int, attention: Sequence[Attention] | N
     weights = {"embedding": draw(VOCABULARY, size) * 4, "positions": draw(max_len, size)}
     weights |= {f"{index}.{name}": draw(size, size) for index in range(len(plan.layers)) for name in "qkvo"}
 
-    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
         x = weights["embedding"][ids] + weights["positions"][positions]
         for index in range(len(plan.layers)):
             q, k, v = ((x @ weights[f"{index}.{n}"]).unflatten(-1, (heads, dim)).transpose(1, 2) for n in "qkv")

@@ -212,3 +212,11 @@ def test_op_in_place_on_a_view_is_refused() -> None:
     )
     with pytest.raises(PostconditionError, match=r"aten.zero_.default\) is not allowed once a graph is canonical"):
         run_passes(program, [Canonicalize()])
+
+
+def test_concatenation_with_nothing_is_the_operand() -> None:
+    """Phi 3 leaves the channels behind those that positions turn, of which there are none."""
+    program = located("phi3")
+    run_passes(program, [RewriteAttention(), Canonicalize()])
+    joined = program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert all(part.meta["val"].shape[-1] > 0 for node in joined for part in node.args[0])

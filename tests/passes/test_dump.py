@@ -41,7 +41,9 @@ def test_every_pass_leaves_a_file_in_the_order_in_which_it_ran(dumped: Path) -> 
         "06-BakePlan",
         "07-Canonicalize",
         "08-FuseNorms",
-        "09-OutlineLayers",
+        "09-FuseRope",
+        "10-FuseLinears",
+        "11-OutlineLayers",
     ]
 
 
@@ -57,6 +59,8 @@ def test_a_dump_shows_what_its_pass_did(dumped: Path) -> None:
     assert "# plan: none yet" not in text["BakePlan"]
     assert "rms_norm" not in text["Canonicalize"]
     assert "rms_norm" in text["FuseNorms"]
+    assert "fused_rope" in text["FuseRope"]
+    assert "fused_gated_linear" in text["FuseLinears"]
     assert text["OutlineLayers"].count("def forward") > text["FuseNorms"].count("def forward")
 
 

@@ -22,6 +22,7 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.runtime.cache import Cache
+from pmkvq_compiler.runtime.fused import Ops
 from pmkvq_compiler.runtime.graph import GraphDecoder
 from pmkvq_compiler.source.source import DEMO_PACKAGE, open_source
 
@@ -93,6 +94,13 @@ def test_captured_steps_leave_what_calls_leave(artifact: Path, dtype: torch.dtyp
 
 
 @pytest.mark.gpu
+def test_merged_products_are_those_of_each_projection(artifact: Path) -> None:
+    from ..graph_checks import check_merged
+
+    check_merged(artifact, "cuda", tolerance=1e-4)
+
+
+@pytest.mark.gpu
 def test_generate_replays_one_graph_until_a_layer_is_lowered(artifact: Path) -> None:
     """The text is that of calls, for whoever looks on as well, and from turn to turn."""
     model = runtime.load(artifact, "cuda", torch.float32)
@@ -132,9 +140,9 @@ def test_ended_sequences_stay_as_they_are(artifact: Path) -> None:
 def test_a_step_that_cannot_be_captured_is_an_error(artifact: Path) -> None:
     model = runtime.load(artifact, "cuda", torch.float32)
 
-    def looks_at_numbers(ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def looks_at_numbers(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
         assert int(positions.max()) >= 0
-        return model.hidden_states(ids, positions, cache)
+        return model.hidden_states(ids, positions, cache, ops)
 
     curious = dataclasses.replace(model, hidden_states=looks_at_numbers)
     with pytest.raises(runtime.InputError, match=r"cannot be captured in a CUDA graph .* backend=\"reference\""):
