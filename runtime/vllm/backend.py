@@ -137,6 +137,7 @@ class Store(AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         self.kv_cache, self.blocks = kv_cache, kv_cache.flatten(1)
         self.served.check_size(len(kv_cache))
+        self.served.tie(len(kv_cache), kv_cache.device)
 
 
 class Impl(AttentionImpl[Metadata]):
@@ -224,7 +225,7 @@ class Impl(AttentionImpl[Metadata]):
         if self.stores[1] is not None:
             placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
         if self.kernels is None:
-            return LayerPages.of(self.layer, served.dtype, **placed)
+            return LayerPages.of(self.layer, served.dtype, **placed, ties=served.ties)
         rotation = None if self.rotation is None else self.rotation.to(pages.device, torch.float32)
         return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed, rotation=rotation)
 
