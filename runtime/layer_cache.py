@@ -37,8 +37,8 @@ class Records:
     """Views of n quantized blocks of one sequence, all heads.
 
     `key_parameters` [H, n, groups] and `value_parameters` [H, n, block] are words (int16, see `quantize`); `key_codes`
-    [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8). They are codes (`plane` 0) or one
-    of their planes, see `quantize`.
+    [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8). Those may be a plane of the
+    codes (`plane` 1, 2, ...), see `quantize`.
     """
 
     key_bits: int

@@ -4,6 +4,7 @@ a real one would read."""
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -24,7 +26,7 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.vllm.attach import pool_on
 from pmkvq_compiler.runtime.vllm.layout import Group, PagedLayer
 from pmkvq_compiler.runtime.vllm.planes import CHANGES
-from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveScheduler
+from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveAsyncScheduler, ProgressiveScheduler
 from pmkvq_compiler.runtime.vllm.specs import spec_of
 
 from .engines import ENGINE
@@ -204,12 +206,16 @@ class Simulation:
         self.least = self.pool.bytes_needed(1, MAX_LEN, 2 * MAX_FED) // self.pool.block_bytes
         """Blocks that a request needs that is alone."""
 
-    def run(self, arrivals: Sequence[Arrival], progressive: bool, blocks: int, caching: bool, fed: int) -> Outcome:
-        scheduler, hasher = self._scheduler(progressive, blocks, caching, fed)
+    def run(
+        self, arrivals: Sequence[Arrival], progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool
+    ) -> Outcome:
+        """`ahead` schedules a step before the tokens of the one before it are known."""
+        scheduler, hasher = self._scheduler(progressive, blocks, caching, fed, ahead)
         worker, named = Worker(self.config, scheduler.kv_cache_config, self.folder), {one.name: one for one in arrivals}
         steps: list[tuple[dict[str, int], set[str]]] = []
         waiting = sorted(arrivals, key=lambda one: one.step)
-        while waiting or scheduler.has_requests():
+        pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        while waiting or scheduler.has_requests() or pending:
             step = len(steps)
             while waiting and waiting[0].step <= step:
                 scheduler.add_request(_request(waiting.pop(0), hasher))
@@ -220,13 +226,15 @@ class Simulation:
             idle = _idle_blocks(scheduler, progressive)
             worker.step(output, named, idle)
             steps.append((dict(output.num_scheduled_tokens), set(output.preempted_req_ids or ())))
-            scheduler.update_from_output(output, _sampled(scheduler, output, named))
+            pending.append((output, _sampled(scheduler, output, named)))
+            while len(pending) > ahead or (pending and not output.total_num_scheduled_tokens):
+                scheduler.update_from_output(*pending.popleft())
             assert step < 5000
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == blocks - 1
         return Outcome(steps, worker.planes_read)
 
-    def _scheduler(self, progressive: bool, blocks: int, caching: bool, fed: int) -> tuple[Any, Any]:
+    def _scheduler(self, progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool) -> tuple[Any, Any]:
         config = copy(self.config)
         config.cache_config, config.scheduler_config = copy(config.cache_config), copy(config.scheduler_config)
         config.cache_config.enable_prefix_caching = caching
@@ -236,7 +244,9 @@ class Simulation:
         groups = [KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
         cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
-        made = (ProgressiveScheduler if progressive else Scheduler)(
+        kinds = ((Scheduler, AsyncScheduler), (ProgressiveScheduler, ProgressiveAsyncScheduler))
+        config.scheduler_config.async_scheduling = ahead
+        made = kinds[progressive][ahead](
             vllm_config=config,
             kv_cache_config=cache,
             structured_output_manager=self.manager,
@@ -256,8 +266,8 @@ def _sampled(scheduler: Any, output: Any, arrivals: dict[str, Arrival]) -> Model
     tokens = []
     for name in names:
         request = scheduler.requests[name]
-        whole = request.num_computed_tokens >= request.num_tokens
-        tokens.append([arrivals[name].token(request.num_tokens)] if whole else [])
+        end = request.num_computed_tokens
+        tokens.append([] if request.is_prefill_chunk else [arrivals[name].token(end)])
     return ModelRunnerOutput(names, {name: place for place, name in enumerate(names)}, tokens)
 
 

@@ -49,7 +49,7 @@ def test_random_schedules_lose_no_block_and_read_no_foreign_one(served_tiny: Ser
     """Requests come, end and are aborted at random in small pools, with and without a prefix cache."""
     simulation = Simulation(served_tiny(**SIMULATED[name]))
     preempted, planes = {False: 0, True: 0}, 0
-    for seed in range(rounds(150, 5000)):
+    for seed in range(rounds(60, 5000)):
         rng = random.Random(seed)
         arrivals, options = list(random_arrivals(rng)), random_options(rng, simulation.least)
         plain = simulation.run(arrivals, progressive=False, **options)
@@ -78,4 +78,5 @@ def random_arrivals(rng: random.Random) -> Iterator[Arrival]:
 def random_options(rng: random.Random, least: int) -> dict[str, Any]:
     """A pool that is too small for all of them, or not."""
     blocks = int(least * rng.choice((1, 1.1, 1.3, 1.6, 2, 4))) + rng.randrange(5)
-    return {"blocks": blocks, "caching": rng.random() < 0.6, "fed": rng.choice((20, 50, MAX_FED))}
+    flags = {"caching": rng.random() < 0.6, "ahead": rng.random() < 0.5}
+    return {"blocks": blocks, "fed": rng.choice((20, 50, MAX_FED)), **flags}
