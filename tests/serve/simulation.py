@@ -223,7 +223,7 @@ class Simulation:
                 if one.aborted == step:
                     scheduler.finish_requests([one.name], RequestStatus.FINISHED_ABORTED)
             output = scheduler.schedule()
-            idle = _idle_blocks(scheduler, progressive)
+            idle = idle_blocks(scheduler, progressive)
             worker.step(output, named, idle)
             steps.append((dict(output.num_scheduled_tokens), set(output.preempted_req_ids or ())))
             pending.append((output, _sampled(scheduler, output, named)))
@@ -271,7 +271,7 @@ def _sampled(scheduler: Any, output: Any, arrivals: dict[str, Arrival]) -> Model
     return ModelRunnerOutput(names, {name: place for place, name in enumerate(names)}, tokens)
 
 
-def _idle_blocks(scheduler: Any, progressive: bool) -> set[int]:
+def idle_blocks(scheduler: Any, progressive: bool) -> set[int]:
     """The blocks that hold nothing. Every block is owned, or a plane, or in vLLM's queue, and never two of these."""
     pool = scheduler.kv_cache_manager.block_pool
     queued = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]

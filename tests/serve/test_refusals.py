@@ -55,6 +55,10 @@ def copied(served_tiny: Served, tmp_path: Path) -> Path:
         ({"disable_hybrid_kv_cache_manager": True}, "hybrid"),
         ({"enable_lora": True, "max_lora_rank": 8}, "--enable-lora"),
         ({"pipeline_parallel_size": 2}, "--enforce-eager"),
+        ({"additional_config": {"pmkvq": {"progressive": "yes"}}}, '"progressive": "yes"'),
+        ({"additional_config": {"pmkvq": {"progresive": True}}}, '"progresive": true'),
+        ({"additional_config": {"pmkvq": {}}}, '"pmkvq": {}'),
+        ({"additional_config": {"pmkvq": {"progressive": True}}, "scheduler_cls": "a.b"}, "--scheduler-cls a.b"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
