@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from .attach import pool_on
 from .checks import artifact_of
-from .layout import bits_of
+from .layout import PagedLayer, bits_of
 from .metrics import STATS, counted
 from .planes import CHANGES, Page, Planes
 from .specs import PagesSpec, SlidingPagesSpec
@@ -27,6 +27,7 @@ from .specs import PagesSpec, SlidingPagesSpec
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.metrics.stats import SchedulerStats
 
 
@@ -119,17 +120,17 @@ class ProgressiveScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         layers, _, pool = pool_on(self.vllm_config, artifact_of(self.vllm_config).manifest.plan)
-        self._layers = [[layers[index] for index in group.layers if not layers[index].exact] for group in pool.groups]
-        self._bits = [bits_of(members) for members in self._layers]
-        self._pages = [
-            (group.kv_cache_spec.group, manager)
-            for group, manager in zip(
-                self.kv_cache_config.kv_cache_groups,
-                self.kv_cache_manager.coordinator.single_type_managers,
-                strict=True,
-            )
-            if isinstance(group.kv_cache_spec, PagesSpec | SlidingPagesSpec)
-        ]
+        coded = [[layers[index] for index in group.layers if not layers[index].exact] for group in pool.groups]
+        self._bits = [bits_of(members) for members in coded]
+        self._pages: dict[int, tuple[PagedLayer, list[tuple[int, SingleTypeKVCacheManager]]]] = {}
+        """Groups of pages by the sink of their layers, which are quantized in the same steps: one of these layers, and
+        of each group its number and its manager."""
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for group, manager in zip(self.kv_cache_config.kv_cache_groups, managers, strict=True):
+            if isinstance(group.kv_cache_spec, PagesSpec | SlidingPagesSpec):
+                number = group.kv_cache_spec.group
+                for layer in {layer.plan.sink: layer for layer in coded[number]}.values():
+                    self._pages.setdefault(layer.plan.sink, (layer, []))[1].append((number, manager))
         self.planes = Planes([len(bits) - 1 for bits in self._bits])
         self._pool = PlanePool.take_over(self.kv_cache_manager.block_pool, self.planes)
 
@@ -144,11 +145,12 @@ class ProgressiveScheduler(Scheduler):
         """The pages that a step quantizes."""
         for request_id, new in output.num_scheduled_tokens.items():
             end = self.requests[request_id].num_computed_tokens
-            for group, manager in self._pages:
-                blocks = manager.req_to_blocks[request_id]
-                # of one sink all layers quantize the same pages
-                for layer in {layer.plan.sink: layer for layer in self._layers[group]}.values():
-                    for block in blocks[layer.pages_between(end - new, end)]:
+            for layer, groups in self._pages.values():
+                pages = layer.pages_between(end - new, end)
+                if pages.start == pages.stop:
+                    continue
+                for group, manager in groups:
+                    for block in manager.req_to_blocks[request_id][pages]:
                         if not block.is_null and block.block_id not in self.planes.pages:
                             yield self.planes.add(block.block_id, group)
 
