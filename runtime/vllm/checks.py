@@ -102,7 +102,7 @@ def is_progressive(config: VllmConfig) -> bool:
 
 
 def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
-    """Have vLLM schedule with planes, and export what it counts of them. Raises `InputError`."""
+    """Have vLLM schedule with planes, and export what it counts of them. Raises `InputError` or `ArtifactError`."""
     from vllm.platforms import current_platform
 
     from .metrics import export
@@ -113,10 +113,11 @@ def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
             f"--scheduler-cls {scheduler.scheduler_cls} does not go with progressive precision, which has a scheduler "
             f"of its own; leave one of the two out"
         )
-    if not current_platform.is_cpu():
-        raise InputError(
-            f"progressive precision is not served on {current_platform.device_type} yet, only on a CPU; leave it out "
-            f"of --additional-config, and {artifact.folder} is served at the plan's final bits"
+    files = artifact.package.digests or {}
+    kernels = [name for name in files if name.startswith("kernels/attention")]
+    if current_platform.is_cuda() and not all(b"PLANES" in artifact.package.read(name) for name in kernels):
+        raise ArtifactError(
+            f"{artifact.folder} has kernels of an older release, which know no progressive precision; {AGAIN}"
         )
     kind = "ProgressiveAsyncScheduler" if scheduler.async_scheduling else "ProgressiveScheduler"
     scheduler.scheduler_cls = f"{__package__}.scheduler.{kind}"
