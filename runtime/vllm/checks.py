@@ -28,6 +28,10 @@ SUPPORTED = ((0, 30), (0, 32))
 OPTION = "pmkvq"
 """The key of what artifacts are told in vLLM's `--additional-config`."""
 
+UNTRIED = ("cuda",)
+"""Devices on which planes are refused, because their kernels have only run in Triton's interpreter. The tests for GPUs
+lift this; once they have passed on one, nothing is left to refuse."""
+
 REMOTE_CODE = "modeling_compiled."
 """How the remote code is called in the config of every artifact, by which one is known on a hub."""
 
@@ -112,6 +116,11 @@ def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
         raise InputError(
             f"--scheduler-cls {scheduler.scheduler_cls} does not go with progressive precision, which has a scheduler "
             f"of its own; leave one of the two out"
+        )
+    if current_platform.device_type in UNTRIED:
+        raise InputError(
+            f"progressive precision is not served on {current_platform.device_type} yet; leave it out of "
+            f"--additional-config, and {artifact.folder} is served at the plan's final bits"
         )
     files = artifact.package.digests or {}
     kernels = [name for name in files if name.startswith("kernels/attention")]
