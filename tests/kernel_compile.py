@@ -70,7 +70,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 def compile_pages(case: Case, capability: int, exact: bool = False, planes: int = 0) -> dict[str, Any]:
     """Every kernel that reads pages of a case's layer, by name; `append_pages` in each of its modes."""
     module = render_module(case, paged=True)
-    layer = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits, "EXACT": exact, "PLANES": planes}
+    layer = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits, "EXACT": exact}
+    layer |= {"PLANES": planes, "tie_width": planes}
     work = {
         f"append {mode}": (module.append_pages, 4, {**layer, "MODE": mode, "CHUNK": 1 if mode == "token" else 64})
         for mode in ("token", "blocks", "rows")
