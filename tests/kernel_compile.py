@@ -21,7 +21,7 @@ POINTERS = {
     "rotation": "*fp32",
     **dict.fromkeys(("found", "halves", "means", "others"), "*fp16"),
     **dict.fromkeys(("found_sums", "log_sums", "other_sums"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "page_table", "row_table"), "*i32"),
+    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties"), "*i32"),
 }
 ROWS = {"numbers", "queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"strides", "query_strides", "key_strides", "value_strides"}
@@ -67,10 +67,11 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     }
 
 
-def compile_pages(case: Case, capability: int, exact: bool = False) -> dict[str, Any]:
+def compile_pages(case: Case, capability: int, exact: bool = False, planes: int = 0) -> dict[str, Any]:
     """Every kernel that reads pages of a case's layer, by name; `append_pages` in each of its modes."""
     module = render_module(case, paged=True)
     layer = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits, "EXACT": exact}
+    layer |= {"PLANES": planes, "tie_width": planes}
     work = {
         f"append {mode}": (module.append_pages, 4, {**layer, "MODE": mode, "CHUNK": 1 if mode == "token" else 64})
         for mode in ("token", "blocks", "rows")

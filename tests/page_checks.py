@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pmkvq_compiler.runtime.kernels import LayerKernels, Tuning
-from pmkvq_compiler.runtime.layer_cache import record_views
+from pmkvq_compiler.runtime.layer_cache import Records, record_views
 from pmkvq_compiler.runtime.plan import LayerPlan
+from pmkvq_compiler.runtime.quantize import mid_and_range, unpack
 from pmkvq_compiler.runtime.rotation import rotate_heads
 from pmkvq_compiler.runtime.vllm.kernels import KernelPages
-from pmkvq_compiler.runtime.vllm.layout import PagedLayer
+from pmkvq_compiler.runtime.vllm.layout import WIDEST, PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
 
 from .kernel_checks import (
@@ -45,7 +46,8 @@ class PagedCase:
     """A layer, and how many new tokens every sequence brings to each step.
 
     `beginnings` are (taker, giver, tokens): the taker begins with so many tokens of the giver's, in its pages, which
-    the giver may fill in the same step.
+    the giver may fill in the same step. With `planes`, pages have random numbers of planes, and lose some of them
+    between steps.
     """
 
     layer: Case
@@ -54,6 +56,7 @@ class PagedCase:
     beginnings: tuple[tuple[int, int, int], ...] = ()
     exact: bool = False
     tuning: Tuning = CONSERVATIVE
+    planes: bool = False
 
     @property
     def sequences(self) -> int:
@@ -79,14 +82,29 @@ class Pool:
         for taker, giver, tokens in case.beginnings:
             for table, block in ((self.page_table, self.layer.plan.block), (self.row_table, case.row_block)):
                 table[taker, : tokens // block] = table[giver, : tokens // block]
-        self.memory = torch.full((len(ids) + 1, -(-largest // 1024) * 1024), POISON, dtype=torch.uint8)
+        most = self.layer.planes if case.planes else 0
+        blocks = len(ids) + 1
+        self.memory = torch.full((blocks * (1 + most), -(-largest // 1024) * 1024), POISON, dtype=torch.uint8)
+        self.ties = torch.zeros(len(self.memory), most + 1, dtype=torch.int32)  # as in a pool with other layers
+        counts = torch.randint(most + 1, (blocks, 1), generator=generator)
+        own = torch.arange(most)
+        self.ties[:blocks, :most] = torch.where(own < counts, (1 + own) * blocks + torch.arange(blocks)[:, None], 0)
+
+    def lower(self, generator: torch.Generator) -> None:
+        """Take the last plane of about a third of the pages away."""
+        for number in reversed(range(self.layer.planes if self.case.planes else 0)):
+            last = (self.ties[:, number] > 0) & (self.ties[:, number + 1 :] == 0).all(1)
+            gone = last & (torch.rand(len(last), generator=generator) < 1 / 3)
+            self.memory[self.ties[gone, number].long()] = POISON
+            self.ties[gone, number] = 0
 
     def place(self, memory: Tensor) -> dict[str, Any]:
         """Where the layer lies in these blocks, as its classes want to know."""
         if self.layer.exact:
             return {"pages": memory, "page_offset": self.page_offset}
         rows = {"rows": memory, "row_offset": self.row_offset, "row_block": self.case.row_block}
-        return {"pages": memory, "page_offset": self.page_offset, **rows}
+        ties = {"ties": self.ties.to(memory.device)} if self.case.planes else {}
+        return {"pages": memory, "page_offset": self.page_offset, **rows, **ties}
 
     def enter(self, sequence: int, cached: int, end: int) -> None:
         """A chunk comes. Those of its rows that no later step reads have no place."""
@@ -159,6 +177,7 @@ def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float
         errors.append(((out.cpu().double() - expected).norm() / expected.norm()).item())
         for sequence, end in enumerate(lengths):
             pool.leave(sequence, end)
+        pool.lower(generator)
     return errors
 
 
@@ -197,7 +216,14 @@ def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: flo
     record = plan.record.nbytes(plan.key_bits, plan.value_bits)
     records = record_views(raw[..., :record].transpose(0, 1), plan, plan.key_bits, plan.value_bits)
     exact = tokens.double().transpose(0, 1).chunk(2, dim=-1)
-    keys, values = (torch.cat(parts, 1).nan_to_num() for parts in zip(record_numbers(records), exact, strict=True))
+    coded = [part.double().unflatten(1, (blocks, plan.block)) for part in record_numbers(records)]
+    for number in range(layer.planes if pool.case.planes else 0):
+        planes = pool.ties[pages, number].long()
+        for part, more in zip(coded, plane_numbers(pool, records, planes, number + 1), strict=True):
+            part += torch.where(planes.view(1, -1, 1, 1) > 0, more, 0.0)
+    keys, values = (
+        torch.cat((one.flatten(1, 2), other), 1).nan_to_num() for one, other in zip(coded, exact, strict=True)
+    )
     own = torch.arange(end - len(queries), end).unsqueeze(-1)
     limit = torch.tensor([0 if layer.exact else layer.quantized_until(int(one)) for one in own]).unsqueeze(-1)
     sink = 0 if layer.exact else plan.sink
@@ -207,6 +233,26 @@ def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: flo
         visible &= torch.cat([codes, rest]) > own - plan.sliding_window
     q = queries.transpose(0, 1)
     return reference(q, keys, values, visible, scale, pool.case.layer.softcap, sinks).transpose(0, 1)
+
+
+def plane_numbers(pool: Pool, records: Records, planes: Tensor, number: int) -> list[Tensor]:
+    """What codes of K and V in planes of this number stand for [H, n, block, d], zeros where there are no such ones."""
+    layer, plan = pool.layer, pool.layer.plan
+    raw = pool.memory[planes, pool.page_offset :][:, : layer.page_bytes].unflatten(1, (layer.heads, -1))
+    record = plan.record.nbytes(plan.key_bits, plan.value_bits)
+    found = record_views(raw[..., :record].transpose(0, 1), plan, plan.key_bits, plan.value_bits)
+    keys = unpack(found.key_codes.view(torch.int16), plan.key_bits)
+    values = unpack(found.value_codes.view(torch.int16), plan.value_bits).transpose(-1, -2)
+    key_parameters = records.key_parameters.unsqueeze(2 if records.key_by_channel else -1)
+    numbers = []
+    for codes, parameters, bits in (
+        (keys, key_parameters, plan.key_bits),
+        (values, records.value_parameters.unsqueeze(-1), plan.value_bits),
+    ):
+        step = mid_and_range(parameters)[1].double() / 2 ** (bits * (number + 1))
+        refined = bits * (number + 1) <= WIDEST
+        numbers.append((codes - ((1 << bits) - 1) / 2) * step * refined)
+    return numbers
 
 
 def check_rotation(case: Case, device: torch.device) -> None:
@@ -242,6 +288,8 @@ SMALL = [
     PagedCase(Case(dtype=torch.float32, key_bits=8), ((100, 1), (1, 90))),
     PagedCase(Case(sink=70, window=64, sliding_window=100), ((163, 20), (1, 143), (2, 1), (1, 2))),
     PagedCase(Case(heads=2, group=2, has_sinks=True), ((200, 1, 90), (70, 65, 100), (1, 1, 66)), tuning=LIBRARY),
+    PagedCase(Case(key_bits=2, value_bits=2, group=3, heads=2), ((200, 70), (62, 1), (1, 1), (1, 65)), planes=True),
+    PagedCase(Case(key_bits=4, value_bits=2, key_axis="token"), ((270,), (1,), (1,)), tuning=LIBRARY, planes=True),
 ]
 """For the interpreter, which is slow."""
 

@@ -1,7 +1,7 @@
 """Artifacts in vLLM: its plugin, which serves them from packed pages.
 
-`layout`, `pages` and `kernels` know nothing of vLLM: they say what lies where in a pool of blocks, and attend over it.
-`checks`, `specs`, `backend` and `attach` are all that touches vLLM, and are imported only once it runs.
+`layout`, `pages`, `kernels` and `planes` know nothing of vLLM: they say what lies where in a pool of blocks, attend
+over it, and keep the books of idle blocks. All other modules touch vLLM, and are imported only once it runs.
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ from ..errors import ArtifactError, InputError
 from ..kernels import LayerKernels
 from ..load import choose_attention
 from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact
-from .checks import artifact_folder, artifact_of, is_paged, is_supported, prepare, rotations_of
+from ..plan import CachePlan
+from .checks import artifact_folder, artifact_of, is_paged, is_progressive, is_supported, prepare, rotations_of
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
+from .worker import follow_scheduler
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
@@ -113,7 +115,8 @@ def _copy_for(config: VllmConfig | None, copies: dict[int, Any]) -> Any:
 @dataclass
 class Served:
     """The part of an artifact that this process serves: its layers on this rank of a tensor-parallel group, the
-    pipeline stage whose layers they are, and the pool that keeps them."""
+    pipeline stage whose layers they are, and the pool that keeps them. Pages may have `planes` planes, whose blocks are
+    in `ties` [blocks, planes] (int32, see `pages`)."""
 
     folder: Path
     layers: list[PagedLayer]
@@ -125,6 +128,8 @@ class Served:
     dtype: torch.dtype
     cache: CacheConfig
     kernels: list[LayerKernels] | None
+    planes: int
+    ties: Tensor | None = None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
 
@@ -136,6 +141,12 @@ class Served:
                 f"layer {missing[0]} of {self.folder} attends with a class of its own in vLLM, which packed pages do "
                 f"not replace; serve the original model"
             )
+
+    def tie(self, blocks: int, device: torch.device) -> None:
+        """Make the table of planes for a pool of so many blocks, unless it is there: kernels of captured graphs read it
+        where it lies."""
+        if self.planes and (self.ties is None or len(self.ties) != blocks):
+            self.ties = torch.zeros(blocks, self.planes, dtype=torch.int32, device=device)
 
     def check_size(self, blocks: int) -> None:
         """Raises `InputError` where a sequence of the longest length could never be read into so many blocks.
@@ -197,31 +208,39 @@ def _served(config: VllmConfig) -> Served | None:
     return served
 
 
-def _made(config: VllmConfig, artifact: Artifact) -> Served:
-    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+def pool_on(config: VllmConfig, plan: CachePlan) -> tuple[list[PagedLayer], list[range], Pool]:
+    """The plan's layers on each rank of a server, which of them are on which pipeline stage, and the pool."""
     from vllm.distributed.utils import get_pp_indices
 
-    plan, parallel = artifact.manifest.plan, config.parallel_config
-    ranks, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    layers = paged_layers(plan, config.model_config.dtype.itemsize, ranks)
+    stages = config.parallel_config.pipeline_parallel_size
+    layers = paged_layers(plan, config.model_config.dtype.itemsize, config.parallel_config.tensor_parallel_size)
     staged = [range(*get_pp_indices(len(layers), stage, stages)) for stage in range(stages)]
-    in_flight = config.max_in_flight_tokens
-    rank = get_tensor_model_parallel_rank()
+    return layers, staged, pool_of(layers, plan.max_len, staged)
+
+
+def _made(config: VllmConfig, artifact: Artifact) -> Served:
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    layers, staged, pool = pool_on(config, artifact.manifest.plan)
+    rank, ranks = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
     rotations = {}
     for index, rotation in rotations_of(artifact).items():
         first = rank * len(rotation) // ranks  # ranks have heads in turn; where they are more than heads, they share
         rotations[index] = rotation[first : first + layers[index].heads]
+    if is_progressive(config):
+        follow_scheduler()
     return Served(
         folder=artifact.folder,
         layers=layers,
         stage=staged[get_pp_group().rank_in_group],
-        pool=pool_of(layers, plan.max_len, staged),
+        pool=pool,
         rotations=rotations,
-        in_flight=in_flight,
+        in_flight=config.max_in_flight_tokens,
         max_len=config.model_config.max_model_len,
         dtype=config.model_config.dtype,
         cache=config.cache_config,
         kernels=_kernels(artifact),
+        planes=max(layer.planes for layer in layers) if is_progressive(config) else 0,
     )
 
 

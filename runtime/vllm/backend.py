@@ -137,6 +137,7 @@ class Store(AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         self.kv_cache, self.blocks = kv_cache, kv_cache.flatten(1)
         self.served.check_size(len(kv_cache))
+        self.served.tie(len(kv_cache), kv_cache.device)
 
 
 class Impl(AttentionImpl[Metadata]):
@@ -214,19 +215,20 @@ class Impl(AttentionImpl[Metadata]):
         """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
         pages, rows = self.stores
         if self._seen is not pages.blocks:
-            self._made = self._over(pages.blocks, None if rows is None else rows.blocks)
+            self._made = self._over(pages.blocks, None if rows is None else rows.blocks, pages.served.ties)
             self._seen = pages.blocks
         return self._made
 
-    def _over(self, pages: Tensor, rows: Tensor | None) -> Attends:
+    def _over(self, pages: Tensor, rows: Tensor | None, ties: Tensor | None) -> Attends:
         served = self.stores[0].served
         placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0]}
         if self.stores[1] is not None:
             placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
         if self.kernels is None:
-            return LayerPages.of(self.layer, served.dtype, **placed)
+            return LayerPages.of(self.layer, served.dtype, **placed, ties=ties)
         rotation = None if self.rotation is None else self.rotation.to(pages.device, torch.float32)
-        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed, rotation=rotation)
+        placed |= {"rotation": rotation, "ties": ties}
+        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed)
 
     def _try(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Compile the kernels, on a batch of nothing, and take the memory that a prefill takes at most."""
@@ -234,7 +236,8 @@ class Impl(AttentionImpl[Metadata]):
             return
         nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
         zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
-        attends = self._over(nobody, nobody)
+        planes = self.stores[0].served.planes
+        attends = self._over(nobody, nobody, zeros.new_zeros(1, planes) if planes else None)
         for new in (1, 2):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 SUPPORTED = ((0, 30), (0, 32))
 """The oldest and the newest minor version of vLLM that this was tried with."""
+
+OPTION = "pmkvq"
+"""The key of what artifacts are told in vLLM's `--additional-config`."""
+
+UNTRIED = ("cuda",)
+"""Devices on which planes are refused, because their kernels have only run in Triton's interpreter. The tests for GPUs
+lift this; once they have passed on one, nothing is left to refuse."""
 
 REMOTE_CODE = "modeling_compiled."
 """How the remote code is called in the config of every artifact, by which one is known on a hub."""
@@ -80,6 +88,49 @@ def prepare(config: VllmConfig) -> None:
             f"compiled with; leave the option out"
         )
     cache.block_size, cache.user_specified_block_size = block, True
+    if is_progressive(config):
+        _make_progressive(config, artifact)
+
+
+def is_progressive(config: VllmConfig) -> bool:
+    """Whether pages are to have planes while blocks are idle. Raises `InputError` where the option says anything
+    else."""
+    given = config.additional_config.get(OPTION) if isinstance(config.additional_config, dict) else None
+    found = given.get("progressive") if isinstance(given, dict) and len(given) == 1 else None
+    if given is not None and not isinstance(found, bool):
+        raise InputError(
+            f"--additional-config has {json.dumps({OPTION: given})}, which says nothing that artifacts know; write "
+            f'{{"{OPTION}": {{"progressive": true}}}}, or leave it out'
+        )
+    return bool(found)
+
+
+def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
+    """Have vLLM schedule with planes, and export what it counts of them. Raises `InputError` or `ArtifactError`."""
+    from vllm.platforms import current_platform
+
+    from .metrics import export
+
+    scheduler = config.scheduler_config
+    if scheduler.scheduler_cls is not None:
+        raise InputError(
+            f"--scheduler-cls {scheduler.scheduler_cls} does not go with progressive precision, which has a scheduler "
+            f"of its own; leave one of the two out"
+        )
+    if current_platform.device_type in UNTRIED:
+        raise InputError(
+            f"progressive precision is not served on {current_platform.device_type} yet; leave it out of "
+            f"--additional-config, and {artifact.folder} is served at the plan's final bits"
+        )
+    files = artifact.package.digests or {}
+    kernels = [name for name in files if name.startswith("kernels/attention")]
+    if current_platform.is_cuda() and not all(b"PLANES" in artifact.package.read(name) for name in kernels):
+        raise ArtifactError(
+            f"{artifact.folder} has kernels of an older release, which know no progressive precision; {AGAIN}"
+        )
+    kind = "ProgressiveAsyncScheduler" if scheduler.async_scheduling else "ProgressiveScheduler"
+    scheduler.scheduler_cls = f"{__package__}.scheduler.{kind}"
+    export()
 
 
 def is_supported() -> bool:

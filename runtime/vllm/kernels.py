@@ -42,7 +42,8 @@ class KernelPages:
 
     `pages` and `rows` [N, block_bytes] (uint8) are the pool seen as blocks of pages and of rows, in which the layer
     begins at these bytes; a block of rows has `row_block` tokens. An exact layer has no rows. Sequences have up to
-    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first.
+    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first. `ties` name the
+    blocks of planes, see `pages`.
     """
 
     layer: PagedLayer
@@ -55,6 +56,7 @@ class KernelPages:
     row_offset: int = 0
     row_block: int = 0
     rotation: Tensor | None = None
+    ties: Tensor | None = None
 
     def attend_batch(
         self,
@@ -123,6 +125,7 @@ class KernelPages:
                 *self._place(),
                 self.layer.heads,
                 **self._constants(),
+                **self._planes(),
                 MODE=mode,
                 CHUNK=chunk,
                 num_warps=self.kernels.tuning.append_warps,
@@ -152,6 +155,7 @@ class KernelPages:
             splits,
             scale,
             **constants,
+            **self._planes(),
             **launch,
         )
         self.kernels.module.merge_pages[(batch.count, query_heads, -(-plan.value_head_dim // 32))](
@@ -323,6 +327,7 @@ class KernelPages:
             self.layer.heads,
             *where,
             **self._constants(),
+            **self._planes(),
             ROWS=ROWS_COPIED,
             num_warps=4,
         )
@@ -351,6 +356,11 @@ class KernelPages:
     def _constants(self) -> dict[str, Any]:
         plan = self.layer.plan
         return {**widths_of(plan, (plan.key_bits, plan.value_bits)), "EXACT": self.layer.exact}
+
+    def _planes(self) -> dict[str, Any]:
+        if self.ties is None or not self.layer.planes:
+            return {}
+        return {"ties": self.ties, "tie_width": self.ties.stride(0), "PLANES": self.layer.planes}
 
 
 def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:

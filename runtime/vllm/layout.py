@@ -13,6 +13,9 @@ report of a compile and the server both ask here.
 Records are those of the single-process cache: blocks of a sequence begin behind its sink. Record `i` lies in page `i +
 sink_pages`, the page in which its last token lies, so that what a page holds never depends on tokens behind it and
 sequences that begin alike can share pages. The pages before it hold the sink.
+
+Where a server is progressive, a block may also hold a plane: for every layer of a group of pages the next lower bits of
+the codes of a page, as many as the page itself has and in the same places. See `planes`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,15 @@ MOST_PARTS = 8
 GROUP_COST = 0.01
 """What a group must save, as a share of all bytes, to be worth its block table in every step."""
 
+WIDEST = 8
+"""Bits up to which planes refine a code; with so many a text is that of the model's own dtype."""
+
 ENDLESS = 1 << 40
+
+
+def planes_of(bits: int) -> int:
+    """Planes that codes of a width may have at most."""
+    return max(0, WIDEST // bits - 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,15 @@ class PagedLayer:
         plan = self.plan
         blocks = -(-(position + 1 - plan.sink - self.window) // plan.block)
         return plan.sink + plan.block * max(0, blocks)
+
+    @property
+    def planes(self) -> int:
+        """Planes that a page may have at most; those of K and of V may be fewer."""
+        return 0 if self.exact else max(planes_of(self.plan.key_bits), planes_of(self.plan.value_bits))
+
+    def pages_between(self, cached: int, end: int) -> slice:
+        """The pages that are quantized when a sequence of `cached` tokens gets `end` of them."""
+        return slice(self.whole_blocks(cached) + self.sink_pages, self.whole_blocks(end) + self.sink_pages)
 
     def whole_blocks(self, length: int) -> int:
         """Blocks behind the sink all of whose tokens a sequence of `length` tokens has."""
@@ -237,3 +257,15 @@ def offsets(group: Group, layers: Sequence[PagedLayer], stage: range) -> dict[in
             layer = layers[index]
             start += layer.page_bytes if group.kind == "pages" else group.block * layer.row_bytes
     return found
+
+
+def bits_of(layers: Sequence[PagedLayer]) -> list[float]:
+    """Bits of a number of K and V in the pages of these layers, on average, when a page has 0, 1, ... planes."""
+    numbers, bits = 0, [0] * (1 + max((layer.planes for layer in layers), default=0))
+    for layer in layers:
+        plan = layer.plan
+        for channels, width in ((plan.key_head_dim, plan.key_bits), (plan.value_head_dim, plan.value_bits)):
+            numbers += layer.heads * channels
+            for count in range(len(bits)):
+                bits[count] += layer.heads * channels * width * (1 + min(count, planes_of(width)))
+    return [total / max(1, numbers) for total in bits]

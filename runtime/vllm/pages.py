@@ -8,6 +8,7 @@ that are whole now are quantized, and queries attend.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from ..layer_cache import Records, record_views, write_records
 from ..plan import block_bytes
+from ..quantize import encode_planes, pack
 from ..reference import SCORES, UNPACKED_NUMBERS, key_scores, softmax, value_sums
-from .layout import PagedLayer
+from .layout import PagedLayer, planes_of
 
 NOBODY = 0
 """The block that no sequence owns."""
@@ -90,6 +92,31 @@ class Attends(Protocol):
         value."""
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some records, and planes of those among them that have one: which these are, and their planes."""
+
+    records: Records
+    planes: Sequence[tuple[Tensor, Records]]
+
+    def key_scores(self, queries: Tensor) -> Tensor:
+        """`key_scores` with all bits that there are."""
+        blocks = self.records.key_codes.shape[1]
+        scores = key_scores(queries, self.records).unflatten(-1, (blocks, -1))
+        for tied, plane in self.planes:
+            if plane.plane <= planes_of(plane.key_bits):
+                scores[:, :, tied] += key_scores(queries, plane).unflatten(-1, (len(tied), -1))
+        return scores.flatten(2)
+
+    def value_sums(self, weights: Tensor) -> Tensor:
+        """`value_sums` with all bits that there are."""
+        sums, by_block = value_sums(weights, self.records), weights.unflatten(-1, (self.records.key_codes.shape[1], -1))
+        for tied, plane in self.planes:
+            if plane.plane <= planes_of(plane.value_bits):
+                sums += value_sums(by_block[:, :, tied].flatten(2), plane)
+        return sums
+
+
 class LayerPages:
     """The pages and rows of one layer: views of a pool.
 
@@ -98,9 +125,17 @@ class LayerPages:
     pages hold tokens.
     """
 
-    def __init__(self, layer: PagedLayer, pages: Tensor, rows: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layer: PagedLayer,
+        pages: Tensor,
+        rows: Tensor | None,
+        dtype: torch.dtype,
+        ties: Tensor | None = None,
+    ) -> None:
         self.layer, self.plan, self.dtype = layer, layer.plan, dtype
         self.pages, self.rows = pages, rows
+        self.ties = pages.new_empty(len(pages), 0, dtype=torch.int32) if ties is None else ties[:, : layer.planes]
         tokens = self.plan.block if layer.exact else min(self.plan.sink, self.plan.block)
         exact = pages[..., : tokens * layer.token_bytes].view(dtype)
         self.exact = exact.unflatten(-1, (tokens, -1)) if tokens else None
@@ -117,14 +152,15 @@ class LayerPages:
         rows: Tensor | None = None,
         row_offset: int = 0,
         row_block: int = 0,
+        ties: Tensor | None = None,
     ) -> LayerPages:
         """The layer's views of a pool that is seen as blocks of pages and as blocks of rows, [N, block_bytes] (uint8)
         each, in which the layer begins at these bytes. A block of rows has `row_block` tokens."""
         own = pages[:, page_offset : page_offset + layer.page_bytes].unflatten(-1, (layer.heads, -1))
         if rows is None:
-            return cls(layer, own, None, dtype)
+            return cls(layer, own, None, dtype, ties)
         kept = rows[:, row_offset : row_offset + row_block * layer.row_bytes].view(dtype)
-        return cls(layer, own, kept.unflatten(-1, (layer.heads, row_block, -1)), dtype)
+        return cls(layer, own, kept.unflatten(-1, (layer.heads, row_block, -1)), dtype, ties)
 
     def attend_batch(
         self,
@@ -172,15 +208,29 @@ class LayerPages:
         if self.layer.exact:
             return
         first, last = self.layer.whole_blocks(step.cached), self.layer.whole_blocks(step.end)
-        pages = step.page_table[first + self.layer.sink_pages : last + self.layer.sink_pages].long()
+        pages = step.page_table[self.layer.pages_between(step.cached, step.end)].long()
         kept = pages != NOBODY
         if not bool(kept.any()):
             return
         start, stop = (self.plan.sink + block * self.plan.block for block in (first, last))
         keys, values = (part.unflatten(1, (last - first, -1))[:, kept] for part in self._as_they_are(step, start, stop))
         raw = keys.new_empty(*keys.shape[:2], self.record, dtype=torch.uint8)
-        write_records(record_views(raw, self.plan, self.plan.key_bits, self.plan.value_bits), keys, values)
+        records = self._records(raw)
+        write_records(records, keys, values)
         self.pages[pages[kept], :, : self.record] = raw.transpose(0, 1)
+        for number, planes in enumerate(self.ties[pages[kept]].long().unbind(-1), start=1):
+            tied = (planes != NOBODY).nonzero().flatten()
+            raw = self.pages[planes[tied], :, : self.record].transpose(0, 1)
+            _write_plane(self._plane(raw, number, records, tied), keys[:, tied], values[:, tied])
+            self.pages[planes[tied], :, : self.record] = raw.transpose(0, 1)
+
+    def _records(self, raw: Tensor) -> Records:
+        return record_views(raw, self.plan, self.plan.key_bits, self.plan.value_bits)
+
+    def _plane(self, raw: Tensor, number: int, records: Records, tied: Tensor) -> Records:
+        """Bytes of blocks [H, n, bytes] as plane `number` of those of the records that are `tied` to them."""
+        shared = dataclasses.replace(self._records(raw), key_parameters=records.key_parameters[:, tied], plane=number)
+        return dataclasses.replace(shared, value_parameters=records.value_parameters[:, tied])
 
     # ---- the third: attend ----
 
@@ -220,7 +270,7 @@ class LayerPages:
         near_keys, near_values = self._as_they_are(step, recent, end)
         chunks = self._chunks(step, blocks)
         pieces = [] if old is None else [flat @ old[0].to(flat.dtype).transpose(1, 2)]
-        pieces += [key_scores(flat, records) for records in chunks]
+        pieces += [chunk.key_scores(flat) for chunk in chunks]
         pieces.append(flat @ near_keys.to(flat.dtype).transpose(1, 2))
         scores = torch.cat(pieces, dim=-1).unflatten(1, (group, count))
         visible = self._visible(first, count, sink, blocks, recent)
@@ -229,9 +279,9 @@ class LayerPages:
         if old is not None:
             out += weights[..., : len(sink)] @ old[1].to(flat.dtype)
         done = len(sink)
-        for records in chunks:
-            tokens = records.value_parameters.shape[1] * plan.block
-            out += value_sums(weights[..., done : done + tokens], records)
+        for chunk in chunks:
+            tokens = chunk.records.value_parameters.shape[1] * plan.block
+            out += chunk.value_sums(weights[..., done : done + tokens])
             done += tokens
         return out.unflatten(1, (group, count))
 
@@ -253,17 +303,23 @@ class LayerPages:
             return visible
         return visible & (positions > queries.unsqueeze(-1) - plan.sliding_window)
 
-    def _chunks(self, step: Step, blocks: range) -> list[Records]:
-        """The records of these blocks, as many at a time as should be unpacked at once."""
+    def _chunks(self, step: Step, blocks: range) -> list[Chunk]:
+        """The records of these blocks and their planes, as many at a time as should be unpacked at once."""
         plan = self.plan
         numbers = self.layer.heads * plan.block * max(plan.key_head_dim, plan.value_head_dim)
         at_once = max(1, UNPACKED_NUMBERS // numbers)
         pages = step.page_table[blocks.start + self.layer.sink_pages : blocks.stop + self.layer.sink_pages].long()
-        return [
-            record_views(self.pages[some, :, : self.record].transpose(0, 1), plan, plan.key_bits, plan.value_bits)
-            for some in pages.split(at_once)
-            if len(some)
-        ]
+        return [self._chunk(some) for some in pages.split(at_once) if len(some)]
+
+    def _chunk(self, pages: Tensor) -> Chunk:
+        records = self._records(self.pages[pages, :, : self.record].transpose(0, 1))
+        planes = []
+        for number, blocks in enumerate(self.ties[pages].long().unbind(-1), start=1):
+            tied = (blocks != NOBODY).nonzero().flatten()
+            if len(tied):
+                raw = self.pages[blocks[tied], :, : self.record].transpose(0, 1)
+                planes.append((tied, self._plane(raw, number, records, tied)))
+        return Chunk(records, planes)
 
     def _as_they_are(self, step: Step, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values at positions `start` to `stop`: those of earlier steps from where they are kept."""
@@ -290,3 +346,17 @@ class LayerPages:
         owners = table[positions // block].long()
         kept = owners != NOBODY
         place[owners[kept], :, positions[kept] % block] = both[:, : len(positions)][:, kept].transpose(0, 1)
+
+
+def _write_plane(plane: Records, keys: Tensor, values: Tensor) -> None:
+    """Write the codes of a plane; its parameters are those of the records, as `write_records` has chosen them."""
+    if plane.plane <= planes_of(plane.key_bits):
+        parameters = plane.key_parameters.unsqueeze(-2 if plane.key_by_channel else -1)
+        codes = encode_planes(keys, parameters, plane.key_bits, planes_of(plane.key_bits))
+        plane.key_codes.copy_(pack(codes[plane.plane - 1], plane.key_bits).view(torch.uint8))
+    if plane.plane <= planes_of(plane.value_bits):
+        codes = encode_planes(
+            values, plane.value_parameters.unsqueeze(-1), plane.value_bits, planes_of(plane.value_bits)
+        )
+        turned = codes[plane.plane - 1].transpose(-1, -2)
+        plane.value_codes.copy_(pack(turned, plane.value_bits).view(torch.uint8))

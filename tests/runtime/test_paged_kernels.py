@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
-from ..kernel_checks import LIBRARY, TOLERANCE, Case, steps
+from ..fuzz import LONG_ONLY
+from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
 from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
 
@@ -33,6 +34,12 @@ def test_kernels_over_pages_compile_without_a_device() -> None:
     assert {"rotate", "append", "decode", "merge", "unpack", "prefill"} == {name.split()[0] for name in compiled}
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
     assert "mma.sync" in compiled["decode"].asm["ptx"], "the matrix unit does the products"
+
+
+@LONG_ONLY
+def test_kernels_that_read_planes_compile_without_a_device() -> None:
+    compiled = compile_pages(Case(head_dim=128, group=7, key_bits=2, value_bits=2, steps=steps(1)), 90, planes=3)
+    assert all(kernel.asm["cubin"] for kernel in compiled.values())
 
 
 LENGTHS = [
@@ -105,6 +112,38 @@ def test_history_in_pages_read_by_the_library_on_the_device_is_the_reference(cas
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", covering(), ids=lambda case: "exact" if case.exact else "packed")
 def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
+    assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+def with_planes() -> list[PagedCase]:
+    """Pages with none, some or all planes, and batches that have pages of all kinds."""
+    widths = ((2, 2), (2, 4), (4, 2), (4, 4), (2, 8), (8, 4))
+    shapes = zip((64, 80, 96, 128, 256, 128), (1, 2, 3, 7, 8, 12), widths, strict=True)
+    cases = []
+    for number, (head_dim, group, (key_bits, value_bits)) in enumerate(shapes):
+        for turn, axis in enumerate(("token", "channel")):
+            layer = Case(
+                head_dim=head_dim,
+                group=group,
+                heads=1 + number % 2,
+                key_axis=axis,
+                key_bits=key_bits,
+                value_bits=value_bits,
+                dtype=(torch.float16, torch.bfloat16)[turn],
+                sink=(0, 4, 70)[number % 3],
+                softcap=(None, 5.0)[number % 2],
+                max_len=720,
+            )
+            if number % 3 == 0:
+                layer = dataclasses.replace(layer, sliding_window=150)
+            lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
+            cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn], planes=True))
+    return cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", with_planes(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
+def test_planes_in_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 

@@ -55,6 +55,10 @@ def copied(served_tiny: Served, tmp_path: Path) -> Path:
         ({"disable_hybrid_kv_cache_manager": True}, "hybrid"),
         ({"enable_lora": True, "max_lora_rank": 8}, "--enable-lora"),
         ({"pipeline_parallel_size": 2}, "--enforce-eager"),
+        ({"additional_config": {"pmkvq": {"progressive": "yes"}}}, '"progressive": "yes"'),
+        ({"additional_config": {"pmkvq": {"progresive": True}}}, '"progresive": true'),
+        ({"additional_config": {"pmkvq": {}}}, '"pmkvq": {}'),
+        ({"additional_config": {"pmkvq": {"progressive": True}}, "scheduler_cls": "a.b"}, "--scheduler-cls a.b"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -63,6 +67,17 @@ def test_what_does_not_go_with_packed_pages_is_named(served_tiny: Served, option
         configure(served_tiny(), **options)
     assert isinstance(caught.value, InputError), caught.value
     assert named in sentence(caught.value)
+
+
+def test_planes_are_refused_where_their_kernels_were_not_tried(
+    served_tiny: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "cuda" in checks.UNTRIED
+    monkeypatch.setattr(checks, "UNTRIED", ("cpu",))
+    with pytest.raises(InputError, match="progressive precision is not served on cpu yet") as caught:
+        configure(served_tiny(), additional_config={"pmkvq": {"progressive": True}})
+    sentence(caught.value)
+    configure(served_tiny(), additional_config={"pmkvq": {"progressive": False}})
 
 
 @pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])

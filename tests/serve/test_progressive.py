@@ -1,0 +1,240 @@
+"""Pages are precise while blocks are idle, and nothing else changes: not what is admitted, nor what is right."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; run make test-serve")
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.vllm.backend import Store
+from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
+from pmkvq_compiler.runtime.vllm.planes import Planes
+from pmkvq_compiler.runtime.vllm.scheduler import PlanePool
+from tests.fuzz import rounds
+
+from .engines import Served, all_free, engine, greedy, random_prompts
+from .simulation import MAX_FED, VOCABULARY, Arrival, Simulation, idle_blocks
+from .test_engine import preemptions
+from .test_server import generate
+
+PROGRESSIVE = {"additional_config": {"pmkvq": {"progressive": True}}}
+PLAN: dict[str, Any] = {"recipe": "uniform", "budget": "70%"}
+PROMPTS = random_prompts((7, 130, 300, 513, 777))
+
+
+def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> None:
+    """Codes of 2 bits and three planes are those of 8 bits."""
+    found: dict[str, list[list[int]]] = {}
+    for name, bits, options in (("8 bits", 8, {}), ("2 bits", 2, {}), ("progressive", 2, PROGRESSIVE)):
+        with engine(served_tiny(**PLAN, bits=(bits,)), **options) as llm:
+            found[name] = greedy(llm, PROMPTS, 100)
+            assert all_free(llm)
+    assert found["progressive"] == found["8 bits"]
+    assert found["progressive"] != found["2 bits"]
+
+
+def test_ranks_and_processes_are_told_of_planes(served_tiny: Served, tmp_path: Path) -> None:
+    artifact, prompts = served_tiny(**PLAN, bits=(2,)), PROMPTS[2:3]
+    with engine(artifact, **PROGRESSIVE) as llm:
+        expected = greedy(llm, prompts)
+    with engine(artifact) as llm:
+        assert greedy(llm, prompts) != expected
+    assert generate(sys.executable, str(artifact), prompts, tmp_path, tensor_parallel_size=2, **PROGRESSIVE) == expected
+
+
+TIGHT = (40, 60, 30, 50)
+
+
+class TestTightPool:
+    """A pool whose blocks are planes until the answers need all of them, and more than there are."""
+
+    @pytest.fixture
+    def asked(self, served_tiny: Served) -> dict[str, Any]:
+        artifact = served_tiny(recipe="uniform", bits=(2,), budget="60%", window=64)
+        pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
+        memory = pool.bytes_needed(1, 400, 512) + 4 * pool.block_bytes
+        options = {"max_model_len": 400, "kv_cache_memory_bytes": memory, "disable_log_stats": False}
+        return {"model": artifact, "enable_prefix_caching": True, **options, **PROGRESSIVE}
+
+    def test_what_is_nobodys_is_never_read(self, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Blocks that hold nothing are filled with NaNs before every step."""
+        found = []
+        for poison in (False, True):
+            with monkeypatch.context() as patch, engine(**asked) as llm:
+                if poison:
+                    poison_idle_blocks(llm, patch)
+                found.append(greedy(llm, random_prompts(TIGHT), 320))
+                assert preemptions(llm) > 0
+                assert all_free(llm)
+        assert found[0] == found[1]
+
+    def test_metrics_tell_how_precise_pages_are(self, asked: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=320, ignore_eos=True, detokenize=False)
+        with engine(**asked) as llm:
+            core, seen = llm.llm_engine, []
+            for number, prompt in enumerate(random_prompts(TIGHT)):
+                core.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+            while core.has_unfinished_requests():
+                core.step()
+                seen.append(metrics(llm))
+        bits = [step["vllm:pmkvq_bits"] for step in seen]
+        assert max(bits) == 8
+        assert 2 <= min(bit for bit in bits if bit) < 3
+        assert max(step["vllm:pmkvq_pages 3"] for step in seen) > 0
+        assert seen[-1]["vllm:pmkvq_lowered"] > 0
+        assert bits[-1] == 0, "no request is running"
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    found = [metric for metric in llm.get_metrics() if metric.name.startswith("vllm:pmkvq")]
+    return {f"{metric.name} {metric.labels.get('planes', '')}".strip(): metric.value for metric in found}
+
+
+def poison_idle_blocks(llm: Any, patch: pytest.MonkeyPatch) -> None:
+    core = llm.llm_engine.engine_core.engine_core
+    context = core.vllm_config.compilation_config.static_forward_context
+    stores, schedule = [layer for layer in context.values() if isinstance(layer, Store)], core.scheduler.schedule
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for store in stores:
+            store.blocks[sorted(idle_blocks(core.scheduler, progressive=True))] = 0xFF
+        return output
+
+    patch.setattr(core.scheduler, "schedule", poisoned)
+
+
+# ---- the scheduler with a worker that has no model ----
+
+
+SIMULATED: dict[str, dict[str, Any]] = {
+    "two widths": {"block": 32, "window": 32, "budget": "35%"},
+    "sliding layers": {
+        "model_type": "gemma2",
+        "overrides": {"sliding_window": 100, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
+        "block": 32,
+        "window": 32,
+        "budget": "40%",
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_random_schedules_lose_no_block_and_read_no_foreign_one(served_tiny: Served, name: str) -> None:
+    """Requests come, end and are aborted at random in small pools, with and without a prefix cache."""
+    simulation = Simulation(served_tiny(**SIMULATED[name]))
+    preempted, planes = {False: 0, True: 0}, 0
+    for seed in range(rounds(60, 5000)):
+        rng = random.Random(seed)
+        arrivals, options = list(random_arrivals(rng)), random_options(rng, simulation.least)
+        plain = simulation.run(arrivals, progressive=False, **options)
+        found = simulation.run(arrivals, progressive=True, **options)
+        if not options["caching"]:
+            assert found.steps == plain.steps, f"schedule {seed}: vLLM would have decided otherwise"
+        preempted[False] += plain.preemptions
+        preempted[True] += found.preemptions
+        planes += found.planes_read
+    print(preempted, planes)
+    assert preempted[True] > 10
+    assert planes > 1000
+
+
+def random_arrivals(rng: random.Random) -> Iterator[Arrival]:
+    """Requests that often begin as others do."""
+    beginnings = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randrange(30, 250))) for _ in range(2)]
+    for number in range(rng.randrange(2, 9)):
+        shared = rng.choice(beginnings)[: rng.randrange(1, 250)] if rng.random() < 0.7 else ()
+        more = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 60)))
+        step = rng.randrange(40)
+        aborted = step + rng.randrange(1, 60) if rng.random() < 0.15 else None
+        yield Arrival(str(number), step, shared + more, rng.choice((5, 40, 90)), aborted)
+
+
+def random_options(rng: random.Random, least: int) -> dict[str, Any]:
+    """A pool that is too small for all of them, or not."""
+    blocks = int(least * rng.choice((1, 1.1, 1.3, 1.6, 2, 4))) + rng.randrange(5)
+    flags = {"caching": rng.random() < 0.6, "ahead": rng.random() < 0.5}
+    return {"blocks": blocks, "fed": rng.choice((20, 50, MAX_FED)), **flags}
+
+
+# ---- which blocks become planes, and which of them fall ----
+
+
+def pool_with(blocks: int, cached: int) -> PlanePool:
+    """A pool of so many blocks beside nobody's, so many of which hold cached prefixes that nobody owns."""
+    pool = PlanePool.take_over(BlockPool(blocks + 1, True, 64), Planes([3]))
+    held = pool.get_new_blocks(cached)
+    for number, block in enumerate(held):
+        pool._insert_block_hash(make_block_hash_with_group_id(bytes([number]), 0), block, num_tokens=64)
+    pool.free_blocks(held)
+    return pool
+
+
+def new_pages(pool: PlanePool, count: int) -> list[Any]:
+    return [pool.planes.add(block.block_id, 0) for block in pool.get_new_blocks(count)]
+
+
+def cached_blocks(pool: PlanePool) -> int:
+    return sum(block.block_hash is not None for block in pool.blocks)
+
+
+def test_every_page_gets_its_first_plane_before_one_gets_its_second() -> None:
+    pool = pool_with(8, cached=0)
+    pages = new_pages(pool, 3)
+    pool.refine(pages)
+    assert [len(page.planes) for page in pages] == [2, 2, 1]
+    pool.refine(new_pages(pool, 1))
+    assert [len(page.planes) for page in pool.planes.pages.values()] == [1, 1, 1, 1]
+    assert pool.get_num_free_blocks() == 4
+
+
+def test_planes_leave_half_of_the_free_blocks_to_cached_prefixes() -> None:
+    pool = pool_with(12, cached=10)
+    pages = new_pages(pool, 2)
+    pool.refine(pages)
+    assert (len(pool.planes), cached_blocks(pool)) == (5, 5)
+    pool.refine(pages)
+    assert (len(pool.planes), cached_blocks(pool)) == (5, 5)
+    pool.get_new_blocks(5)
+    assert (len(pool.planes), cached_blocks(pool)) == (0, 5), "planes fall first"
+    pool.get_new_blocks(5)
+    assert cached_blocks(pool) == 0
+    with pytest.raises(ValueError, match="free blocks"):
+        pool.get_new_blocks(1)
+
+
+def test_a_prefix_that_is_found_again_keeps_the_planes_that_it_still_has() -> None:
+    pool = pool_with(6, cached=0)
+    page, other = new_pages(pool, 2)
+    block = pool.blocks[page.block]
+    pool._insert_block_hash(make_block_hash_with_group_id(b"x", 0), block, num_tokens=64)
+    pool.refine([page])
+    pool.free_blocks([block])
+    assert len(page.planes) == 3
+    pool.refine([other])
+    assert (len(page.planes), len(other.planes)) == (1, 3), "those of what nobody owns give way to any"
+    pool.touch([block])
+    pool.get_new_blocks(3)
+    assert (len(page.planes), len(other.planes)) == (1, 0)
+    assert sorted(pool.planes.changes()) == [(page.block, page.planes[0], 0, 0), (other.block, 0, 0, 0)]
+
+
+def test_a_page_whose_prefix_is_forgotten_loses_its_planes() -> None:
+    pool = pool_with(4, cached=0)
+    (page,) = new_pages(pool, 1)
+    pool.refine([page])
+    pool.free_blocks([pool.blocks[page.block]])
+    assert (len(pool.planes), pool.planes.pages) == (0, {})
+    assert len(pool.get_new_blocks(4)) == 4
