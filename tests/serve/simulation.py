@@ -203,8 +203,10 @@ class Simulation:
         self.manager = StructuredOutputManager(self.config)
         plan = runtime.open_artifact(folder).manifest.plan
         _, _, self.pool = pool_on(self.config, plan)
-        self.least = self.pool.bytes_needed(1, MAX_LEN, 2 * MAX_FED) // self.pool.block_bytes
-        """Blocks that a request needs that is alone."""
+        rows = sum(group.blocks(MAX_LEN, 0) for group in self.pool.groups if group.kind == "rows")
+        self.least = self.pool.bytes_needed(1, MAX_LEN, 2 * MAX_FED) // self.pool.block_bytes + rows
+        """Blocks in which a request that is alone never preempts itself. A scheduler that is a step ahead frees rows a
+        step later, so there is one window of them more."""
 
     def run(
         self, arrivals: Sequence[Arrival], progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool
