@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pmkvq_compiler.problem import Problem
 from pmkvq_compiler.runtime.plan import LayerPlan
-from pmkvq_compiler.runtime.vllm.layout import Group, PagedLayer, pool_of
+from pmkvq_compiler.runtime.vllm.layout import WINDOWS_WHILE_READING, Group, PagedLayer, pool_of
 
 FED_AT_ONCE = 8192
 """Tokens that vLLM feeds in a step unless told otherwise; only pages of sliding windows depend on it."""
@@ -31,7 +31,7 @@ def share_of(problem: Problem, layer: LayerPlan) -> int:
     paged = _paged(problem, layer)
     pages = Group("pages", (0,), layer.block, layer.sliding_window).blocks(problem.max_len, FED_AT_ONCE)
     rows = Group("rows", (0,), ROW_BLOCK, paged.window).blocks(problem.max_len, 0)
-    windows = problem.batch_size + 1  # a sequence whose prompt is being read has two
+    windows = problem.batch_size + WINDOWS_WHILE_READING - 1  # the prompt of one sequence is being read
     return problem.batch_size * pages * paged.page_bytes + windows * rows * ROW_BLOCK * paged.row_bytes
 
 

@@ -35,6 +35,10 @@ MOST_PARTS = 8
 GROUP_COST = 0.01
 """What a group must save, as a share of all bytes, to be worth its block table in every step."""
 
+WINDOWS_WHILE_READING = 3
+"""Windows of rows that a sequence takes while its prompt is read: what this step reads, what the next one will, and,
+where vLLM schedules a step ahead, what the step before has not given back yet."""
+
 WIDEST = 8
 """Bits up to which planes refine a code; with so many a text is that of the model's own dtype."""
 
@@ -147,10 +151,13 @@ class Pool:
         return sum(group.blocks(max_len, in_flight) for group in self.groups)
 
     def bytes_needed(self, sequences: int, max_len: int, in_flight: int) -> int:
-        """Bytes in which so many sequences of `max_len` tokens fit while the prompt of one of them is read, which takes
-        the blocks of its rows twice. Block 0 holds nothing."""
+        """Bytes in which so many sequences of `max_len` tokens fit while the prompt of one of them is read.
+
+        Block 0 holds nothing.
+        """
         rows = sum(group.blocks(max_len, 0) for group in self.groups if group.kind == "rows")
-        return self.block_bytes * (1 + sequences * self.blocks_per_sequence(max_len, in_flight) + rows)
+        more = (WINDOWS_WHILE_READING - 1) * rows
+        return self.block_bytes * (1 + sequences * self.blocks_per_sequence(max_len, in_flight) + more)
 
     def sequences(self, pool_bytes: int, max_len: int, in_flight: int) -> float:
         """How many sequences of `max_len` tokens a pool of so many bytes holds while they decode."""

@@ -14,7 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from .layout import Group, Pool
+from .layout import WINDOWS_WHILE_READING, Group, Pool
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,7 +53,7 @@ class SlidingPagesSpec(GroupOfItsOwn, SlidingWindowSpec):
 @dataclass(frozen=True, kw_only=True)
 class RowsSpec(GroupOfItsOwn, SlidingWindowSpec):
     """Rows of the last tokens, one of `groups` groups of a pool. A decoding sequence has one window of them, and one
-    whose prompt is being read two: what this step reads, and what the next one will."""
+    whose prompt is being read up to WINDOWS_WHILE_READING."""
 
     group: int
     groups: int
@@ -64,7 +64,7 @@ class RowsSpec(GroupOfItsOwn, SlidingWindowSpec):
         return -(-(self.sliding_window - 1) // self.block_size) + 1
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        return min(2 * self.window_blocks, -(-max_model_len // self.block_size))
+        return min(WINDOWS_WHILE_READING * self.window_blocks, -(-max_model_len // self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         most = -(-vllm_config.model_config.max_model_len // self.block_size)

@@ -203,10 +203,8 @@ class Simulation:
         self.manager = StructuredOutputManager(self.config)
         plan = runtime.open_artifact(folder).manifest.plan
         _, _, self.pool = pool_on(self.config, plan)
-        rows = sum(group.blocks(MAX_LEN, 0) for group in self.pool.groups if group.kind == "rows")
-        self.least = self.pool.bytes_needed(1, MAX_LEN, 2 * MAX_FED) // self.pool.block_bytes + rows
-        """Blocks in which a request that is alone never preempts itself. A scheduler that is a step ahead frees rows a
-        step later, so there is one window of them more."""
+        self.least = self.pool.bytes_needed(1, MAX_LEN, 2 * MAX_FED) // self.pool.block_bytes
+        """Blocks in which a request that is alone never preempts itself."""
 
     def run(
         self, arrivals: Sequence[Arrival], progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool
