@@ -133,7 +133,7 @@ def test_summary_has_a_row_a_layer_and_names_the_artifact(
     out = tmp_path / "artifact"
     dump = ["--dump-passes", str(tmp_path / "dump")]
     assert main([str(model), "--recipe", "pm-kvq", "--budget", "90%", *SMALL, "-o", str(out), *dump]) == 0
-    assert len(list((tmp_path / "dump").iterdir())) == 10, "the graph as captured and after each of nine passes"
+    assert len(list((tmp_path / "dump").iterdir())) == 12, "the graph as captured and after each of eleven passes"
     shown = capsys.readouterr()
     header, *lines = shown.out.splitlines()
     assert " ".join(header.split()) == "layer K bits V bits K axis window bytes loss K map V map"

@@ -20,6 +20,7 @@ from pmkvq_compiler.passes.rewrite_attention import RewriteAttention
 from pmkvq_compiler.passes.verify import is_assertion
 from pmkvq_compiler.runtime import fused
 
+from ..fuzz import LONG_ONLY
 from ..models import SHAPE, tiny_model
 from ..programs import Float64Interpreter, located, relative_error, run_in_float64
 
@@ -34,12 +35,12 @@ def fused_ops(program: Program) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("model_type", "overrides", "per_layer"),
     [
-        ("llama", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
+        pytest.param("llama", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}, marks=LONG_ONLY),
         ("llama", {"attention_bias": True, "mlp_bias": True}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
-        ("qwen2", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
-        ("qwen3", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
+        pytest.param("qwen2", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}, marks=LONG_ONLY),
+        pytest.param("qwen3", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}, marks=LONG_ONLY),
         ("gemma2", {}, {"linears": 1, "gated_linear": 1}),
-        ("olmo2", {}, {"linears": 1, "gated_linear": 1}),
+        pytest.param("olmo2", {}, {"linears": 1, "gated_linear": 1}, marks=LONG_ONLY),
         ("phi3", {}, {"linears": 2, "linear_add": 2}),
         ("cohere", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
     ],

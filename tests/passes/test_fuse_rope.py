@@ -16,6 +16,7 @@ from pmkvq_compiler.passes.rewrite_attention import RewriteAttention
 from pmkvq_compiler.passes.verify import is_assertion
 from pmkvq_compiler.runtime import fused
 
+from ..fuzz import LONG_ONLY
 from ..models import SHAPE, tiny_model
 from ..programs import Float64Interpreter, located, relative_error, run_in_float64
 
@@ -29,13 +30,13 @@ def ropes(program: Program) -> list[Node]:
 @pytest.mark.parametrize(
     ("model_type", "per_layer"),
     [
-        ("llama", 1),
-        ("qwen2", 1),
-        ("qwen3", 1),
-        ("gemma2", 1),
+        pytest.param("llama", 1, marks=LONG_ONLY),
+        pytest.param("qwen2", 1, marks=LONG_ONLY),
+        pytest.param("qwen3", 1, marks=LONG_ONLY),
+        pytest.param("gemma2", 1, marks=LONG_ONLY),
         ("gemma3_text", 1),
         ("phi3", 1),
-        ("cohere", 0),
+        pytest.param("cohere", 0, marks=LONG_ONLY),
         ("glm", 0),
     ],
 )

@@ -38,7 +38,7 @@ def silent(*_: Any) -> None:
         pytest.param("best", "75%", marks=LONG_ONLY),
         pytest.param("pm-kvq", "65%", marks=LONG_ONLY),
         pytest.param("kivi", "70%", marks=LONG_ONLY),
-        ("rotation", "55%"),
+        pytest.param("rotation", "55%", marks=LONG_ONLY),
     ],
 )
 def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe: str, budget: str) -> None:
