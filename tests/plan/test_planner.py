@@ -268,7 +268,7 @@ SERVED: dict[str, tuple[list[AttentionSite], dict[str, Any]]] = {
     "many sequences": ([site(layer) for layer in range(12)], {"batch_size": 16}),
     "sliding": ([site(layer, sliding_window=None if layer % 3 else 512) for layer in range(12)], {"max_len": 16384}),
     "wide values, float32": ([site(layer, value_head_dim=96) for layer in range(6)], {"dtype": torch.float32}),
-    "one choice for all": ([site(layer) for layer in range(12)], {"recipe": "uniform"}),
+    "one choice for all": ([site(layer) for layer in range(12)], {"recipe": "uniform", "batch_size": 4}),
     "windows of one length": ([site(layer) for layer in range(12)], {"recipe": "pm-kvq", "batch_size": 4}),
 }
 
