@@ -119,8 +119,8 @@ def test_preemption_does_not_change_the_text(served_tiny: Served, alone: Alone) 
     expected = alone(artifact, prompts, new=1000)
     pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
     rows = sum(group.blocks(1200, 0) for group in pool.groups if group.kind == "rows")
-    blocks = max(1 + 2 * 3 + 3 * rows, 1 + pool.blocks_per_sequence(1200, 512) + rows)
-    assert blocks < 1 + 2 * (1150 // 64 + rows), "not both answers"
+    blocks = max(1 + 2 * 3 + 3 * rows, pool.bytes_needed(1, 1200, 512) // pool.block_bytes)
+    assert blocks < 1 + 2 * pool.blocks_per_sequence(1150, 0), "not both answers"
     options = {"max_model_len": 1200, "kv_cache_memory_bytes": blocks * pool.block_bytes, "disable_log_stats": False}
     with engine(artifact, **options, enable_prefix_caching=True) as llm:
         assert greedy(llm, prompts, new=1000) == expected

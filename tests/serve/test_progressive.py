@@ -147,7 +147,7 @@ def test_random_schedules_lose_no_block_and_read_no_foreign_one(served_tiny: Ser
         preempted[True] += found.preemptions
         planes += found.planes_read
     print(preempted, planes)
-    assert preempted[True] > 10
+    assert preempted[True] > 5
     assert planes > 1000
 
 
