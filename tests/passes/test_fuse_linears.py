@@ -42,7 +42,7 @@ def fused_ops(program: Program) -> dict[str, int]:
         ("gemma2", {}, {"linears": 1, "gated_linear": 1}),
         pytest.param("olmo2", {}, {"linears": 1, "gated_linear": 1}, marks=LONG_ONLY),
         ("phi3", {}, {"linears": 2, "linear_add": 2}),
-        ("cohere", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}),
+        pytest.param("cohere", {}, {"linears": 1, "gated_linear": 1, "linear_add": 2}, marks=LONG_ONLY),
     ],
 )
 def test_linear_layers_of_a_model_are_fused_and_compute_the_same(

@@ -35,7 +35,7 @@ def ropes(program: Program) -> list[Node]:
         pytest.param("qwen3", 1, marks=LONG_ONLY),
         pytest.param("gemma2", 1, marks=LONG_ONLY),
         ("gemma3_text", 1),
-        ("phi3", 1),
+        pytest.param("phi3", 1, marks=LONG_ONLY),
         pytest.param("cohere", 0, marks=LONG_ONLY),
         ("glm", 0),
     ],
