@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.fx import Node
 from pmkvq_compiler.runtime import fused
 
 from .base import Pass
-from .ops import only_reader, same_form
+from .ops import call_before, only_reader, replace_together, same_form
 from .outline_layers import layer_module
 from .program import Program
 from .verify import Stage
@@ -148,24 +147,19 @@ def _bias(layer: Node) -> Node | None:
 
 def _replace(result: Node, op: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Put a call of `op` in the place of the node `result`."""
-    result.replace_all_uses_with(_call(result, op, args, result.meta["val"]))
+    result.replace_all_uses_with(call_before(result, op, _given(args), result, result.meta["val"]))
 
 
 def _replace_all(layers: Sequence[Node], args: tuple[Any, ...]) -> None:
     """Put one call of `linears` in the place of linear layers."""
-    together = _call(layers[0], fused.linears, args, tuple(layer.meta["val"] for layer in layers))
-    for index, layer in enumerate(layers):
-        for reader in layer.users:
-            if reader.target is aten.view.default:
-                reader.target = aten.reshape.default
-        layer.replace_all_uses_with(_call(layer, operator.getitem, (together, index), layer.meta["val"]))
+    for reader in (reader for layer in layers for reader in layer.users):
+        if reader.target is aten.view.default:
+            reader.target = aten.reshape.default
+    replace_together(layers, layers[0], fused.linears, _given(args))
 
 
-def _call(place: Node, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Node:
-    """A call of `function` in front of the node `place`, in the same module of the model."""
-    while args[-1] is None:  # a bias that there is not, for example
+def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments without those at the end that are None: a bias that there is not, for example."""
+    while args[-1] is None:
         args = args[:-1]
-    with place.graph.inserting_before(place):
-        node = place.graph.call_function(function, args)
-    node.meta = {**place.meta, "val": value}
-    return node
+    return args

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch.fx import Node
 from pmkvq_compiler.runtime import fused
 
 from .base import Pass
-from .ops import only_reader
+from .ops import only_reader, replace_together
 from .outline_layers import layer_module
 from .program import Program
 from .verify import Stage
@@ -127,11 +126,5 @@ def _groups(every: list[Turned]) -> Iterator[list[Turned]]:
 
 def _replace(every: Sequence[Turned]) -> None:
     """Put one op in the place of embeddings with the same tables."""
-    last = every[-1].result
-    with last.graph.inserting_before(last):
-        together = last.graph.call_function(fused.rope, ([one.operand for one in every], every[0].cos, every[0].sin))
-        together.meta = {**last.meta, "val": tuple(one.result.meta["val"] for one in every)}
-        for index, one in enumerate(every):
-            turned = last.graph.call_function(operator.getitem, (together, index))
-            turned.meta = dict(one.result.meta)
-            one.result.replace_all_uses_with(turned)
+    results, operands = [one.result for one in every], [one.operand for one in every]
+    replace_together(results, results[-1], fused.rope, (operands, every[0].cos, every[0].sin))

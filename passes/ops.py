@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,3 +187,18 @@ def same_form(one: Node, other: Node) -> bool:
     """Whether two values have the same shape and dtype."""
     first, second = one.meta["val"], other.meta["val"]
     return first.dtype == second.dtype and list(map(str, first.shape)) == list(map(str, second.shape))
+
+
+def call_before(place: Node, function: Callable[..., Any], args: tuple[Any, ...], like: Node, value: Any) -> Node:
+    """A call of `function` in front of the node `place`: with the result `value`, in the module of the node `like`."""
+    with place.graph.inserting_before(place):
+        node = place.graph.call_function(function, args)
+    node.meta = {**like.meta, "val": value}
+    return node
+
+
+def replace_together(results: Sequence[Node], place: Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Put one call of `function`, in front of the node `place`, where each of the `results` was computed by itself."""
+    together = call_before(place, function, args, place, tuple(one.meta["val"] for one in results))
+    for index, one in enumerate(results):
+        one.replace_all_uses_with(call_before(place, operator.getitem, (together, index), one, one.meta["val"]))

@@ -13,6 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 """The activations of gates, by name."""
 
 Biases = Sequence[Tensor] | None
+Linears = Callable[..., tuple[Tensor, ...]]
 
 
 def linears(
@@ -36,9 +37,11 @@ def gated_linear(
     activation: str,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    by: Linears = linears,
 ) -> Tensor:
-    """The activation of a linear layer, the gate, times another linear layer: [..., N]. See `linears`."""
-    gate, up = linears(x, weights, biases, norm, eps)
+    """The activation of a linear layer, the gate, times another linear layer: [..., N]. Both are computed `by` a
+    function such as `linears`, which see."""
+    gate, up = by(x, weights, biases, norm, eps)
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -79,19 +82,6 @@ def merged_linears(
     return tuple(together.split([len(one) for one in weights], -1))
 
 
-def merged_gated_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Biases,
-    activation: str,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    """`gated_linear` by one product, if the weights lie side by side."""
-    gate, up = merged_linears(x, weights, biases, norm, eps)
-    return ACTIVATIONS[activation](gate) * up
-
-
 class Ops:
     """The ops as the generated model calls them."""
 
@@ -105,7 +95,7 @@ class MergedOps(Ops):
     """The same, where linear layers of one input are one product if their weights lie side by side."""
 
     linears = staticmethod(merged_linears)
-    gated_linear = staticmethod(merged_gated_linear)
+    gated_linear = staticmethod(partial(gated_linear, by=merged_linears))
 
 
 PLAIN = Ops()

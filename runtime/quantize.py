@@ -89,6 +89,8 @@ def encode(x: Tensor, parameters: Tensor, bits: int) -> Tensor:
 
 def encode_planes(x: Tensor, parameters: Tensor, bits: int, count: int) -> list[Tensor]:
     """The first `count` planes (codes as of `encode`) of codes of `bits` bits."""
+    if count == 0:
+        return []
     wide = bits * (count + 1)
     low = encode(x, parameters, wide) - (encode(x, parameters, bits) << (wide - bits))
     low.clamp_(0, levels(wide - bits))  # where rounding has moved a number to the next cell

@@ -106,10 +106,10 @@ def side_by_side(
 
 def _of_every_layer(groups: Iterable[Sequence[str]], names: Iterable[str]) -> Iterator[list[str]]:
     """The groups of names that are all among `names`."""
-    known = set(names)
+    known, in_order = set(names), sorted(names)
     for group in groups:
         pattern = re.escape(group[0]).replace(re.escape(LAYER), "([0-9]+)")
-        found = [match for name in sorted(known) if (match := re.fullmatch(pattern, name))]
+        found = [match for name in in_order if (match := re.fullmatch(pattern, name))]
         for match in found:
             own = [name.replace(LAYER, match[1]) for name in group] if match.re.groups else [*group]
             if known.issuperset(own):

@@ -122,12 +122,6 @@ def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
             f"progressive precision is not served on {current_platform.device_type} yet; leave it out of "
             f"--additional-config, and {artifact.folder} is served at the plan's final bits"
         )
-    files = artifact.package.digests or {}
-    kernels = [name for name in files if name.startswith("kernels/attention")]
-    if current_platform.is_cuda() and not all(b"PLANES" in artifact.package.read(name) for name in kernels):
-        raise ArtifactError(
-            f"{artifact.folder} has kernels of an older release, which know no progressive precision; {AGAIN}"
-        )
     kind = "ProgressiveAsyncScheduler" if scheduler.async_scheduling else "ProgressiveScheduler"
     scheduler.scheduler_cls = f"{__package__}.scheduler.{kind}"
     export()

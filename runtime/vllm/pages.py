@@ -218,10 +218,25 @@ class LayerPages:
         records = self._records(raw)
         write_records(records, keys, values)
         self.pages[pages[kept], :, : self.record] = raw.transpose(0, 1)
-        for number, planes in enumerate(self.ties[pages[kept]].long().unbind(-1), start=1):
+        if self.ties.shape[1]:
+            self._write_planes(pages[kept], records, keys, values)
+
+    def _write_planes(self, pages: Tensor, records: Records, keys: Tensor, values: Tensor) -> None:
+        """Write the planes of pages whose records were written, in groups of the same parameters."""
+        key_bits, value_bits = self.plan.key_bits, self.plan.value_bits
+        key_groups = records.key_parameters.unsqueeze(-2 if records.key_by_channel else -1)
+        key_codes = encode_planes(keys, key_groups, key_bits, planes_of(key_bits))
+        value_groups = records.value_parameters.unsqueeze(-1)
+        value_codes = encode_planes(values, value_groups, value_bits, planes_of(value_bits))
+        for number, planes in enumerate(self.ties[pages].long().unbind(-1), start=1):
             tied = (planes != NOBODY).nonzero().flatten()
             raw = self.pages[planes[tied], :, : self.record].transpose(0, 1)
-            _write_plane(self._plane(raw, number, records, tied), keys[:, tied], values[:, tied])
+            plane = self._records(raw)
+            if number <= len(key_codes):
+                plane.key_codes.copy_(pack(key_codes[number - 1][:, tied], key_bits).view(torch.uint8))
+            if number <= len(value_codes):
+                turned = value_codes[number - 1][:, tied].transpose(-1, -2)
+                plane.value_codes.copy_(pack(turned, value_bits).view(torch.uint8))
             self.pages[planes[tied], :, : self.record] = raw.transpose(0, 1)
 
     def _records(self, raw: Tensor) -> Records:
@@ -346,17 +361,3 @@ class LayerPages:
         owners = table[positions // block].long()
         kept = owners != NOBODY
         place[owners[kept], :, positions[kept] % block] = both[:, : len(positions)][:, kept].transpose(0, 1)
-
-
-def _write_plane(plane: Records, keys: Tensor, values: Tensor) -> None:
-    """Write the codes of a plane; its parameters are those of the records, as `write_records` has chosen them."""
-    if plane.plane <= planes_of(plane.key_bits):
-        parameters = plane.key_parameters.unsqueeze(-2 if plane.key_by_channel else -1)
-        codes = encode_planes(keys, parameters, plane.key_bits, planes_of(plane.key_bits))
-        plane.key_codes.copy_(pack(codes[plane.plane - 1], plane.key_bits).view(torch.uint8))
-    if plane.plane <= planes_of(plane.value_bits):
-        codes = encode_planes(
-            values, plane.value_parameters.unsqueeze(-1), plane.value_bits, planes_of(plane.value_bits)
-        )
-        turned = codes[plane.plane - 1].transpose(-1, -2)
-        plane.value_codes.copy_(pack(turned, plane.value_bits).view(torch.uint8))
