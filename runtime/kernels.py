@@ -195,14 +195,9 @@ class LayerKernels:
             batch,
             splits,
             **merge_launch(splits),
-            **self.overlap(q.device),
+            **overlap(self.module, q.device),
         )
         return out
-
-    def overlap(self, device: torch.device) -> dict[str, bool]:
-        """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
-        Only Triton can launch it so."""
-        return {"launch_pdl": True} if isinstance(self.module, ModuleType) and overlaps(device) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -218,6 +213,15 @@ class LayerKernels:
 
 def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def overlap(module: Any, device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
+
+    Only Triton can launch it so. Where Triton compiles beforehand, the module names the device in `target_device`.
+    """
+    place = device if isinstance(module, ModuleType) else vars(module).get("target_device")
+    return {"launch_pdl": True} if place is not None and overlaps(place) else {}
 
 
 @lru_cache
