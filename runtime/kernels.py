@@ -40,7 +40,11 @@ LINE_BITS = 4 * LANE_BITS
 """Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
 
 ROWS_DECODED = 16
-"""Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
+"""Rows of sink and window that a step of the decode kernel reads, and a program of it where that makes no more than
+MOST_ROW_SPLITS programs a head."""
+
+MOST_ROW_SPLITS = 16
+"""Programs that read a head's rows, where others fill the device: each costs the merge its part."""
 
 PROGRAM_BLOCKS = 1
 """Blocks that a program of the decode kernel would read in the time that its start and its end take."""
@@ -235,13 +239,14 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
     They are the fewest that are done soonest on a device that runs `places` programs at once. The programs of rows are
-    short and come last, where the others leave places empty.
+    short and come last, where the others leave places empty; where nothing is quantized, everything is rows.
     """
-    row_splits = -(-rows // ROWS_DECODED)
+    row_steps = -(-rows // ROWS_DECODED)
+    row_splits = min(row_steps, max(MOST_ROW_SPLITS, places // heads))
 
     def time(splits: int) -> float:
         longest = -(-blocks // splits) + PROGRAM_BLOCKS
-        work = splits * longest + row_splits * (1 + PROGRAM_BLOCKS)
+        work = splits * longest + row_steps + row_splits * PROGRAM_BLOCKS
         return max(longest * -(-heads * splits // places), work * heads / places)
 
     splits = min(range(1, max(1, min(blocks, 8 + 4 * places // heads)) + 1), key=time)
