@@ -25,6 +25,9 @@ FUSED = "fused"
 MOST_LAYERS = 3
 """Linear layers that the kernel of one token takes at once."""
 
+MANY_COLUMNS = 4096
+"""Columns of a weight up to which a program of the kernel of one token takes few long pieces of rows."""
+
 GATE_BLOCK = 1024
 """Columns of a program that applies gates."""
 
@@ -158,9 +161,10 @@ def is_one_token(x: Tensor) -> bool:
 
 def launch_of(columns: int, gated: bool) -> dict[str, int]:
     """Constants and options of the kernel of one token, for weights with so many columns. Measured on an H200."""
-    step, warps, unrolled = (2048, 8, 2) if gated else (512, 4, 7 if columns <= 4096 else 4)
+    wide = columns > MANY_COLUMNS and not gated
+    rows, step, warps, unrolled = (4, 512, 4, 4) if wide else (2, 2048, 8, 2)
     step = min(step, power_of_two(columns))
-    return {"ROWS": 4, "STEP": step, "UNROLLED": unrolled, "num_warps": min(warps, max(1, step // 128))}
+    return {"ROWS": rows, "STEP": step, "UNROLLED": unrolled, "num_warps": min(warps, max(1, step // 128))}
 
 
 def power_of_two(count: int) -> int:
