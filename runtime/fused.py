@@ -1,4 +1,4 @@
-"""Ops of the generated model that take the place of several, in plain PyTorch."""
+"""Ops of the generated model that take the place of several, in plain PyTorch. A device may run each as one kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 """The activations of gates, by name."""
 
 Biases = Sequence[Tensor] | None
-Linears = Callable[..., tuple[Tensor, ...]]
 
 
 def linears(
@@ -37,11 +36,9 @@ def gated_linear(
     activation: str,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    by: Linears = linears,
 ) -> Tensor:
-    """The activation of a linear layer, the gate, times another linear layer: [..., N]. Both are computed `by` a
-    function such as `linears`, which see."""
-    gate, up = by(x, weights, biases, norm, eps)
+    """The activation of a linear layer, the gate, times another linear layer: [..., N]. See `linears`."""
+    gate, up = linears(x, weights, biases, norm, eps)
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -91,12 +88,4 @@ class Ops:
     rope = staticmethod(rope)
 
 
-class MergedOps(Ops):
-    """The same, where linear layers of one input are one product if their weights lie side by side."""
-
-    linears = staticmethod(merged_linears)
-    gated_linear = staticmethod(partial(gated_linear, by=merged_linears))
-
-
 PLAIN = Ops()
-MERGED = MergedOps()
