@@ -249,9 +249,15 @@ def _fused_op(node: Node, render: Render) -> Expression:
     return Expression(f"ops.{node.target.__name__}({_arguments(node.args, {}, render)})")
 
 
+def _grouped_mm(node: Node, render: Render) -> Expression:
+    """The runtime chooses how, because a CUDA graph cannot hold what torch does for most dtypes."""
+    return Expression(f"ops.grouped_mm({_arguments(node.args, {}, render)})")
+
+
 SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
     **dict.fromkeys(CACHE_OPS, _cache_op),
     **dict.fromkeys(FUSED_OPS, _fused_op),
+    aten._grouped_mm.default: _grouped_mm,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,
