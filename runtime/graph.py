@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backend import lower_until_fit
 from .cache import Cache
-from .forward import Forward
+from .forward import Forward, current
 from .manifest import brief
 from .records import state_row
 
@@ -45,31 +45,28 @@ def capture_cuda_graph(step: Step) -> Step:
     """
     step()
     graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
-    reasons: list[str] = []
+    failed: list[BaseException] = []
     with _CAPTURING:
         try:
             with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 try:
                     result = step()
-                except Exception as error:
-                    reasons.append(_in_brief(error))  # the end of such a capture may be an error of its own
+                except BaseException as error:
+                    failed.append(error)  # the end of such a capture may be an error of its own
                     raise
         except BaseException as error:
             torch.cuda.set_stream(stream)  # if a capture cannot be ended, torch leaves the stream that it used
             _abandon(graph, pool)
-            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
-                raise
-            raise NotCapturable((reasons or [_in_brief(error)])[0]) from None
+            first = failed.pop() if failed else error
+            if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, Exception):
+                raise first from None
+            raise NotCapturable(brief((str(first).strip() or type(first).__name__).splitlines()[0])) from None
 
     def replay() -> Tensor:
         graph.replay()
         return result
 
     return replay
-
-
-def _in_brief(error: Exception) -> str:
-    return brief((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
@@ -171,7 +168,8 @@ class GraphDecoder:
         """
         cache = self.cache
         if self.model not in _WITHOUT_GRAPH and (cache.change is not None or not cache.ahead or not self.steps):
-            self._prepare(running.int().tolist())
+            with current(self.model.device):
+                self._prepare(running.int().tolist())
         graph = cache.graph
         if self.model in _WITHOUT_GRAPH or not isinstance(graph, DecodeGraph):
             return call(self.model, cache, tokens, running)

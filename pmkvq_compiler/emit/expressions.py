@@ -130,6 +130,7 @@ METHODS: dict[Any, str] = {
 UNPACKED = frozenset({aten.view.default, aten.reshape.default, aten.expand.default})
 """Methods that take a shape as separate arguments."""
 FUNCTIONS: dict[Any, str] = {
+    aten._grouped_mm.default: "ops.grouped_mm",
     aten.addmm.default: "torch.addmm",
     aten.arange.default: "torch.arange",
     aten.cat.default: "torch.cat",
@@ -249,15 +250,9 @@ def _fused_op(node: Node, render: Render) -> Expression:
     return Expression(f"ops.{node.target.__name__}({_arguments(node.args, {}, render)})")
 
 
-def _grouped_mm(node: Node, render: Render) -> Expression:
-    """The runtime chooses how, because a CUDA graph cannot hold what torch does for most dtypes."""
-    return Expression(f"ops.grouped_mm({_arguments(node.args, {}, render)})")
-
-
 SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
     **dict.fromkeys(CACHE_OPS, _cache_op),
     **dict.fromkeys(FUSED_OPS, _fused_op),
-    aten._grouped_mm.default: _grouped_mm,
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,

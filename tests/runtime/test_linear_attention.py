@@ -364,14 +364,15 @@ def test_the_library_computes_what_float64_does(kind: str, dimensions: str, dtyp
 
 ON_DEVICE: dict[str, dict[str, Any]] = {
     "qwen3_next": {"linear_key_head_dim": 16, "linear_value_head_dim": 32},
-    "kimi_linear": {"linear_head_dim": 16, "kv_lora_rank": 24},
+    "kimi_linear": {"linear_head_dim": 16, "qk_rope_head_dim": 16},
+    "kimi_linear, latents that our kernels cannot read": {"linear_head_dim": 16},
     "bamba": {"mamba_d_state": 16},
     "granitemoehybrid": {"mamba_d_state": 16},
     "nemotron_h": {"ssm_state_size": 16},
     "lfm2": {},
     "lfm2_moe": {},
 }
-"""Hybrids, and states and latents in dimensions that the library's kernels and our own hold."""
+"""Hybrids, with states and latents in dimensions that the kernels hold, but for one."""
 LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -383,9 +384,10 @@ def test_a_hybrid_on_the_library_writes_what_the_reference_writes(
     family: str, dtype: torch.dtype, compile_tiny: CompileTiny
 ) -> None:
     """Its experts too, and in a CUDA graph. In float32 that is the text of transformers."""
-    if family not in CONFIG_MAPPING_NAMES:
+    model_type = family.partition(",")[0]
+    if model_type not in CONFIG_MAPPING_NAMES:
         pytest.skip("this version of transformers does not have it")
-    artifact = compile_tiny(family, {**HYBRIDS[family], **ON_DEVICE[family]}, recipe="none", batch_size=2)
+    artifact = compile_tiny(model_type, {**HYBRIDS[model_type], **ON_DEVICE[family]}, recipe="none", batch_size=2)
     plain = runtime.load(artifact, "cuda", dtype, backend="reference")
     model = runtime.load(artifact, "cuda", dtype)
     has_recurrence = any(state.is_recurrence for state in model.plan.states)
@@ -408,7 +410,7 @@ def test_a_hybrid_on_the_library_writes_what_the_reference_writes(
     for _ in range(2):
         cache = model.new_cache(2)
         text = model.generate(ids, 60, attention_mask=mask, eos_token_id=(), cache=cache)
-        assert cache.graph is not None, "its step was to be captured"
+        assert (cache.graph is not None) is cache.replayable is (family == model_type), "its step was to be captured"
         assert_written_by(plain, text, mask, LOGITS[dtype])
     if dtype == torch.float32:
         source = AutoModelForCausalLM.from_pretrained(artifact.parent / "source")
