@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .experts import grouped_mm, grouped_mm_on_device
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 """The activations of gates, by name."""
@@ -81,6 +84,15 @@ def merged_linears(
 
 class Ops:
     """The ops as the generated model calls them."""
+
+    def __init__(self, grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm) -> None:
+        self.grouped_mm = grouped_mm
+
+    def for_graphs(self) -> Ops:
+        """The same ops where the host reads none of the device's numbers, so that a CUDA graph can hold them."""
+        ops = copy.copy(self)
+        ops.grouped_mm = grouped_mm_on_device
+        return ops
 
     linears = staticmethod(linears)
     gated_linear = staticmethod(gated_linear)

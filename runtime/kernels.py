@@ -253,31 +253,26 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     return splits, splits + row_splits
 
 
-def is_too_wide(plan: LayerPlan) -> bool:
-    """Whether a layer has larger heads than the kernels hold."""
-    return max(plan.key_head_dim, plan.value_head_dim) > LARGEST_HEAD
+def unreadable(plan: LayerPlan) -> str | None:
+    """Why the kernels cannot read a layer's blocks; None if they can."""
+    widest = max(plan.key_head_dim, plan.value_head_dim)
+    if widest > LARGEST_HEAD:
+        return f"head_dim {widest} is more than {LARGEST_HEAD}, the most that the Triton kernels hold"
+    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
+    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
+        if channels % unit:
+            return f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need"
+    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
+    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
+        return f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels need"
+    return None
 
 
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
-    if is_too_wide(plan):
-        raise InputError(
-            f"head_dim {max(plan.key_head_dim, plan.value_head_dim)} is more than {LARGEST_HEAD}, the most that the "
-            f'Triton kernels hold; load with backend="reference"'
-        )
-    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
-    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
-        if channels % unit:
-            raise InputError(
-                f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need; "
-                f'load with backend="reference"'
-            )
-    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
-    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
-        raise InputError(
-            f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels "
-            f'need; load with backend="reference", or compile with a recipe of longer blocks'
-        )
+    reason = unreadable(plan)
+    if reason is not None:
+        raise InputError(f'{reason}; load with backend="reference"')
 
 
 def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int]]:
