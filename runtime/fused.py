@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -82,17 +82,15 @@ def merged_linears(
     return tuple(together.split([len(one) for one in weights], -1))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ops:
     """The ops as the generated model calls them."""
 
-    def __init__(self, grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm) -> None:
-        self.grouped_mm = grouped_mm
+    grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm
 
     def for_graphs(self) -> Ops:
         """The same ops where the host reads none of the device's numbers, so that a CUDA graph can hold them."""
-        ops = copy.copy(self)
-        ops.grouped_mm = grouped_mm_on_device
-        return ops
+        return replace(self, grouped_mm=grouped_mm_on_device)
 
     linears = staticmethod(linears)
     gated_linear = staticmethod(gated_linear)
