@@ -40,7 +40,11 @@ LINE_BITS = 4 * LANE_BITS
 """Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
 
 ROWS_DECODED = 16
-"""Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
+"""Rows of sink and window that a step of the decode kernel reads, and a program of it where that makes no more than
+MOST_ROW_SPLITS programs a head."""
+
+MOST_ROW_SPLITS = 16
+"""Programs that read a head's rows, where others fill the device: each costs the merge its part."""
 
 PROGRAM_BLOCKS = 1
 """Blocks that a program of the decode kernel would read in the time that its start and its end take."""
@@ -195,14 +199,9 @@ class LayerKernels:
             batch,
             splits,
             **merge_launch(splits),
-            **self.overlap(q.device),
+            **overlap(self.module, q.device),
         )
         return out
-
-    def overlap(self, device: torch.device) -> dict[str, bool]:
-        """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
-        Only Triton can launch it so."""
-        return {"launch_pdl": True} if isinstance(self.module, ModuleType) and overlaps(device) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -220,6 +219,15 @@ def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def overlap(module: Any, device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
+
+    Only Triton can launch it so. Where Triton compiles beforehand, the module names the device in `target_device`.
+    """
+    place = device if isinstance(module, ModuleType) else vars(module).get("target_device")
+    return {"launch_pdl": True} if place is not None and overlaps(place) else {}
+
+
 @lru_cache
 def overlaps(device: torch.device) -> bool:
     """Whether a device can launch a kernel before the one in front of it has ended."""
@@ -231,13 +239,14 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
     They are the fewest that are done soonest on a device that runs `places` programs at once. The programs of rows are
-    short and come last, where the others leave places empty.
+    short and come last, where the others leave places empty; where nothing is quantized, everything is rows.
     """
-    row_splits = -(-rows // ROWS_DECODED)
+    row_steps = -(-rows // ROWS_DECODED)
+    row_splits = min(row_steps, max(MOST_ROW_SPLITS, places // heads))
 
     def time(splits: int) -> float:
         longest = -(-blocks // splits) + PROGRAM_BLOCKS
-        work = splits * longest + row_splits * (1 + PROGRAM_BLOCKS)
+        work = splits * longest + row_steps + row_splits * PROGRAM_BLOCKS
         return max(longest * -(-heads * splits // places), work * heads / places)
 
     splits = min(range(1, max(1, min(blocks, 8 + 4 * places // heads)) + 1), key=time)

@@ -155,7 +155,7 @@ RUNTIME_FLOORS = [
     {"backend"},
     {"reference", "prefill"},
     {"kernels"},
-    {"cache"},
+    {"cache", "fused_kernels"},
     {"attention", "recurrence", "forward", "warm_up"},
     {"graph"},
     {"generate"},

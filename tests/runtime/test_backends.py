@@ -67,7 +67,7 @@ def test_layers_that_kernels_cannot_read_are_left_to_the_reference(
 def test_an_artifact_has_a_readable_file_of_kernels_for_each_kind_of_layer(artifact: Path) -> None:
     package = artifact / json.loads((artifact / "pmkvq.json").read_text())["package"]
     files = sorted(path.name for path in (package / "kernels").iterdir() if path.suffix == ".py")
-    assert files == ["attention_0.py", "attention_1.py", "layers.py"]
+    assert files == ["attention_0.py", "attention_1.py", "fused.py", "layers.py"]
     for name in files:
         text = (package / "kernels" / name).read_text()
         compile(text, name, "exec")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
 from pmkvq_compiler.runtime.experts import grouped_mm, grouped_mm_on_device
-from pmkvq_compiler.runtime.fused import MERGED, PLAIN, Ops
+from pmkvq_compiler.runtime.fused import PLAIN, Ops
+from pmkvq_compiler.runtime.fused_kernels import FusedKernels
 
 from ..programs import relative_error
 
@@ -41,7 +44,7 @@ def test_a_product_without_the_host_is_that_of_each_expert(counts: list[int], dt
         assert relative_error(out, exact) <= {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 1e-2)
 
 
-@pytest.mark.parametrize("ops", [PLAIN, MERGED])
+@pytest.mark.parametrize("ops", [PLAIN, FusedKernels(ModuleType("fused"))])
 def test_only_a_step_for_graphs_multiplies_without_the_host(ops: Ops) -> None:
     captured = ops.for_graphs()
     assert type(captured) is type(ops)
