@@ -47,7 +47,7 @@ class PagedCase:
 
     `beginnings` are (taker, giver, tokens): the taker begins with so many tokens of the giver's, in its pages, which
     the giver may fill in the same step. With `planes`, pages have random numbers of planes, and lose some of them
-    between steps.
+    between steps. Where there is `one_program`, it decodes over all records of a head.
     """
 
     layer: Case
@@ -57,6 +57,7 @@ class PagedCase:
     exact: bool = False
     tuning: Tuning = CONSERVATIVE
     planes: bool = False
+    one_program: bool = False
 
     @property
     def sequences(self) -> int:
@@ -66,6 +67,13 @@ class PagedCase:
         plan: LayerPlan = self.layer.plan()
         final = {"stages": (), "sink": 0} if self.exact else {"stages": ((plan.key_bits, plan.value_bits),)}
         return PagedLayer(dataclasses.replace(plan, **final), self.layer.heads, self.layer.dtype.itemsize)
+
+
+class OneProgram(KernelPages):
+    """A head's records are read by one program and its rows by another, as where there are many sequences."""
+
+    def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
+        return 1, 2
 
 
 class Pool:
@@ -156,7 +164,8 @@ def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float
         queries = draw(len(new), query_heads, channels).to(dtype)
         memory, twin = pool.memory.to(device, copy=True), pool.memory.clone()
 
-        ours = KernelPages(layer, kernels, dtype, max(lengths), **pool.place(memory))
+        kind = OneProgram if case.one_program else KernelPages
+        ours = kind(layer, kernels, dtype, max(lengths), **pool.place(memory))
         out = torch.full((len(new), query_heads, channels), float("nan"), dtype=dtype, device=device)
         moved = [part.to(device) for part in (queries, keys, values)]
         ours.attend_batch(*moved, on(device, batch), scale, None, None if sinks is None else sinks.to(device), out)

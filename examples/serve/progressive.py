@@ -61,7 +61,8 @@ def main() -> None:
         make_artifacts(options)
         rows = serve_in_turn([*sys.argv[1:], "--folder", str(options.folder)], options)
     check(rows, options)
-    show(rows)
+    if rows:
+        show(rows)
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -101,11 +102,11 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
 def make_artifacts(options: argparse.Namespace) -> None:
     """An artifact whose final bits are 8, and one of the final bits that are asked for."""
     folder = options.folder
-    if all((folder / name / "pmkvq.json").is_file() for name in ("wide", "final")):
-        return
+    missing = [name for name in ("wide", "final") if not (folder / name / "pmkvq.json").is_file()]
     folder.mkdir(parents=True, exist_ok=True)
     if options.shapes:
-        for name, bits in (("wide", (8, 8)), ("final", options.bits)):
+        for name in missing:
+            bits = (8, 8) if name == "wide" else options.bits
             decode_speed.write_artifact(folder / name, argparse.Namespace(**{**vars(options), "bits": bits}))
         return
     rng = random.Random(2)
@@ -113,10 +114,12 @@ def make_artifacts(options: argparse.Namespace) -> None:
     calibration = folder / "texts.jsonl"
     calibration.write_text("".join(json.dumps({"input_ids": text}) + "\n" for text in texts))
     command = [sys.executable, "-m", "pmkvq_compiler.cli", str(REASONER / "model"), "--max-len", "2048"]
-    command += ["--calib", str(calibration), "--calib-samples", "8", "--calib-len", "900", "--dtype", options.dtype]
+    command += ["--calib", str(calibration), "--calib-samples", "8", "--calib-len", "900"]
     asked = {"wide": ["--recipe", "uniform", "--bits", "8", "--budget", "70%"], "final": ["--budget", options.budget]}
-    for name, more in asked.items():
-        subprocess.run([*command, *more, "-o", str(folder / name)], check=True, stdout=sys.stderr)
+    for name in missing:
+        done = subprocess.run([*command, *asked[name], "-o", str(folder / name)], stdout=sys.stderr, check=False)
+        if done.returncode:
+            sys.exit("the reasoner was not compiled; the compiler's own words are above")
 
 
 def chains(rng: random.Random, count: int, tokens: int) -> list[tuple[tuple[list[int], list[int]], str]]:
