@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ class Forward:
         if cache is None:
             cache = self.new_cache(batch_size=ids.shape[0], max_len=int(mask.sum(-1).max()))
         self.check_cache(cache, ids.shape[0])
-        with cache.claims.claim():
+        with cache.claims.claim(), current(self.device):
             cache.begin(columns)
             if positions is None:
                 positions = _following_positions(cache.length, columns, ids.shape[1])
@@ -128,6 +129,11 @@ class Forward:
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> Cache:
         """An empty cache for sequences of up to `max_len` tokens (as many as the budget allows unless given)."""
         return Cache(self.plan, batch_size, max_len, self.dtype, self.device, self.attention)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within, `device` is torch's current one, for which Triton launches kernels and graphs are captured."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _shapes(plan: CachePlan) -> tuple[Any, ...]:

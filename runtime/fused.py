@@ -1,19 +1,21 @@
-"""Ops of the generated model that take the place of several, in plain PyTorch."""
+"""Ops of the generated model that take the place of several, in plain PyTorch. A device may run each as one kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .experts import grouped_mm, grouped_mm_on_device
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 """The activations of gates, by name."""
 
 Biases = Sequence[Tensor] | None
-Linears = Callable[..., tuple[Tensor, ...]]
 
 
 def linears(
@@ -37,11 +39,9 @@ def gated_linear(
     activation: str,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    by: Linears = linears,
 ) -> Tensor:
-    """The activation of a linear layer, the gate, times another linear layer: [..., N]. Both are computed `by` a
-    function such as `linears`, which see."""
-    gate, up = by(x, weights, biases, norm, eps)
+    """The activation of a linear layer, the gate, times another linear layer: [..., N]. See `linears`."""
+    gate, up = linears(x, weights, biases, norm, eps)
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -82,8 +82,15 @@ def merged_linears(
     return tuple(together.split([len(one) for one in weights], -1))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ops:
     """The ops as the generated model calls them."""
+
+    grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm
+
+    def for_graphs(self) -> Ops:
+        """The same ops where the host reads none of the device's numbers, so that a CUDA graph can hold them."""
+        return replace(self, grouped_mm=grouped_mm_on_device)
 
     linears = staticmethod(linears)
     gated_linear = staticmethod(gated_linear)
@@ -91,12 +98,4 @@ class Ops:
     rope = staticmethod(rope)
 
 
-class MergedOps(Ops):
-    """The same, where linear layers of one input are one product if their weights lie side by side."""
-
-    linears = staticmethod(merged_linears)
-    gated_linear = staticmethod(partial(gated_linear, by=merged_linears))
-
-
 PLAIN = Ops()
-MERGED = MergedOps()

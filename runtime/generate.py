@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .cache import Cache
 from .errors import ArtifactError, InputError
 from .forward import Forward
-from .graph import GraphDecoder
+from .graph import GraphDecoder, call
 from .inputs import real_number, whole_number, whole_numbers
 
 PREFILL_CHUNK = 4096
@@ -103,10 +104,10 @@ def _tell(streamer: Streamer, chosen: Tensor, cache: Cache) -> None:
 
 def decoder(model: Forward, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
     """A function from tokens [B] and the sequences that are running [B] (bool) to the next logits [B, V]. It replays a
-    CUDA graph where the device and the cache's attention allow it, and calls the model elsewhere."""
+    CUDA graph where the device, the cache's attention and the model allow it, and calls the model elsewhere."""
     if cache.replayable and model.device.type == "cuda":
         return GraphDecoder(model, cache)
-    return lambda tokens, running: model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
+    return partial(call, model, cache)
 
 
 @dataclass(frozen=True)

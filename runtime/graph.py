@@ -7,46 +7,84 @@ counts. The bits of codes are constants of the kernels, so a lowered layer needs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from threading import Lock
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .backend import lower_until_fit
 from .cache import Cache
-from .errors import InputError
-from .forward import Forward
+from .forward import Forward, current
+from .manifest import brief
 from .records import state_row
 
 _CAPTURING = Lock()
 """Threads capture one after another: torch has one stream for it."""
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture could not be ended. Torch keeps pointers to them."""
+_WITHOUT_GRAPH: WeakSet[Forward] = WeakSet()
+"""Models whose step was found to be one that no graph can hold."""
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
 """From a step to a function that repeats it on the device and returns the same tensor each time."""
 
 
+class NotCapturable(Exception):
+    """A CUDA graph cannot hold a step; the message says why. The step itself works."""
+
+
 def capture_cuda_graph(step: Step) -> Step:
-    """Run `step` once, which compiles its kernels, then capture it. Raises `InputError` where it cannot be captured."""
+    """Run `step` once, which compiles its kernels, then capture it.
+
+    Raises `NotCapturable` where that is impossible, for example because the host reads numbers of the device. Stream,
+    memory and random numbers are as before then.
+    """
     step()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise InputError(
-            f"this model's decode step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); load it with "
-            f'backend="reference", which needs no graph'
-        ) from error
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    failed: list[BaseException] = []
+    with _CAPTURING:
+        try:
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                try:
+                    result = step()
+                except BaseException as error:
+                    failed.append(error)  # the end of such a capture may be an error of its own
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(stream)  # if a capture cannot be ended, torch leaves the stream that it used
+            _abandon(graph, pool)
+            first = failed.pop() if failed else error
+            if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, Exception):
+                raise first from None
+            raise NotCapturable(brief((str(first).strip() or type(first).__name__).splitlines()[0])) from None
 
     def replay() -> Tensor:
         graph.replay()
         return result
 
     return replay
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """Undo what is left of a capture that failed. The captured work has not run.
+
+    Torch cannot end a capture that the device has called invalid. The allocator then waits for its end, without which
+    it frees nothing, and so does the default generator of random numbers, until another capture ends.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the capture did end
+    torch._C._cuda_releasePool(device, pool)
+    _ABANDONED.append(graph)
+    number = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        number.zero_()
 
 
 class DecodeGraph:
@@ -83,16 +121,36 @@ def _step(model: Forward, cache: Cache, tokens: Tensor, counts: Tensor) -> Tenso
     length += new
     torch.maximum(reached, length, out=reached)
     new.copy_(counts)
-    hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache, model.ops)
+    hidden = model.hidden_states(tokens.unsqueeze(-1), length.long().unsqueeze(-1), cache, model.ops.for_graphs())
     logits = model.logits(hidden[:, -1])
     if not captured:
         cache.end_change()
     return logits
 
 
+def _go_without(model: Forward, reason: str) -> None:
+    """Capture no more steps of this model, and warn that none is."""
+    if model in _WITHOUT_GRAPH:
+        return
+    _WITHOUT_GRAPH.add(model)
+    warnings.warn(
+        f"no CUDA graph can hold this model's decode step ({reason}), so the host launches every operation of every "
+        f"token, which can make decoding several times slower; the tokens are the same",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def call(model: Forward, cache: Cache, tokens: Tensor, running: Tensor) -> Tensor:
+    """A decode step without a graph: logits [B, vocab_size] after `tokens` [B] of the sequences that are `running`."""
+    return model(tokens.unsqueeze(-1), cache, attention_mask=running.unsqueeze(-1))[:, -1]
+
+
 class GraphDecoder:
-    """Feeds a model one token of every sequence at a time, by a graph that is captured again when a layer is
-    lowered."""
+    """Feeds a model one token of every sequence at a time, by a graph that is captured again when a layer is lowered.
+
+    Where no graph can hold the model's step, it calls the model for every token. A warning says so once.
+    """
 
     def __init__(self, model: Forward, cache: Cache, capture: Capture = capture_cuda_graph) -> None:
         self.model = model
@@ -109,10 +167,12 @@ class GraphDecoder:
         the tokens do not fit, before anything is changed.
         """
         cache = self.cache
-        if cache.change is not None or not cache.ahead or not self.steps:
-            self._prepare(running.int().tolist())
+        if self.model not in _WITHOUT_GRAPH and (cache.change is not None or not cache.ahead or not self.steps):
+            with current(self.model.device):
+                self._prepare(running.int().tolist())
         graph = cache.graph
-        assert isinstance(graph, DecodeGraph)
+        if self.model in _WITHOUT_GRAPH or not isinstance(graph, DecodeGraph):
+            return call(self.model, cache, tokens, running)
         graph.tokens.copy_(tokens)
         graph.counts.copy_(running)
         cache.ahead = True
@@ -129,6 +189,9 @@ class GraphDecoder:
             lower_until_fit(attention, store, cache.state, counts)
         if not isinstance(cache.graph, DecodeGraph) or not cache.graph.serves(self.model, cache):
             cache.graph = None  # frees its memory for the next one
-            cache.graph = DecodeGraph(self.model, cache, self.capture)
+            try:
+                cache.graph = DecodeGraph(self.model, cache, self.capture)
+            except NotCapturable as reason:
+                _go_without(self.model, str(reason))
         cache.end()
         self.steps = cache.steps_until_lowering(counts)

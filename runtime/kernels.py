@@ -40,7 +40,11 @@ LINE_BITS = 4 * LANE_BITS
 """Bits that a step of the decode kernel reads of a channel's V codes: one word in each of four lanes."""
 
 ROWS_DECODED = 16
-"""Rows of sink and window that a program of the decode kernel reads: one step of its loop."""
+"""Rows of sink and window that a step of the decode kernel reads, and a program of it where that makes no more than
+MOST_ROW_SPLITS programs a head."""
+
+MOST_ROW_SPLITS = 16
+"""Programs that read a head's rows, where others fill the device: each costs the merge its part."""
 
 PROGRAM_BLOCKS = 1
 """Blocks that a program of the decode kernel would read in the time that its start and its end take."""
@@ -195,14 +199,9 @@ class LayerKernels:
             batch,
             splits,
             **merge_launch(splits),
-            **self.overlap(q.device),
+            **overlap(self.module, q.device),
         )
         return out
-
-    def overlap(self, device: torch.device) -> dict[str, bool]:
-        """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
-        Only Triton can launch it so."""
-        return {"launch_pdl": True} if isinstance(self.module, ModuleType) and overlaps(device) else {}
 
     def decode_launch(self, plan: LayerPlan, value_bits: int) -> dict[str, int]:
         """Constants and options that the decode kernel of a layer is launched with."""
@@ -220,6 +219,15 @@ def _with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def overlap(module: Any, device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may be launched before the one in front of it has ended, for which it waits itself.
+
+    Only Triton can launch it so. Where Triton compiles beforehand, the module names the device in `target_device`.
+    """
+    place = device if isinstance(module, ModuleType) else vars(module).get("target_device")
+    return {"launch_pdl": True} if place is not None and overlaps(place) else {}
+
+
 @lru_cache
 def overlaps(device: torch.device) -> bool:
     """Whether a device can launch a kernel before the one in front of it has ended."""
@@ -231,44 +239,40 @@ def splits_of(heads: int, blocks: int, rows: int, places: int) -> tuple[int, int
     """In how many parts `blocks` of a head are read, and how many parts that makes with those of its `rows`.
 
     They are the fewest that are done soonest on a device that runs `places` programs at once. The programs of rows are
-    short and come last, where the others leave places empty.
+    short and come last, where the others leave places empty; where nothing is quantized, everything is rows.
     """
-    row_splits = -(-rows // ROWS_DECODED)
+    row_steps = -(-rows // ROWS_DECODED)
+    row_splits = min(row_steps, max(MOST_ROW_SPLITS, places // heads))
 
     def time(splits: int) -> float:
         longest = -(-blocks // splits) + PROGRAM_BLOCKS
-        work = splits * longest + row_splits * (1 + PROGRAM_BLOCKS)
+        work = splits * longest + row_steps + row_splits * PROGRAM_BLOCKS
         return max(longest * -(-heads * splits // places), work * heads / places)
 
     splits = min(range(1, max(1, min(blocks, 8 + 4 * places // heads)) + 1), key=time)
     return splits, splits + row_splits
 
 
-def is_too_wide(plan: LayerPlan) -> bool:
-    """Whether a layer has larger heads than the kernels hold."""
-    return max(plan.key_head_dim, plan.value_head_dim) > LARGEST_HEAD
+def unreadable(plan: LayerPlan) -> str | None:
+    """Why the kernels cannot read a layer's blocks; None if they can."""
+    widest = max(plan.key_head_dim, plan.value_head_dim)
+    if widest > LARGEST_HEAD:
+        return f"head_dim {widest} is more than {LARGEST_HEAD}, the most that the Triton kernels hold"
+    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
+    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
+        if channels % unit:
+            return f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need"
+    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
+    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
+        return f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels need"
+    return None
 
 
 def check_kernels(plan: LayerPlan) -> None:
     """Raises `InputError` where the kernels cannot read a layer's blocks."""
-    if is_too_wide(plan):
-        raise InputError(
-            f"head_dim {max(plan.key_head_dim, plan.value_head_dim)} is more than {LARGEST_HEAD}, the most that the "
-            f'Triton kernels hold; load with backend="reference"'
-        )
-    key_channels = max(CHANNELS_AT_ONCE, LANE_BITS // plan.key_bits)
-    for channels, unit in ((plan.key_head_dim, key_channels), (plan.value_head_dim, CHANNELS_AT_ONCE)):
-        if channels % unit:
-            raise InputError(
-                f"head_dim {channels} is not a multiple of {unit}, which the Triton kernels need; "
-                f'load with backend="reference"'
-            )
-    smallest = max(SMALLEST_BLOCK, LINE_BITS // plan.value_bits)
-    if plan.quantized and (plan.block < smallest or plan.block & (plan.block - 1)):
-        raise InputError(
-            f"a block of {plan.block} tokens is not a power of two from {smallest} up, which the Triton kernels "
-            f'need; load with backend="reference", or compile with a recipe of longer blocks'
-        )
+    reason = unreadable(plan)
+    if reason is not None:
+        raise InputError(f'{reason}; load with backend="reference"')
 
 
 def lowering_order(live: int, wide: int, narrow: int) -> Iterator[tuple[int, int]]:

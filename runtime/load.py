@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,17 +23,18 @@ import torch
 from .backend import Attention
 from .cubins import Archive, archives, runs_on
 from .errors import ArtifactError, InputError
-from .fused import MERGED, PLAIN, Ops
-from .kernels import LayerKernels, check_kernels, is_too_wide
+from .fused import PLAIN, Ops
+from .fused_kernels import FUSED, FusedKernels
+from .kernels import LayerKernels, check_kernels, unreadable
 from .manifest import AGAIN, DTYPES, MANIFEST, Artifact, Files, brief, open_artifact, parse_json
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import file_digest as file_digest
 from .model import CompiledModel
 from .plan import CachePlan
-from .reference import REFERENCE
+from .reference import BESIDE_KERNELS, REFERENCE
 from .tuning import read_tunings, tuning_for
-from .warm_up import first_kernels
-from .weights import check_tensors, read_weights
+from .warm_up import first_kernels, observed_calls
+from .weights import check_tensors, empty_weights, read_weights
 
 Backend = Literal["reference", "triton"]
 Verify = Literal["digests", "manifest"]
@@ -98,8 +100,9 @@ def _loaded(
         check_code(artifact)
     plan, code = _generated(artifact)
     attention, ops = choose_backend(artifact.package, plan, place, backend, target, compiled=trust_code)
-    with first_kernels(attention, plan, target, place):
-        weights = read_weights(artifact, target, place, () if ops is PLAIN else code.JOINED)
+    empty, groups = empty_weights(artifact, target), () if ops is PLAIN else code.JOINED
+    with first_kernels(attention, ops, partial(observed_calls, code, empty, groups), plan, target, place):
+        weights = read_weights(artifact, empty, place, groups)
     hidden_states, logits = code.bind(weights)
     return CompiledModel(
         plan=plan,
@@ -243,13 +246,13 @@ def choose_backend(
     dtype: torch.dtype | None = None,
     compiled: bool = True,
 ) -> tuple[Sequence[Attention], Ops]:
-    """The attention of every layer and the model's other ops: the reference path and plain PyTorch, or the layer's
-    kernels in the artifact's `package`, which is given as its listed files or as its folder, and merged products.
+    """The attention of every layer and the model's other ops: the reference path and plain PyTorch, or kernels in the
+    artifact's `package`, which is given as its listed files or as its folder.
 
     Kernels that were compiled with the artifact are used if they are for this device and the model's `dtype` (by
     default the plan's). Otherwise Triton compiles the kernels at their first launch; where the artifact has compiled
-    kernels and none fit, a warning says so. Layers whose heads are too wide for the kernels are left to the reference
-    path unless "triton" was asked for. With `compiled=False` the artifact's compiled kernels are ignored.
+    kernels and none fit, a warning says so. Layers that the kernels cannot read are left to the reference path, with a
+    warning, unless "triton" was asked for. With `compiled=False` the artifact's compiled kernels are ignored.
 
     Raises `InputError` where the backend is not known or cannot run on the device, and `ArtifactError` where the
     kernels cannot be read.
@@ -269,19 +272,20 @@ def choose_backend(
         archive = _fitting_archive(files, DTYPES[plan.dtype], device, dtype)
     if archive is None:
         _check_triton(device)
-    left = [backend is None and is_too_wide(layer) for layer in plan.layers]
-    for layer, too_wide in zip(plan.layers, left, strict=True):
-        if not too_wide:
-            check_kernels(layer)
+    reasons = [unreadable(layer) for layer in plan.layers]
+    for layer in plan.layers if backend == "triton" else ():
+        check_kernels(layer)
+    for reason in dict.fromkeys(reason for reason in reasons if reason is not None):
+        warnings.warn(f"{reason}: such layers are computed in plain PyTorch, which is slower", stacklevel=3)
     modules = {
         name: _run(files, f"kernels/{name}.py") if archive is None else archive.kernels(name)
-        for name in dict.fromkeys(names)
+        for name in dict.fromkeys((*names, FUSED))
     }
     attention = [
-        REFERENCE if too_wide else LayerKernels(modules[name], tuning)
-        for name, too_wide in zip(names, left, strict=True)
+        LayerKernels(modules[name], tuning) if reason is None else BESIDE_KERNELS
+        for name, reason in zip(names, reasons, strict=True)
     ]
-    return attention, MERGED
+    return attention, FusedKernels(modules[FUSED])
 
 
 def _fitting_archive(

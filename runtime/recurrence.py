@@ -102,7 +102,7 @@ def selective_scan(
 
 def computed_by(shape: Sequence[int], dtype: torch.dtype, device: torch.device, attention: Sequence[Attention]) -> str:
     """What computes the recurrences of a model in `dtype` on `device` whose states have this `shape`: "reference", or
-    the library and its version. Where all `attention` is the reference, so is this."""
+    the library and its version. `attention` says whether the model was asked for plain PyTorch."""
     library = None if _is_plain(attention) else library_for(shape, dtype, device)
     return REFERENCE.name if library is None else library.name
 

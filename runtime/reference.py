@@ -82,7 +82,9 @@ class Reference:
 
 
 REFERENCE = Reference()
-"""It keeps nothing about a layer, so one object serves them all."""
+"""It keeps nothing about a layer, so one object serves all layers of models that were asked for plain PyTorch."""
+BESIDE_KERNELS = Reference()
+"""The same in a model that was not: for layers that the kernels cannot read."""
 
 
 def _attend(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Attention
+from .backend import Attention, NewTokens
 from .cache import Cache
+from .fused import Ops
+from .fused_kernels import FusedKernels
 from .kernels import LayerKernels
+from .layer_cache import LayerCache
 from .manifest import DTYPES
 from .plan import CachePlan, LayerPlan, sequence_bytes
+from .weights import side_by_side
 
 NOWHERE = torch.device("meta")
 
@@ -44,17 +48,92 @@ class Call:
     sinks: Tensor | None
 
 
+@dataclass
+class Observer:
+    """An `Attention` that records the calls of a layer while the model runs, and stores no tokens."""
+
+    calls: list[Call]
+    name = "observer"
+    replayable = False
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        self.calls.append(Call(q, k, v, scale, softcap, sinks))
+        return q.new_empty(*q.shape[:3], v.shape[-1])
+
+    def read(
+        self,
+        q: Tensor,
+        waiting: tuple[Tensor, Tensor] | None,
+        store: LayerCache,
+        new: NewTokens,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        k, v = waiting or (self.calls[-1].k, self.calls[-1].v)  # `attend` makes the launches of `read`, too
+        return self.attend(q, k, v, store, new, scale, softcap, sinks)
+
+    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
+        pass
+
+    def lower(self, store: LayerCache, state: Tensor | None) -> None:
+        store.lower()
+
+
+def observed_calls(
+    code: ModuleType,
+    empty: Mapping[str, Tensor],
+    groups: Iterable[Sequence[str]],
+    plan: CachePlan,
+    ops: Ops,
+    batches: Sequence[int],
+    counts: Sequence[int],
+) -> list[list[Call]]:
+    """The attention calls of each layer of the generated model `code`, for so many sequences and tokens of each.
+
+    The model runs with `ops` on weights without memory, whose `groups` lie side by side.
+    """
+    calls: list[list[Call]] = [[] for _ in plan.layers]
+    hidden_states, _ = code.bind({**empty, **side_by_side(empty, groups, NOWHERE)})
+    whole = roomy(plan, *plan.layers)
+    with torch.inference_mode():
+        for batch in batches:
+            for count in sorted({min(count, plan.max_len) for count in counts}):
+                observers = [Observer(of_layer) for of_layer in calls]
+                cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE, observers)
+                cache.begin([slice(0, count)] * batch)
+                ids = torch.zeros(batch, count, dtype=torch.int64, device=NOWHERE)
+                hidden_states(ids, ids, cache, ops)
+    return calls
+
+
 @contextmanager
 def first_kernels(
-    attention: Sequence[Attention], plan: CachePlan, dtype: torch.dtype, device: torch.device
+    attention: Sequence[Attention],
+    ops: Ops,
+    run: Callable[[CachePlan, Ops, Sequence[int], Sequence[int]], Any],
+    plan: CachePlan,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[None]:
-    """Within, the kernels are compiled that a new cache in `dtype` is written and read with, if Triton compiles them.
+    """Within, the kernels are compiled that a new cache in `dtype` is written and read with, and those of `ops`, if
+    Triton compiles them. `run` is `observed_calls` of the model.
 
     Nothing depends on this, so nothing fails by it: an error of Triton is left to the launch of the kernel, and any
     other becomes a warning.
     """
     kinds = {
-        (layer.module, one.stages[:1]): (_Compiled(layer.module), layer.tuning, one)
+        (layer.module, one.stages[:1]): (_Compiled(layer.module, device), layer.tuning, one)
         for layer, one in zip(attention, plan.layers, strict=True)
         if isinstance(layer, LayerKernels) and isinstance(layer.module, ModuleType)
     }
@@ -73,6 +152,8 @@ def first_kernels(
         ):
             for module, tuning, one in kinds.values():
                 launch_first(LayerKernels(module, tuning), plan, one, dtype)  # type: ignore[arg-type]
+            if isinstance(ops, FusedKernels) and isinstance(ops.module, ModuleType):
+                run(in_dtype(plan, dtype), FusedKernels(_Compiled(ops.module, device)), (1,), (1, 2))  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(1) as thread:  # a mode of Triton's belongs to a thread, and this one ends with it
         compiling = thread.submit(compile_all)
@@ -89,10 +170,15 @@ def first_kernels(
 def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype: torch.dtype) -> None:
     """Make the launches for one token, a short prompt, and one that the library attends to, in a new cache of a layer,
     without memory."""
-    whole = roomy(replace(plan, dtype=str(dtype).removeprefix("torch.")), layer)
+    whole = roomy(in_dtype(plan, dtype), layer)
     for count in (1, 2, kernels.tuning.library_unit):
         if 1 <= count <= plan.max_len:
             attend(kernels, whole, plan.max_len, 0, _call(kernels, layer, count, dtype))
+
+
+def in_dtype(plan: CachePlan, dtype: torch.dtype) -> CachePlan:
+    """The plan of a model that is loaded in `dtype`."""
+    return replace(plan, dtype=str(dtype).removeprefix("torch."))
 
 
 def _call(kernels: LayerKernels, layer: LayerPlan, count: int, dtype: torch.dtype) -> Call:
@@ -138,6 +224,7 @@ class _Compiled:
     """Takes the place of a module of kernels, and compiles them instead of launching them."""
 
     module: ModuleType
+    target_device: torch.device
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.module, name)

@@ -50,6 +50,21 @@ def tensor_files(artifact: Artifact) -> list[tuple[Path, dict[str, str]]]:
     return [*checkpoint, (constants, manifest.tensors[manifest.constants])]
 
 
+def empty_weights(artifact: Artifact, target: torch.dtype) -> dict[str, Tensor]:
+    """The weights and constants without memory. Raises `ArtifactError`.
+
+    Weights that are stored in the model's own dtype have the dtype `target`; constants, and weights that the model
+    keeps in float32, stay as they are.
+    """
+    stored = DTYPES[artifact.manifest.plan.dtype]
+    *checkpoint, constants = [file for file, _ in tensor_files(artifact)]
+    try:
+        weights = {name: one.to(target) if one.dtype == stored else one for name, one in empty_tensors(checkpoint)}
+        return weights | dict(empty_tensors([constants]))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"the weights in {artifact.folder} cannot be read ({brief(error)}); {AGAIN}") from error
+
+
 def empty_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """The names of the tensors in safetensors files, and tensors like them without memory."""
     for path in files:
@@ -61,21 +76,15 @@ def empty_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_weights(
-    artifact: Artifact, target: torch.dtype, device: torch.device, groups: Iterable[Sequence[str]]
+    artifact: Artifact, empty: Mapping[str, Tensor], device: torch.device, groups: Iterable[Sequence[str]]
 ) -> dict[str, Tensor]:
-    """The weights and constants on a device; tensors of `groups` lie side by side there. Raises `ArtifactError`.
+    """The weights and constants on a device, in the dtypes of the `empty` ones. Tensors of `groups` lie side by side.
 
-    Weights that are stored in the model's own dtype are converted to `target`; constants, and weights that the model
-    keeps in float32, stay as they are.
+    Raises `ArtifactError`.
     """
-    stored = DTYPES[artifact.manifest.plan.dtype]
-    *checkpoint, constants = [path for path, _ in tensor_files(artifact)]
-    weights: dict[str, Tensor] = {}
+    weights, places = {}, side_by_side(empty, groups, device)
     try:
-        empty = {name: one.to(target) if one.dtype == stored else one for name, one in empty_tensors(checkpoint)}
-        empty |= dict(empty_tensors([constants]))
-        places = side_by_side(empty, groups, device)
-        for path in (*checkpoint, constants):
+        for path, _ in tensor_files(artifact):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118 - it is no dictionary
                     tensor = file.get_tensor(name).to(empty[name].dtype)

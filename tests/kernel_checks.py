@@ -309,7 +309,8 @@ if os.environ.get(fuzz.LONG):
 
 def repair_interpreter() -> None:
     """Let the interpreter of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses, and keep it
-    from searching all of `triton.language` at each call of a function within a kernel: the kernel has patched it."""
+    from what only costs time: it searches all of `triton.language` at each call of a function within a kernel, which
+    has patched it, and computes whether integers overflow, but tells nobody."""
     patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
 
     def patch(tensor: Any, scope: Any) -> None:
@@ -327,6 +328,8 @@ def repair_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch
     interpreter._patch_lang = patch_once
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def evaluate(model: Path) -> tuple[dict[str, Any], Any]:
         limit=QUESTIONS,
         bootstrap_iters=0,
         log_samples=True,
-        task_manager=TaskManager(include_path=str(ROOT / "examples" / "evaluation")),
+        task_manager=TaskManager(include_path=str(ROOT / "examples" / "evaluation"), include_defaults=False),
     )
     return results, loaded.model
 

@@ -29,6 +29,7 @@ from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
 from tests.conftest import CompileTiny
+from tests.decode_steps import trace_decode_step
 from tests.families import FAMILIES, Family
 from tests.fuzz import LONG_ONLY, chosen
 from tests.models import tiny_folder
@@ -140,6 +141,11 @@ def test_greedy_text_is_that_of_transformers(compiled: Compiled) -> None:
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     text = compiled.source.generate(ids, max_new_tokens=NEW_TOKENS, **options)  # type: ignore[operator]
     assert compiled.exact.generate(ids, NEW_TOKENS).tolist() == text.tolist()
+
+
+def test_a_decode_step_asks_the_host_for_nothing(compiled: Compiled) -> None:
+    """So a CUDA graph can hold it."""
+    trace_decode_step(compiled.exact)
 
 
 def test_the_bytes_of_the_plan_are_those_that_the_cache_owns(compiled: Compiled) -> None:

@@ -120,7 +120,7 @@ def test_machine_code_is_not_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(loading, "_fitting_archive", lambda *_: asked.append("archive"))
     monkeypatch.setattr(loading, "_check_triton", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
-    monkeypatch.setattr(loading, "check_kernels", lambda layer: None)
+    monkeypatch.setattr(loading, "unreadable", lambda layer: None)
     artifact = runtime.open_artifact(copy)
     for compiled in (True, False):
         attention = runtime.choose_attention(

@@ -12,8 +12,8 @@ cache, compiled and replayed in the same way. `vllm`: vLLM with bf16 and with fp
 timed at `--batches`, by default at batch 1 and at the largest that fits the device, and `packed` then also at the
 largest of the others that ran before it; `lowering` is a packed cache whose layers are all lowered in one step.
 
-Before anything is timed, the logits of our models are compared with those that the reference path computes from the
-same cache; a model whose logits are wrong gets no row, and the exit code is 1.
+Before anything is timed, the logits of our models are compared with those that the reference path computes in float32
+from the same cache; a model whose logits are wrong gets no row, and the exit code is 1.
 
 A step takes the time from tokens to the next tokens, waiting for them included. Times are medians. Every part runs in
 its own process. Writes DIR/end_to_end.csv, end_to_end.md and end_to_end.svg.
@@ -287,15 +287,23 @@ class Artifact(Contender):
 
     @torch.inference_mode()
     def compare(self) -> None:
-        """Raises `gate.WrongKernelError` where the logits of a step are not those of the reference path."""
+        """Raises `gate.WrongKernelError` where the logits of a step are not those of the reference path in float32."""
         self.start(1)
         twin = copy.copy(self.cache)
         twin.attend_by([REFERENCE] * len(twin.layers))
         tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-        plain = dataclasses.replace(self.model, ops=PLAIN)
-        found, expected = self.decode(tokens, self.running), plain(tokens.unsqueeze(-1), twin)[:, -1]
+        found, expected = self.decode(tokens, self.running), self.exact()(tokens.unsqueeze(-1), twin)[:, -1]
         self.stop()
         gate.check("decode", found, expected, LOGITS_TOLERANCE)
+
+    def exact(self) -> CompiledModel:
+        """The model in float32, by plain PyTorch. In bf16, two ways to compute the same would differ by the sum of both
+        their errors."""
+        weights = {name: weight.float() for name, weight in self.model.weights.items()}
+        hidden_states, logits = self.code.bind(weights)
+        return dataclasses.replace(
+            self.model, weights=weights, hidden_states=hidden_states, logits=logits, dtype=torch.float32, ops=PLAIN
+        )
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.decode(tokens, self.running).argmax(-1)

@@ -130,6 +130,7 @@ METHODS: dict[Any, str] = {
 UNPACKED = frozenset({aten.view.default, aten.reshape.default, aten.expand.default})
 """Methods that take a shape as separate arguments."""
 FUNCTIONS: dict[Any, str] = {
+    aten._grouped_mm.default: "ops.grouped_mm",
     aten.addmm.default: "torch.addmm",
     aten.arange.default: "torch.arange",
     aten.cat.default: "torch.cat",
@@ -256,8 +257,7 @@ SPECIAL: dict[Any, Callable[[Node, Render], Expression | None]] = {
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,
     aten.mean.dim: _reduction("mean"),
-    aten.neg.default: _negation,
-    operator.neg: _negation,
+    **dict.fromkeys((aten.neg.default, operator.neg), _negation),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.sum.dim_IntList: _reduction("sum"),

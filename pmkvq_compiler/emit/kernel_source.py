@@ -9,6 +9,7 @@ from typing import Any
 from pmkvq_compiler.emit.model_source import span
 from pmkvq_compiler.passes.program import AttentionSite
 from pmkvq_compiler.runtime import quantize, records
+from pmkvq_compiler.runtime.fused_kernels import FUSED
 from pmkvq_compiler.runtime.plan import ALIGNMENT, LayerPlan
 from pmkvq_compiler.runtime.records import PARAMETER_BITS, Field, row_numbers
 from pmkvq_compiler.runtime.vllm.layout import WIDEST
@@ -73,8 +74,8 @@ def bits_of(fields: Collection[Field]) -> str:
 
 
 def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> dict[str, str]:
-    """The names and texts of the files in `kernels/`. `layers.py` says which layer uses which file, and `tuning.json`
-    has the launch parameters for each device."""
+    """The names and texts of the files in `kernels/`. `layers.py` says which layer uses which file, `fused.py` has the
+    kernels of other ops than attention, and `tuning.json` the launch parameters for each device."""
     kinds: dict[str, list[int]] = {}
     paged = any(plan.quantized for plan in plans)
     for site, plan in zip(sites, plans, strict=True):
@@ -87,6 +88,7 @@ def kernel_files(sites: Sequence[AttentionSite], plans: Sequence[LayerPlan]) -> 
         files[f"attention_{number}.py"] = text.replace("LAYERS", span(layers), 1)
         names |= dict.fromkeys(layers, f"attention_{number}")
     files["layers.py"] = render("kernels/layers.py.j2", names=[names[layer] for layer in sorted(names)])
+    files[f"{FUSED}.py"] = render(f"kernels/{FUSED}.py.j2")
     files[TUNING] = tuning_table()
     return files
 

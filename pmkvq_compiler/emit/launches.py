@@ -10,24 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pmkvq_compiler.emit.kernel_source import TUNING
 from pmkvq_compiler.emit.package import CONSTANTS
-from pmkvq_compiler.runtime.backend import NewTokens
-from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.runtime.cubins import ALIGNMENT, argument_type, variant
-from pmkvq_compiler.runtime.fused import MERGED
+from pmkvq_compiler.runtime.fused_kernels import FUSED, FusedKernels
 from pmkvq_compiler.runtime.generate import PREFILL_CHUNK
 from pmkvq_compiler.runtime.kernels import LayerKernels
-from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.load import import_generated
-from pmkvq_compiler.runtime.manifest import DTYPES
 from pmkvq_compiler.runtime.plan import CachePlan
 from pmkvq_compiler.runtime.tuning import read_tunings
-from pmkvq_compiler.runtime.warm_up import NOWHERE, Call, attend, roomy
-from pmkvq_compiler.runtime.weights import empty_tensors, side_by_side
+from pmkvq_compiler.runtime.warm_up import Call, attend, observed_calls, roomy
+from pmkvq_compiler.runtime.weights import empty_tensors
 
 
 @dataclass
@@ -89,56 +84,17 @@ def _places(arguments: Sequence[Any]) -> list[int | None]:
     return places
 
 
-@dataclass
-class Observer:
-    """An `Attention` that records the calls of a layer while the model runs, and stores no tokens."""
-
-    calls: list[Call]
-    name = "observer"
-    replayable = False
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        store: LayerCache,
-        new: NewTokens,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        self.calls.append(Call(q, k, v, scale, softcap, sinks))
-        return q.new_empty(*q.shape[:3], v.shape[-1])
-
-    def read(
-        self,
-        q: Tensor,
-        waiting: tuple[Tensor, Tensor] | None,
-        store: LayerCache,
-        new: NewTokens,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        k, v = waiting or (self.calls[-1].k, self.calls[-1].v)  # `attend` makes the launches of `read`, too
-        return self.attend(q, k, v, store, new, scale, softcap, sinks)
-
-    def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
-        pass
-
-    def lower(self, store: LayerCache, state: Tensor | None) -> None:
-        store.lower()
-
-
 def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder]:
     """Every launch that the runtime can make, by the names of the kernels' files."""
     plan: CachePlan = import_generated(package / "plan.py").PLAN
     names = import_generated(package / "kernels" / "layers.py").KERNELS
-    recorders = {name: Recorder(import_generated(package / "kernels" / f"{name}.py")) for name in dict.fromkeys(names)}
+    files = dict.fromkeys((*names, FUSED))
+    recorders = {name: Recorder(import_generated(package / "kernels" / f"{name}.py")) for name in files}
     tunings = read_tunings((package / "kernels" / TUNING).read_text(encoding="utf-8"))
     seen = set()
-    calls = _observed_calls(package, checkpoint, plan)
+    code, weights = import_generated(package / "model.py"), dict(empty_tensors([*checkpoint, package / CONSTANTS]))
+    ops = FusedKernels(recorders[FUSED])  # type: ignore[arg-type]
+    calls = observed_calls(code, weights, code.JOINED, plan, ops, (1, 2), (1, 3, PREFILL_CHUNK))
     for name, layer, of_layer in zip(names, plan.layers, calls, strict=True):
         alike = name, dataclasses.replace(layer, arena_bytes=0), str([_shape(call) for call in of_layer])
         if alike in seen:
@@ -152,24 +108,6 @@ def launches_of(package: Path, checkpoint: Sequence[Path]) -> dict[str, Recorder
 def _shape(call: Call) -> list[Any]:
     tensors = [tensor for tensor in (call.q, call.k, call.v, call.sinks) if tensor is not None]
     return [(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
-
-
-def _observed_calls(package: Path, checkpoint: Sequence[Path], plan: CachePlan) -> list[list[Call]]:
-    """The attention calls of each layer of the generated model: for one token and for several, and for one sequence and
-    for two."""
-    calls: list[list[Call]] = [[] for _ in plan.layers]
-    code, weights = import_generated(package / "model.py"), dict(empty_tensors([*checkpoint, package / CONSTANTS]))
-    hidden_states, _ = code.bind({**weights, **side_by_side(weights, code.JOINED, NOWHERE)})
-    whole = roomy(plan, *plan.layers)
-    with torch.inference_mode():
-        for batch in (1, 2):
-            for count in sorted({min(count, plan.max_len) for count in (1, 3, PREFILL_CHUNK)}):
-                observers = [Observer(of_layer) for of_layer in calls]
-                cache = Cache(whole, batch, None, DTYPES[plan.dtype], NOWHERE, observers)
-                cache.begin([slice(0, count)] * batch)
-                ids = torch.zeros(batch, count, dtype=torch.int64, device=NOWHERE)
-                hidden_states(ids, ids, cache, MERGED)
-    return calls
 
 
 def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import LayerKernels, merge_launch, places_of, splits_of
+from ..kernels import LayerKernels, merge_launch, overlap, places_of, splits_of
 from ..library import library_attention
 from ..prefill import (
     ROWS_COPIED,
@@ -166,7 +166,7 @@ class KernelPages:
             batch.starts,
             splits,
             **merge_launch(splits),
-            **self.kernels.overlap(queries.device),
+            **overlap(self.kernels.module, queries.device),
         )
 
     def _splits(self, sequences: int, registers: int) -> tuple[int, int]:

@@ -118,7 +118,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 """
 
 
-LENGTHS = [640, pytest.param(4096, marks=LONG_ONLY)]
+LENGTHS = [512, pytest.param(4096, marks=LONG_ONLY)]
 
 
 @pytest.mark.parametrize("length", LENGTHS)

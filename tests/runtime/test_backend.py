@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.backend import Attention, NewTokens, lower_until_fit
-from pmkvq_compiler.runtime.graph import GraphDecoder
+from pmkvq_compiler.runtime.graph import Capture, GraphDecoder, NotCapturable, Step
 from pmkvq_compiler.runtime.layer_cache import LayerCache
 from pmkvq_compiler.runtime.reference import REFERENCE
 
@@ -120,14 +122,19 @@ def test_each_layer_may_have_another_backend(artifact: Path) -> None:
 
 
 def test_a_replayable_backend_counts_on_the_device_what_calls_count(artifact: Path) -> None:
-    """The step is not captured but run again each time, with a layer lowered and a sequence that ends in between."""
+    """The step is not captured but run again each time."""
     called, replayed = (attended_by(artifact, [*backends(artifact, replayable=True)]) for _ in range(2))
-    caches = [model.new_cache(2) for model in (called, replayed)]
+    assert_decoded_as_called(called, replayed, lambda step: step)
+
+
+def assert_decoded_as_called(called: runtime.CompiledModel, decoded: runtime.CompiledModel, capture: Capture) -> None:
+    """Steps of a decoder against calls, with a layer lowered and a sequence that ends in between."""
+    caches = [model.new_cache(2) for model in (called, decoded)]
     ids = torch.randint(3, 128, (2, 90))
-    for model, cache in zip((called, replayed), caches, strict=True):
+    for model, cache in zip((called, decoded), caches, strict=True):
         assert cache.replayable
         model(ids, cache)
-    decoder = GraphDecoder(replayed, caches[1], capture=lambda step: step)
+    decoder = GraphDecoder(decoded, caches[1], capture)
     before = caches[0].bits
     for step in range(120):
         tokens, running = torch.randint(3, 128, (2,)), torch.tensor([True, step < 80])
@@ -135,7 +142,31 @@ def test_a_replayable_backend_counts_on_the_device_what_calls_count(artifact: Pa
         assert torch.equal(decoder(tokens, running)[running], expected[running])
     assert caches[1].length == caches[0].length == [210, 170]
     assert [store.counts for store in caches[1].layers] == [store.counts for store in caches[0].layers]
-    assert caches[0].bits != before, "a layer was to be lowered in between"
+    assert caches[1].bits == caches[0].bits != before, "a layer was to be lowered in between"
+
+
+@pytest.mark.parametrize("held", [0, 1], ids=["never", "until a layer is lowered"])
+def test_where_no_graph_holds_a_step_each_is_a_call(artifact: Path, held: int) -> None:
+    """From the start, or from a later step on. A model is not tried twice, and one warning gives the reason."""
+    called, decoded = (attended_by(artifact, [*backends(artifact, replayable=True)]) for _ in range(2))
+    tried: list[Step] = []
+
+    def capture(step: Step) -> Step:
+        tried.append(step)
+        step()
+        if len(tried) > held:
+            raise NotCapturable("somebody looks at the clock")
+        return step
+
+    with pytest.warns(RuntimeWarning) as caught:
+        assert_decoded_as_called(called, decoded, capture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_decoded_as_called(called, decoded, capture)
+    assert len(tried) == held + 1
+    (warning,) = caught
+    reason = r"no CUDA graph can hold [^\n]* \(somebody looks at the clock\), [^\n]* several times slower; [^\n]*"
+    assert re.fullmatch(reason, str(warning.message))
 
 
 MOVES: dict[str, Callable[[runtime.Cache], runtime.Cache]] = {

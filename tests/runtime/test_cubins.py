@@ -22,6 +22,8 @@ from pmkvq_compiler.emit import cubins, launches
 from pmkvq_compiler.errors import CompileError, UsageError
 from pmkvq_compiler.runtime import warm_up
 from pmkvq_compiler.runtime.cubins import Archive, CompiledKernels, Launch, archives, flat, runs_on
+from pmkvq_compiler.runtime.fused import PLAIN
+from pmkvq_compiler.runtime.fused_kernels import FUSED, FusedKernels
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.load import choose_attention, import_generated
 from pmkvq_compiler.runtime.tuning import Tuning
@@ -68,7 +70,8 @@ def run_through_all_stages(artifact: Path, modules: dict[str, Any]) -> set[tuple
     package = package_of(artifact)
     names = import_generated(package / "kernels" / "layers.py").KERNELS
     attention = [LayerKernels(modules[name], CONSERVATIVE) for name in names]
-    model = dataclasses.replace(runtime.load(artifact), attention=attention)
+    model = dataclasses.replace(runtime.load(artifact), attention=attention, ops=FusedKernels(modules[FUSED]))
+    model.weights.update({name: tensor.clone() for name, tensor in model.weights.items()})  # aligned in memory
     widths = set()
     for batch, max_len in ((1, None), (2, None), (1, 1), (1, 70), (2, 130), (1, 300)):
         cache = model.new_cache(batch, max_len)
@@ -88,14 +91,14 @@ def test_every_launch_of_a_run_was_compiled(compiled: Path, monkeypatch: pytest.
     monkeypatch.setattr(Archive, "function", lambda self, name: device.function(name))
     (path,) = archives(package_of(compiled)).values()
     archive = Archive(path, torch.device("cuda:0"))
-    widths = run_through_all_stages(compiled, {"attention_0": archive.kernels("attention_0")})
+    widths = run_through_all_stages(compiled, {name: archive.kernels(name) for name in ("attention_0", FUSED)})
     assert widths == {(16, 16), (16, 8), (8, 8)}, "the run was to go through every stage"
     assert len(device.launches) > 15
     entry = archive.index["modules"]["attention_0"]
     gone = next(key for key in entry["variants"] if json.loads(key)[0] == "lower")
     del entry["variants"][gone]
     with pytest.raises(runtime.InputError, match=r"the kernel lower was not compiled for sm_90 with .* --aot"):
-        run_through_all_stages(compiled, {"attention_0": archive.kernels("attention_0")})
+        run_through_all_stages(compiled, {name: archive.kernels(name) for name in ("attention_0", FUSED)})
 
 
 def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: CompileTiny) -> None:
@@ -104,10 +107,11 @@ def test_every_launch_of_a_run_is_foreseen_for_each_kind_of_layer(compile_tiny: 
     foreseen = launches.launches_of(package_of(artifact), checkpoint)
     launched = {name: launches.Recorder(recorder.module) for name, recorder in foreseen.items()}
     run_through_all_stages(artifact, launched)
-    assert len(launched) == 2
+    assert len(launched) == 3
     for name, recorder in launched.items():
         assert recorder.launches.keys() <= foreseen[name].launches.keys()
-        assert {one.kernel for one in recorder.launches.values()} >= {"append", "lower", "decode", "merge"}
+        kernels = {"linear", "gate", "rope"} if name == FUSED else {"append", "lower", "decode", "merge"}
+        assert {one.kernel for one in recorder.launches.values()} >= kernels
         for key, one in recorder.launches.items():
             assert one.divisible >= foreseen[name].launches[key].divisible, f"{key} relies on more than holds"
 
@@ -140,6 +144,20 @@ def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny:
     assert ("halve" in kernels) == (tuning is LIBRARY)
 
 
+def test_the_first_launches_of_other_ops_are_known_when_a_model_is_loaded(compile_tiny: CompileTiny) -> None:
+    artifact = compile_tiny("gemma2", {**GEMMA, "attn_logit_softcapping": None}, dtype="bfloat16", **OPTIONS)
+    package, model = package_of(artifact), runtime.load(artifact)
+    code, module = (import_generated(package / name) for name in ("model.py", f"kernels/{FUSED}.py"))
+    known, launched = (launches.Recorder(module) for _ in range(2))
+    empty = {name: tensor.to("meta") for name, tensor in model.weights.items()}
+    warm_up.observed_calls(code, empty, code.JOINED, model.plan, FusedKernels(known), (1,), (1, 2))  # type: ignore[arg-type]
+    model = dataclasses.replace(model, ops=FusedKernels(launched))  # type: ignore[arg-type]
+    cache = model.new_cache(1, 260)
+    for count in (3, 1, 70, 1):
+        model(torch.full((1, count), 5), cache)
+    assert launched.launches.keys() == known.launches.keys()
+
+
 def test_a_model_loads_though_its_first_kernels_cannot_be_compiled(
     compile_tiny: CompileTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +174,7 @@ def test_a_model_loads_though_its_first_kernels_cannot_be_compiled(
     read = False
     with (
         pytest.warns(RuntimeWarning, match=r"could not be compiled while the model was loaded \(no driver\)"),
-        warm_up.first_kernels(attention, plan, torch.bfloat16, torch.device("cuda:0")),
+        warm_up.first_kernels(attention, PLAIN, fail, plan, torch.bfloat16, torch.device("cuda:0")),
     ):
         read = True
     assert read

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import importlib.util
 import io
 import itertools
@@ -12,6 +13,8 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,17 +139,115 @@ def test_ended_sequences_stay_as_they_are(artifact: Path) -> None:
         assert held == 20 + count - 1, "neither the end nor what follows it is in the cache"
 
 
-@pytest.mark.gpu
-def test_a_step_that_cannot_be_captured_is_an_error(artifact: Path) -> None:
-    model = runtime.load(artifact, "cuda", torch.float32)
+class Clock(Exception):
+    """Not one of torch's."""
 
-    def looks_at_numbers(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
-        assert int(positions.max()) >= 0
+
+def raises_in_a_capture(x: Tensor) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise Clock
+
+
+UNCAPTURED: dict[str, Callable[[Tensor], object]] = {
+    "a number is read": lambda x: int(x.max()),
+    "tensors are compared": lambda x: torch.equal(x, x + 0),
+    "numbers are copied to the host": lambda x: x.cpu(),
+    "numbers are copied from the host": lambda x: torch.ones(3).to(x.device),
+    "a shape depends on numbers": lambda x: x[x >= 0],
+    "the host waits for the device": lambda x: torch.cuda.synchronize(),
+    "the host waits for the stream": lambda x: torch.cuda.current_stream().synchronize(),
+    "an exception of its own": raises_in_a_capture,
+    "an exception after the stream was broken": lambda x: torch.cuda.current_stream().synchronize() or int(x.max()),
+}
+"""What a CUDA graph cannot hold. The device calls the capture invalid, or an exception comes first."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", UNCAPTURED)
+def test_a_step_that_no_graph_can_hold_is_decoded_all_the_same(artifact: Path, what: str) -> None:
+    """By calls, with one warning; and for torch and for other models nothing is otherwise than before."""
+    model, other = (runtime.load(artifact, "cuda", torch.float32) for _ in range(2))
+    torch.manual_seed(0)
+    ids = torch.randint(3, 128, (2, 150))
+    sampling = {"do_sample": True, "top_p": 0.9, "seed": 5}
+    expected = [other.generate(ids, 60, eos_token_id=()), other.generate(ids, 30, eos_token_id=(), **sampling)]
+    captured: list[bool] = []
+
+    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
+        captured.append(torch.cuda.is_current_stream_capturing())
+        hidden = model.hidden_states(ids, positions, cache, ops)
+        UNCAPTURED[what](positions)
+        return hidden
+
+    curious = dataclasses.replace(model, hidden_states=hidden_states)
+    torch.cuda.manual_seed(3)
+    drawn = torch.rand(7, device="cuda")
+    torch.cuda.manual_seed(3)
+    gc.collect()
+    torch.cuda.empty_cache()
+    stream, allocated, reserved = (
+        torch.cuda.current_stream(),
+        torch.cuda.memory_allocated(),
+        torch.cuda.memory_reserved(),
+    )
+    with pytest.warns(RuntimeWarning, match="no CUDA graph can hold this model's decode step") as caught:
+        text = curious.generate(ids, 60, eos_token_id=())
+    (warning,) = (one for one in caught if one.category is RuntimeWarning)
+    assert "\n" not in str(warning.message)
+    assert torch.equal(text, expected[0])
+    cache = curious.new_cache(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(curious.generate(ids, 30, eos_token_id=(), cache=cache, **sampling), expected[1])
+        assert torch.equal(other.generate(ids, 60, eos_token_id=()), expected[0])
+    assert sum(captured) == 1, "it was tried once"
+    assert cache.graph is None
+    assert cache.length == [179, 179]
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.rand(7, device="cuda"), drawn)
+    del cache
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= allocated + (64 << 10)
+    assert torch.cuda.memory_reserved() <= reserved + (4 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_decodes_on_another_device_than_the_current_one(artifact: Path) -> None:
+    models = [runtime.load(artifact, device, torch.float32) for device in ("cuda:0", "cuda:1")]
+    ids = torch.randint(3, 128, (2, 150))
+    with torch.cuda.device(0):
+        texts = [model.generate(ids, 60, eos_token_id=()).cpu() for model in models]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.gpu
+def test_threads_decode_beside_one_whose_step_no_graph_can_hold(artifact: Path) -> None:
+    model = runtime.load(artifact, "cuda", torch.float32)
+    ids = torch.randint(3, 128, (2, 150), generator=torch.Generator().manual_seed(0))
+    expected, found = model.generate(ids, 60, eos_token_id=()), []
+
+    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
+        torch.cuda.current_stream().synchronize()
         return model.hidden_states(ids, positions, cache, ops)
 
-    curious = dataclasses.replace(model, hidden_states=looks_at_numbers)
-    with pytest.raises(runtime.InputError, match=r"cannot be captured in a CUDA graph .* backend=\"reference\""):
-        curious.generate(torch.ones(1, 4, dtype=torch.long), 5, eos_token_id=())
+    models = [dataclasses.replace(model, hidden_states=hidden_states) if n % 2 else model for n in range(6)]
+    threads = [
+        threading.Thread(target=lambda one=one: found.append(one.generate(ids, 60, eos_token_id=())))  # type: ignore[misc]
+        for one in models
+    ]
+    with pytest.warns(RuntimeWarning):
+        run_all(threads)
+    assert len(found) == len(threads)
+    assert all(torch.equal(text, expected) for text in found)
+
+
+def run_all(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
 
 
 @pytest.mark.gpu
@@ -214,10 +315,7 @@ def test_eight_threads_on_one_model_capture_and_replay_as_each_alone(artifact: P
         threading.Thread(target=lambda seed=seed: found.__setitem__(seed, write(seed)))  # type: ignore[misc]
         for seed in range(8)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
+    run_all(threads)
     for seed in range(8):
         assert all(map(torch.equal, found[seed], expected[seed]))
 
@@ -238,10 +336,7 @@ def test_threads_that_sample_without_a_seed_do_not_meet_a_capture(artifact: Path
             failures.append(error)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
+    run_all(threads)
     assert not failures
 
 
@@ -288,14 +383,18 @@ def test_a_cache_on_another_device_is_refused_until_it_is_moved(artifact: Path) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_experts_are_captured(compile_tiny: CompileTiny, model_type: str) -> None:
-    model = runtime.load(compile_tiny(model_type, recipe="none", max_len=60), "cuda", torch.bfloat16)
+def test_experts_are_captured(compile_tiny: CompileTiny, model_type: str, dtype: torch.dtype) -> None:
+    model = runtime.load(compile_tiny(model_type, recipe="none", max_len=60), "cuda", dtype)
     caches = [model.new_cache() for _ in range(2)]
     decoder, running = GraphDecoder(model, caches[0]), torch.ones(1, dtype=torch.bool, device="cuda")
     for token in torch.randint(3, 128, (30, 1), device="cuda"):
         expected = model(token.unsqueeze(-1), caches[1])[:, -1].double()
-        assert (decoder(token, running) - expected).norm() <= 1e-2 * expected.norm()
+        assert (decoder(token, running) - expected).norm() <= (
+            1e-4 if dtype == torch.float32 else 1e-2
+        ) * expected.norm()
+    assert caches[0].graph is not None
 
 
 @pytest.mark.gpu

@@ -122,6 +122,28 @@ def test_a_cache_is_divided_among_all_programs_that_a_device_runs_at_once(heads:
         assert splits == 1 or -(-blocks // (splits - 1)) > longest, "fewer parts would be as fast"
 
 
+@pytest.mark.parametrize("heads", [1, 4, 8, 128, 600])
+@pytest.mark.parametrize("rows", [1000, 4224, 32768, 262144])
+def test_rows_of_layers_that_quantize_nothing_are_divided_among_programs(heads: int, rows: int) -> None:
+    """Every part costs the merge as much as its 16 rows cost the program that reads them."""
+    places = 1056
+    _, parts = splits_of(heads, 0, rows, places)
+    steps = -(-rows // 16)
+    longest, waves = -(-steps // (parts - 1)), -(-heads * parts // places)
+    assert parts - 1 <= max(16, places // heads)
+    assert waves * longest <= 2 * max(1, steps * heads / places) + 2
+
+
+def test_the_merge_of_many_parts_holds_no_more_of_them_than_the_registers_do() -> None:
+    case = Case(head_dim=128, steps=steps(1))
+    loads = {}
+    for padded in (512, 8192):
+        constants = {"SPLITS_PADDED": padded, "CHUNK": 256}
+        text = compile_kernel(render_module(case).merge, case, 90, 4, **constants).asm["ptx"]
+        loads[padded] = len(re.findall(r"ld\.global\.v4\.b32", text))
+    assert 0 < loads[8192] <= loads[512]
+
+
 def test_blocks_that_kernels_cannot_read_are_refused() -> None:
     check_kernels(layer_plan(block=64))
     check_kernels(layer_plan(stages=(), block=16))

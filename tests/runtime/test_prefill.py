@@ -14,13 +14,14 @@ from .plans import cache_plan
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from pmkvq_compiler.emit import launches
-from pmkvq_compiler.emit.launches import NOWHERE, RecordedKernel, Recorder
+from pmkvq_compiler.emit.launches import RecordedKernel, Recorder
 from pmkvq_compiler.runtime import prefill
 from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.vllm import kernels as paged
 from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch
+from pmkvq_compiler.runtime.warm_up import NOWHERE
 
 from ..kernel_checks import CONSERVATIVE, Case, render_module
 

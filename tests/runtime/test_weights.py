@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.runtime.fused import MERGED, joined
+from pmkvq_compiler.runtime.fused import joined, merged_linears
 from pmkvq_compiler.runtime.weights import side_by_side
 
 QKV = ("layers.{layer}.q.weight", "layers.{layer}.k.weight", "layers.{layer}.v.weight")
@@ -96,23 +96,10 @@ def test_products_side_by_side_are_those_of_each_weight(side: bool, biased: bool
     weights = placed(found, [*groups, tuple(name.replace("weight", "bias") for name in QKV)] if side else [])
     biases = [weights[name.replace("{layer}", "1").replace("weight", "bias")] for name in QKV] if biased else None
     x, norm = torch.randn(2, 3, 8), torch.rand(8)
-    out = MERGED.linears(x, of_layer(weights, 1), biases, norm, 1e-5)
+    out = merged_linears(x, of_layer(weights, 1), biases, norm, 1e-5)
     normed = torch.nn.functional.rms_norm(x, [8], norm, 1e-5)
     for at, (one, weight) in enumerate(zip(out, of_layer(found, 1), strict=True)):
         expected = normed @ weight.T + (biases[at] if biases else 0)
         assert torch.allclose(one, expected, atol=1e-6)
     together = {one.untyped_storage().data_ptr() for one in out}
     assert len(together) == (1 if side else 3), "one product computes them all"
-
-
-def test_gates_side_by_side_are_those_of_each_weight() -> None:
-    found = tensors((8, 8, 8))
-    gate, up, _ = of_layer(placed(found, [QKV]), 0)
-    x = torch.randn(2, 3, 8)
-    for activation, function in (("silu", torch.nn.functional.silu), ("gelu_tanh", gelu_tanh)):
-        out = MERGED.gated_linear(x, [gate, up], None, activation)
-        assert torch.allclose(out, function(x @ gate.T) * (x @ up.T), atol=1e-6)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(x, approximate="tanh")

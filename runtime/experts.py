@@ -1,0 +1,27 @@
+"""Products with experts: the rows of one matrix, sorted by expert, each times the matrix of its own expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`x` [R, K] times `weights` [E, K, N]: [R, N]. The rows of expert e end before row `ends[e]` ([E], int32)."""
+    product: Tensor = torch.ops.aten._grouped_mm.default(x, weights, ends)
+    return product
+
+
+def grouped_mm_on_device(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` for few rows, of which the host reads nothing, so that a CUDA graph can hold it.
+
+    On CUDA, torch has a kernel for bfloat16 alone. For other dtypes the host reads `ends` and multiplies the rows of
+    one expert after the other.
+    """
+    if x.dtype == torch.bfloat16:
+        return grouped_mm(x, weights, ends)
+    rows, experts = torch.arange(len(x), dtype=ends.dtype, device=x.device), len(weights)
+    own = torch.searchsorted(ends, rows, right=True)  # the expert of each row
+    if 3 * len(x) < experts:  # taking a matrix for each row reads it twice and writes it once
+        return torch.bmm(x.unsqueeze(1), weights[own]).squeeze(1)
+    return torch.matmul(x, weights)[own, rows]
