@@ -152,9 +152,9 @@ class ProgressiveScheduler(Scheduler):
         for request_id, new in output.num_scheduled_tokens.items():
             end = self.requests[request_id].num_computed_tokens
             for layer, groups in self._pages.values():
+                if (end - layer.plan.sink) % layer.plan.block >= new:
+                    continue  # as most steps, this one completes no block
                 pages = layer.pages_between(end - new, end)
-                if pages.start == pages.stop:
-                    continue
                 for group, manager in groups:
                     for block in manager.req_to_blocks[request_id][pages]:
                         if not block.is_null and block.block_id not in self.planes.pages:

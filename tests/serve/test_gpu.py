@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here; run make test-serve")
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.vllm import checks
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 
-from .engines import Served, all_free, engine, random_prompts
+from . import engines
+from .engines import Served, all_free, random_prompts
 from .test_progressive import PROGRESSIVE, poison_idle_blocks
 
 pytestmark = pytest.mark.gpu
+
+engine = functools.partial(engines.engine, gpu_memory_utilization=0.1)  # others may use the card, too
 
 SAME = 0.05
 """Nats between the best token and the next, below which either may be chosen: sums are rounded in another order."""
@@ -77,7 +82,13 @@ def test_two_ranks_give_the_same_text(served_tiny: Served, options: dict[str, An
     assert statistics.median(farthest) < 1e-3
 
 
-def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> None:
+@pytest.fixture
+def planes_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes are served here, too."""
+    monkeypatch.setattr(checks, "UNTRIED", ())
+
+
+def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, planes_tried: None) -> None:
     """Codes of 2 bits and three planes are those of 8 bits, but that sums are rounded in another order."""
     found = []
     for bits, options in ((8, {}), (2, PROGRESSIVE)):
@@ -89,7 +100,7 @@ def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> 
 
 
 def test_planes_change_neither_with_graphs_nor_with_what_nobody_owns(
-    served_tiny: Served, monkeypatch: pytest.MonkeyPatch
+    served_tiny: Served, planes_tried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a pool that is too small: planes fall and requests are preempted. Once with graphs, and once with NaNs in all
     blocks that hold nothing. There are graphs for every number of requests: with more, sums are rounded otherwise."""
