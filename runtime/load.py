@@ -59,9 +59,10 @@ def load(
     seconds.
 
     The digests of the weights are computed while the weights are read. With `verify="manifest"` they are not: then the
-    files of weights only need to have the tensors, dtypes, shapes and sizes that the manifest lists. Loading is faster,
-    but damaged weights go unnoticed, and the model's answers may be wrong without an error. All other files are
-    compared with their digests in any case. Meanwhile, the kernels are compiled that the first tokens need.
+    files of weights only need to have the tensors, dtypes, shapes and sizes that the manifest lists. This saves about a
+    second of a CPU core for 1.6 GB, but damaged weights go unnoticed, and the model's answers may be wrong without an
+    error. All other files are compared with their digests in any case. Meanwhile, the kernels are compiled that the
+    first tokens need.
 
     Raises `ArtifactError` where the folder is not an artifact, holds a changed file, has another format version, or
     contradicts its manifest, and `InputError` where the device is missing, the backend cannot run on it, or `verify` is

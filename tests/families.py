@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pmkvq_compiler.passes.fold_value_transform import can_transform
+from pmkvq_compiler.passes.program import AttentionSite
 
 PART = "RoPE turns only"
 NEIGHBOURS = "RoPE pairs neighbouring channels"
@@ -12,6 +16,7 @@ LATENT = "the cache holds latents"
 NO_ROPE = "there is no RoPE between k_proj"
 NORM = "a norm sits between k_proj and the attention"
 SHARED = "several layers attend to the same keys and values"
+BEFORE = "sits between k_proj and RoPE"
 FUSED = "concatenates the channels that RoPE has turned with a part that has no channels"
 
 IN_WORDS = {
@@ -22,6 +27,7 @@ IN_WORDS = {
     NO_ROPE: "there is no RoPE",
     NORM: "a norm comes last",
     SHARED: "several layers read the keys",
+    BEFORE: "something else comes before RoPE",
     FUSED: "q, k and v come from one projection",
 }
 """The reasons as the guide says them."""
@@ -37,6 +43,15 @@ class Family:
     keys: tuple[str | None, ...] = (None,)
     values: bool = True
     note: str = ""
+
+    def explains(self, sites: Sequence[AttentionSite]) -> bool:
+        """Whether what can be folded at these attentions, and why not, is what the table says."""
+        reasons = self.keys * len(sites) if len(self.keys) == 1 else self.keys
+        return all(
+            (site.reason is None if reason is None else reason in str(site.reason))
+            and can_transform(site) == self.values
+            for site, reason in zip(sites, reasons, strict=False)
+        )
 
     def row(self, name: str) -> str:
         """The family's row of the table in the guide `examples/how_it_works`."""
@@ -134,3 +149,22 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5": Family("ernie4_5", keys=(NEIGHBOURS,)),
 }
+
+DELTA, CONVOLUTIONS, SCANS = "gated delta rules beside it", "short convolutions beside it", "Mamba scans beside it"
+HYBRID_FAMILIES: dict[str, Family] = {
+    "qwen3_next": Family("qwen3_next", keys=(PART,), values=False, note=f"{DELTA}, partial RoPE"),
+    "qwen3_5": Family("qwen3_5_text", keys=(PART,), values=False, note=f"{DELTA}, partial RoPE"),
+    "qwen3_5_moe": Family("qwen3_5_moe_text", keys=(PART,), values=False, note=f"{DELTA}, partial RoPE"),
+    "olmo_hybrid": Family("olmo_hybrid", note=DELTA),
+    "kimi_linear": Family("kimi_linear", keys=(LATENT,), values=False, note=f"{DELTA}, latent attention"),
+    "bailing_hybrid": Family("bailing_hybrid", keys=(LATENT,), values=False, note=f"{DELTA}, latent attention"),
+    "lfm2": Family("lfm2", note=CONVOLUTIONS),
+    "lfm2_moe": Family("lfm2_moe", note=CONVOLUTIONS),
+    "lfm3": Family("lfm3", values=False, note=CONVOLUTIONS),
+    "granitemoehybrid": Family("granitemoehybrid", keys=(NO_ROPE,), note=f"{SCANS}, without RoPE"),
+    "bamba": Family("bamba", keys=(PART,), note=f"{SCANS}, partial RoPE"),
+    "falcon_h1": Family("falcon_h1", keys=(BEFORE,), note=f"{SCANS}, in every layer"),
+    "nemotron_h": Family("nemotron_h", keys=(NO_ROPE,), note=f"{SCANS}, without RoPE"),
+    "jamba": Family("jamba", keys=(NO_ROPE,), note=f"{SCANS}, without RoPE"),
+}
+"""Families whose tiny models are made in `hybrids`."""

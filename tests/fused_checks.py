@@ -17,25 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmkvq_compiler.emit.kernel_source import FUSED
+from pmkvq_compiler.divergence import relative_norm
 from pmkvq_compiler.runtime import fused
-from pmkvq_compiler.runtime.fused_kernels import FusedKernels
+from pmkvq_compiler.runtime.fused_kernels import FUSED, FusedKernels
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.weights import side_by_side
 from pmkvq_compiler.templates import render
 
-from .programs import relative_error
-
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
-AS_GOOD = 1.1
-"""Times the error of the same op in plain PyTorch, in the same dtype, that several tokens may have: PyTorch multiplies
-them, and rounds every product."""
+AS_GOOD = 1.5
+"""Times the error of the same op in plain PyTorch, in the same dtype and by the same product, that several tokens may
+have: PyTorch multiplies them, and rounds norms, partial sums and products."""
 
 INTERPRETED_BFLOAT16 = 2e-2
 """The interpreter cuts numbers to bf16 where the device rounds them."""
 
 SIZES = ((64, (48, 16, 16)), (96, (18,)), (2100, (12, 7)))
 """Columns of weights, and rows of each: not all are multiples of what a program reads at once."""
+
+FEW = ((64, (6, 4, 2)), (2100, (3, 2)))
+"""The same for the interpreter, which takes its time."""
 
 
 def fused_kernels() -> ModuleType:
@@ -63,9 +64,9 @@ class Checks:
         """`plain` is what plain PyTorch computes, for calls of several tokens."""
         assert found.shape == expected.shape, what
         assert found.dtype == self.dtype, what
-        error, allowed = relative_error(found, expected), self.tolerance
+        error, allowed = relative_norm(found, expected), self.tolerance
         if plain is not None:
-            allowed = max(allowed, AS_GOOD * relative_error(plain, expected))
+            allowed = max(allowed, AS_GOOD * relative_norm(plain, expected))
         assert error <= allowed, f"{what}: {error:.1e}, and {allowed:.1e} is allowed"
 
     def linears(self, columns: int, rows: tuple[int, ...], tokens: tuple[int, ...]) -> None:
@@ -80,9 +81,9 @@ class Checks:
                     found = self.ops.linears(x, weights, bias, scale, 1e-5)
                     normed = x if scale is None else F.rms_norm(x.double(), [columns], scale.double(), 1e-5)
                     expected = fused.linears(normed.double(), doubles(weights), None if bias is None else doubles(bias))
-                    plain = fused.linears(x, weights, bias, scale, 1e-5) if several(tokens) else [None] * len(rows)
+                    plain = fused.merged_linears(x, weights, bias, scale, 1e-5)
                     for one, other, third in zip(found, expected, plain, strict=True):
-                        self.close(f"linears {columns} {rows} {tokens}", one, other, third)
+                        self.close(f"linears {columns} {rows} {tokens}", one, other, third if several(tokens) else None)
         assert len(rows) == 1 or fused.joined(apart) is None
 
     def gates(self, columns: int, rows: int, tokens: tuple[int, ...]) -> None:
@@ -95,7 +96,8 @@ class Checks:
                 found = self.ops.gated_linear(x, weights, bias, activation, norm, 1e-5)
                 wide = None if bias is None else doubles(bias)
                 expected = fused.gated_linear(x.double(), doubles(weights), wide, activation, norm.double(), 1e-5)
-                plain = fused.gated_linear(x, weights, bias, activation, norm, 1e-5) if several(tokens) else None
+                gate, up = fused.merged_linears(x, weights, bias, norm, 1e-5)
+                plain = fused.ACTIVATIONS[activation](gate) * up if several(tokens) else None
                 self.close(f"gated_linear {columns} {rows} {tokens} {activation}", found, expected, plain)
 
     def sums(self, columns: int, rows: int, tokens: tuple[int, ...]) -> None:
@@ -143,5 +145,5 @@ if __name__ == "__main__":
     from .kernel_checks import repair_interpreter
 
     repair_interpreter()
-    check_all(torch.device("cpu"), torch.float32)
-    check_all(torch.device("cpu"), torch.bfloat16, SIZES[:1])
+    check_all(torch.device("cpu"), torch.float32, FEW)
+    check_all(torch.device("cpu"), torch.bfloat16, FEW[:1])

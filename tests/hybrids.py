@@ -13,6 +13,7 @@ from pmkvq_compiler.emit.model_source import model_source
 from pmkvq_compiler.emit.rehearsal import locate
 from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.pipeline import pipeline
+from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
 from pmkvq_compiler.source.capture import capture
@@ -93,11 +94,19 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def hybrid(model_type: str, **changes: Any) -> tuple[PreTrainedModel, CompiledModel]:
-    """A tiny model of transformers with `changes` of its configuration, and its compiled form without quantization."""
+def located(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Program]:
+    """A tiny model of transformers with `changes` of its configuration, and its program."""
     source = tiny_model(model_type, **{**HYBRIDS[model_type], **changes})
     program = capture(source.config)
     locate(program, model_type)
+    return source, program
+
+
+@functools.cache
+def hybrid(model_type: str, **changes: Any) -> tuple[PreTrainedModel, CompiledModel]:
+    """The model, and its compiled form without quantization."""
+    source, program = located(model_type, **changes)
+    program = program.copy()
     plan = exact_plan(program.sites, MAX_LEN, BATCH_SIZE, torch.float32, 16, program.states)
     run_passes(program, pipeline({}, {}, {}, plan))
     return source, compiled_model(module_of(model_source(program)), plan, program, source.state_dict())

@@ -37,9 +37,10 @@ from pmkvq_compiler.source.capture import capture
 
 from .conftest import CompileTiny
 from .decode_steps import trace_decode_step
+from .families import HYBRID_FAMILIES
 from .fuzz import LONG, rounds
 from .fuzz.interrupts import Broken, Traced
-from .hybrids import HYBRIDS, at_eight_bits, hybrid
+from .hybrids import HYBRIDS, at_eight_bits, hybrid, located
 from .models import SHAPE
 from .programs import captured, relative_error
 
@@ -134,6 +135,17 @@ def test_the_plan_counts_what_the_cache_owns(family: str) -> None:
         assert sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) == cache.state_bytes
         assert cache.state_bytes == one.plan.state_bytes(4, 3) > 0
     assert CachePlan.from_json(json.loads(json.dumps(model.plan.to_json()))) == model.plan
+
+
+@every_family
+def test_what_is_folded_is_what_the_table_says(family: str) -> None:
+    (row,) = (one for one in HYBRID_FAMILIES.values() if one.model_type == family)
+    _, program = located(family)
+    assert row.explains(program.sites)
+
+
+def test_the_table_has_every_hybrid() -> None:
+    assert {family.model_type for family in HYBRID_FAMILIES.values()} == {*HYBRIDS}
 
 
 # ---- what a cache with states can do, and what not ----

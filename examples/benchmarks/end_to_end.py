@@ -8,9 +8,9 @@ The model has the shape of Qwen2.5-7B and random weights, the same for all; cach
 values directly. `packed`: K and V at 2 bits, K by channel, 2.13 bits a number without the window. `bf16`: the same
 runtime with nothing quantized. `eager`: transformers with its default cache; `static`: with a static cache, compiled by
 torch.compile and replayed as a CUDA graph. `compiled`: the generated model with PyTorch's attention over a static bf16
-cache, compiled and replayed in the same way. `vllm`: vLLM with bf16 and with fp8 caches, if it is installed. Each is
-timed at `--batches`, by default at batch 1 and at the largest that fits the device, and `packed` then also at the
-largest of the others that ran before it; `lowering` is a packed cache whose layers are all lowered in one step.
+cache, compiled and replayed in the same way. `vllm-bf16` and `vllm-fp8`: vLLM with such caches, if it is installed.
+Each is timed at `--batches`, by default at batch 1 and at the largest that fits the device, and `packed` then also at
+the largest of the others that ran before it; `lowering` is a packed cache whose layers are all lowered in one step.
 
 Before anything is timed, the logits of our models are compared with those that the reference path computes in float32
 from the same cache; a model whose logits are wrong gets no row, and the exit code is 1.
@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ ROOM = WARM_UP + STEPS
 """Tokens that are decoded after a context; `--context` includes them."""
 SHORTEST = 1024
 LARGEST = "largest"
+VLLM_LARGEST = 512
+"""Sequences at once at most in vLLM, where the largest batch is looked for."""
 
 
 @dataclass(frozen=True)
@@ -584,17 +587,18 @@ def compiled_part(setting: Setting, others: int | None) -> Iterator[Row]:
     yield from decoding(contender, "compiled")
 
 
-def vllm_part(setting: Setting, others: int | None) -> Iterator[Row]:
-    """vLLM with a bf16 cache and with fp8, where it is installed. It does not say what its steps' memory is."""
+def vllm_part(kind: str, setting: Setting, others: int | None) -> Iterator[Row]:
+    """vLLM with a cache of a kind, bf16 or fp8, where it is installed. It does not say what its steps' memory is."""
     if importlib.util.find_spec("vllm") is None:
-        print("vllm: it is not installed here, so it has no rows", flush=True)
+        print(f"vllm-{kind}: vLLM is not installed here, so it has no rows", flush=True)
         return
     wanted = ",".join(map(str, setting.batches))
     shapes = {"qwen2.5-7b": "7b"}.get(setting.shape, setting.shape)
     layers = str(setting.config.num_hidden_layers)
-    options = ["--kinds", "bf16,fp8", "--batches", wanted, "--shapes", shapes, "--layers", layers]
-    options += ["--tokens", str(setting.context - ROOM), "--new", str(ROOM), "--largest", "512"]
-    for kind, found in decode_speed.timed(options):
+    largest = VLLM_LARGEST if setting.largest else max(setting.batches)
+    options = ["--kinds", kind, "--batches", wanted, "--shapes", shapes, "--layers", layers]
+    options += ["--tokens", str(setting.context - ROOM), "--new", str(ROOM), "--largest", str(largest)]
+    for _, found in decode_speed.timed(options):
         counts = {int(batch): step for batch, step in found["rows"].items()}
         for batch in counts if setting.largest else setting.batches:
             if batch in counts:
@@ -630,7 +634,8 @@ PARTS: dict[str, Callable[[Setting, int | None], Iterator[Row]]] = {
     "lowering": lowering_part,
     "static": static_part,
     "compiled": compiled_part,
-    "vllm": vllm_part,
+    "vllm-bf16": partial(vllm_part, "bf16"),
+    "vllm-fp8": partial(vllm_part, "fp8"),
 }
 TRANSFORMERS = ("eager", "static")
 FULL_PRECISION = (*TRANSFORMERS, "bf16", "compiled", "vllm bf16")

@@ -2,13 +2,15 @@
 
     python examples/benchmarks/scale.py --shapes qwen2.5-1.5b,qwen2.5-7b
     python examples/benchmarks/scale.py --shapes llama3-70b --layers 2,4 --memory 16GiB  # parts of the model, streamed
+    python examples/benchmarks/scale.py --shapes qwen2.5-7b --trained 60
     python examples/benchmarks/scale.py --shapes tiny --device cpu                     # a trial of the script
 
 The models have the shapes of the named ones, random weights in bfloat16, and no tokenizer; the calibration texts are
-random tokens, 8 of 2,048 unless told otherwise. Weights are written to `--disk` and removed at the end. Every compile
-runs in a process of its own. `host` is the largest resident memory of that process, and `check` that of it together
-with the process which loads the artifact and checks it; both count the pages of files that are mapped. `gpu` is the
-largest memory of a GPU that tensors of the one process took, or that both processes took during the check.
+random tokens, 8 of 2,048 unless told otherwise. With `--trained`, each model is trained first, as `trained.py` says,
+and the texts are real ones. Weights are written to `--disk` and removed at the end. Every compile runs in a process of
+its own. `host` is the largest resident memory of that process, and `check` that of it together with the process which
+loads the artifact and checks it; both count the pages of files that are mapped. `gpu` is the largest memory of a GPU
+that tensors of the one process took, or that both processes took during the check.
 
 With `--layers` each model has only so many layers. Where two numbers are given, another row extrapolates the seconds of
 the whole model: for each step a line through both, and none that falls. With `--memory`, no more of each device's
@@ -21,7 +23,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -29,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +43,7 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
+from trained import byte_ids, trained
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pmkvq_compiler.budget import parse_budget
@@ -83,8 +88,8 @@ def config_of(name: str, layers: int | None) -> PretrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), dtype="bfloat16", **values)
 
 
-def write_model(config: PretrainedConfig, folder: Path, device: str) -> None:
-    """Write a checkpoint with random weights, made on the device, in shards with an index."""
+def write_model(config: PretrainedConfig, folder: Path, weight: Callable[[TensorSpec], Tensor]) -> None:
+    """Write a checkpoint whose weights `weight` returns, on any device, in shards with an index."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True)
@@ -98,14 +103,27 @@ def write_model(config: PretrainedConfig, folder: Path, device: str) -> None:
         shards[-1].append(spec)
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, lambda spec: drawn(spec, device), {"format": "pt"})
+        write_tensors(folder / name, shard, lambda spec: weight(spec).cpu(), {"format": "pt"})
     places = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def drawn(spec: TensorSpec, device: str) -> Tensor:
     weight = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-    return (weight.fill_(1) if "norm" in spec.name else weight.normal_(std=0.02)).cpu()
+    return weight.fill_(1) if "norm" in spec.name else weight.normal_(std=0.02)
+
+
+def write_inputs(config: PretrainedConfig, place: Path, device: str, arguments: argparse.Namespace) -> None:
+    """Write a model and the texts to calibrate it on into the folder `place`."""
+    size = arguments.texts, arguments.text_len
+    if arguments.trained is None:
+        write_model(config, place / "model", lambda spec: drawn(spec, device))
+        ids = torch.randint(3, config.vocab_size, size)
+    else:
+        weights = trained(config, arguments.trained, device).state_dict()
+        write_model(config, place / "model", lambda spec: weights[spec.name])
+        ids = byte_ids("heldout")[: math.prod(size)].view(size)
+    (place / "texts.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
 
 
 def compile_once(arguments: argparse.Namespace) -> None:
@@ -211,11 +229,10 @@ def measured_once(name: str, layers: int, arguments: argparse.Namespace) -> dict
     config = config_of(name, layers)
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(dir=arguments.disk) as place:
-        write_model(config, Path(place, "model"), device)
+        write_inputs(config, Path(place), device, arguments)
         if device != "cpu":
+            gc.collect()  # a model refers to itself
             torch.cuda.empty_cache()
-        ids = torch.randint(3, config.vocab_size, (arguments.texts, arguments.text_len)).tolist()
-        Path(place, "texts.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         command = [sys.executable, __file__, "--model", str(Path(place, "model")), "--device", arguments.device]
         command += ["--max-len", str(arguments.max_len), "--texts", str(arguments.texts)]
         command += ["--text-len", str(arguments.text_len)]
@@ -284,6 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", help="bytes of the device that a compile may use, such as 24GiB (all that are free)"
     )
+    parser.add_argument("--trained", type=float, metavar="SECONDS", help="train each model for so long first")
     parser.add_argument("--disk", type=Path, help="folder with room for two copies of the weights (the system's)")
     parser.add_argument("--output", type=Path, default=Path("out/scale"))
     parser.add_argument("--keep", type=Path, help="keep artifacts in this folder, such as for startup.py")

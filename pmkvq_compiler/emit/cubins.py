@@ -162,6 +162,32 @@ def _prepare_worker() -> None:
 
 def compile_work(work: Work) -> Cubin:
     """Compile a launch. Raises `ValueError` if the compiled code takes other parameters than the launch passes."""
+    compiled = compiled_by_triton(work)
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise ValueError("it needs scratch memory or clusters of thread blocks, which the runtime does not provide")
+    return Cubin(
+        compiled.asm["cubin"],
+        metadata.name,
+        metadata.shared,
+        metadata.num_warps,
+        hidden_parameters(compiled.asm["ptx"], flat(work.launched.types)),
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Takes the place of Triton's driver, which kernels ask what they are compiled for: with it, that is the target,
+    whatever GPU this machine has, or none."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compiled_by_triton(work: Work) -> Any:
+    """What Triton makes of a launch, in a process that compiles and does not launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -180,23 +206,14 @@ def compile_work(work: Work) -> Cubin:
         {path: [["tt.divisibility", ALIGNMENT]] for path in _paths(types, launched.divisible)},
     )
     target = GPUTarget("cuda", int(work.target.removeprefix("sm_")), 32)
+    triton.runtime.driver.set_active(Machine(target))
     try:
-        compiled = triton.compile(source, target=target, options=options)
+        return triton.compile(source, target=target, options=options)
     except Exception as error:
         reason: BaseException = error
         while reason.__cause__ is not None:  # Triton wraps an error once for every call in the kernel
             reason = reason.__cause__
         raise reason from None
-    metadata = compiled.metadata
-    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
-        raise ValueError("it needs scratch memory or clusters of thread blocks, which the runtime does not provide")
-    return Cubin(
-        compiled.asm["cubin"],
-        metadata.name,
-        metadata.shared,
-        metadata.num_warps,
-        hidden_parameters(compiled.asm["ptx"], flat(types)),
-    )
 
 
 def _paths(types: Sequence[Any], places: set[int]) -> Iterator[tuple[int, ...]]:

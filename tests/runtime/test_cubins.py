@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +35,7 @@ from .plans import cache_plan, layer_plan
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 import triton
+from triton.backends.compiler import GPUTarget
 
 from ..kernel_checks import CONSERVATIVE, LIBRARY
 
@@ -300,6 +302,26 @@ def test_a_kernel_that_cannot_be_compiled_is_named(compiled: Path) -> None:
         CompileError, match=r"the kernel merge cannot be compiled for sm_90 \(.*int32.*\); leave sm_90 out"
     ):
         cubins.compile_all({0: cubins.Work(file, wrong, "sm_90")}, lambda stage, done, total: None)
+
+
+@pytest.mark.parametrize(("target", "here"), [(80, 90), (90, None)])
+def test_kernels_have_the_instructions_of_their_target_whatever_gpu_is_here(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: int, here: int | None
+) -> None:
+    """Those of sm_90 let kernels overlap and fetch blocks ahead; sm_80 has neither."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing is found there
+    present = None if here is None else cubins.Machine(GPUTarget("cuda", here, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", present)
+    kernels = package_of(compiled) / "kernels"
+    index = json.loads(zipfile.ZipFile(kernels / "aot" / "sm_90.zip").read("index.json"))
+    for name, kernel in (("attention_0", "decode"), (FUSED, "gate")):
+        variants = map(json.loads, index["modules"][name]["variants"])
+        types, keywords = next((types, keywords) for one, types, keywords in variants if one == kernel)
+        keywords |= {"PREFETCH": 1} if kernel == "decode" else {}
+        launched = launches.Launched(kernel, types, keywords, set())
+        text = cubins.compiled_by_triton(cubins.Work(kernels / f"{name}.py", launched, f"sm_{target}")).asm["ptx"]
+        assert ("griddepcontrol" in text) is (target == 90)
+        assert ("cp.async.bulk.prefetch" in text) is (target == 90 and kernel == "decode")
 
 
 @pytest.mark.gpu

@@ -136,3 +136,14 @@ def test_values_beyond_the_largest_range_saturate_and_stay_finite() -> None:
         assert (mid_and_range(parameters)[0].abs() < 65504).all(), "a middle that is no fp16 number"
         for bits in CODE_BITS:
             assert torch.isfinite(fake_quantize(x, bits, -1)).all()
+
+
+@pytest.mark.parametrize("count", [16, 64, 128])
+def test_eight_bits_are_nearly_as_exact_as_with_an_exact_range(count: int) -> None:
+    """Codes from the smallest number of a group to the largest, which two numbers of 32 bits would have to keep."""
+    x = torch.randn(2000, count, generator=torch.Generator().manual_seed(0))
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    step = (high - low) / 255
+    errors = [(one - x).norm() for one in (fake_quantize(x, 8, dim=1), low + ((x - low) / step).round() * step)]
+    assert errors[0] <= 1.17 * errors[1]
+    assert errors[0] <= 7e-3 * x.norm()
