@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 from ..fuzz import LONG_ONLY
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
+from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_rotation, run_case
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -149,6 +149,12 @@ def with_planes() -> list[PagedCase]:
 @pytest.mark.parametrize("case", with_planes(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
 def test_planes_in_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.layer.key_bits} bits")
+def test_planes_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
+    check_far_blocks(case, torch.device("cuda"))
 
 
 @pytest.mark.gpu
