@@ -16,12 +16,11 @@ from pmkvq_compiler.passes.pipeline import pipeline
 from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.unquantized import exact_plan
 
 from .emit.test_emit import module_of
 from .models import tiny_model
-from .programs import compiled_model
+from .programs import captured_once, compiled_model
 
 MAX_LEN, BATCH_SIZE = 160, 3
 
@@ -97,7 +96,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 def located(model_type: str, **changes: Any) -> tuple[PreTrainedModel, Program]:
     """A tiny model of transformers with `changes` of its configuration, and its program."""
     source = tiny_model(model_type, **{**HYBRIDS[model_type], **changes})
-    program = capture(source.config)
+    program = captured_once(source.config)
     locate(program, model_type)
     return source, program
 

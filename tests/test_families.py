@@ -24,7 +24,6 @@ from pmkvq_compiler.passes.program import Program
 from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.model import CompiledModel
 from pmkvq_compiler.runtime.plan import CachePlan, LayerPlan, sequence_bytes
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from pmkvq_compiler.unquantized import exact_plan
 from tests.conftest import CompileTiny
@@ -32,7 +31,7 @@ from tests.decode_steps import trace_decode_step
 from tests.families import FAMILIES, HYBRID_FAMILIES, Family
 from tests.fuzz import LONG_ONLY, chosen
 from tests.models import tiny_folder
-from tests.programs import compiled_model, relative_error
+from tests.programs import captured_once, compiled_model, relative_error
 
 BATCH, LENGTH, MAX_LEN, NEW_TOKENS = 3, 40, 128, 64
 BLOCK, WINDOW = 16, 32
@@ -66,7 +65,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def located_source(folder: Path) -> tuple[Source, Program]:
     source = open_source(str(folder))
-    program = capture(source.config)
+    program = captured_once(source.config)
     locate(program, source.config.model_type)
     return source, program
 

@@ -15,12 +15,11 @@ from pmkvq_compiler.passes.base import run_passes
 from pmkvq_compiler.passes.compress_latents import CompressLatents
 from pmkvq_compiler.passes.locate_attention import LocateAttention
 from pmkvq_compiler.passes.program import AttentionSite, Latent
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.unquantized import cache_bytes_at_16_bits
 from tests.families import FAMILIES
 from tests.fuzz import chosen
 from tests.models import tiny_model
-from tests.programs import captured, relative_error, run_in_float64
+from tests.programs import captured, captured_once, relative_error, run_in_float64
 
 TYPES = chosen(["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"], "minicpm3")
 
@@ -60,7 +59,7 @@ def test_a_latent_that_would_take_more_memory_is_left_expanded() -> None:
 
 def test_deepseek_v3_takes_37_times_less_than_its_expanded_cache() -> None:
     config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, first_k_dense_replace=1, vocab_size=128)
-    program = capture(config)
+    program = captured_once(config)
     run_passes(program, [LocateAttention()])
     expanded = cache_bytes_at_16_bits(program.sites, 1000, 1)
     run_passes(program, [CompressLatents(), LocateAttention()])

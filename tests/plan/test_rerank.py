@@ -22,10 +22,10 @@ from pmkvq_compiler.plan import rerank as trial
 from pmkvq_compiler.plan.propose import propose, solve
 from pmkvq_compiler.plan.solution import Folds, Solution
 from pmkvq_compiler.problem import Problem, resolve
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import Source, open_source
 from tests.conftest import silent
 from tests.folders import TEXT, model_folder
+from tests.programs import captured_once
 
 MAX_LEN, LENGTH = 448, 256
 Setting = tuple[Source, Problem, Calibration]
@@ -48,7 +48,7 @@ def setting(tmp_path: Path) -> Setting:
         dtype="float32",
     )
     source = open_source(str(folder), "float32")
-    program = capture(source.config)
+    program = captured_once(source.config)
     run_passes(program, [LocateAttention()])
     problem = resolve(options, program.sites, MAX_LEN, source.dtype)
     return source, problem, calibrate(source, problem, silent)

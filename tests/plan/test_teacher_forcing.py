@@ -19,10 +19,10 @@ from pmkvq_compiler.plan.rerank import best_plans
 from pmkvq_compiler.plan.solution import Folds
 from pmkvq_compiler.plan.teacher_forcing import progressive
 from pmkvq_compiler.problem import resolve
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.source import open_source
 from tests.folders import TEXT, model_folder
 from tests.fuzz import LONG_ONLY
+from tests.programs import captured_once
 
 MAX_LEN, PROMPTS = 448, (130, 75)
 
@@ -64,7 +64,7 @@ def test_every_step_sees_the_cache_as_the_runtime_has_it(tmp_path: Path, recipe:
     compiled = runtime.load(result.path)
 
     source = open_source(str(folder), "float32")
-    program = capture(source.config)
+    program = captured_once(source.config)
     run_passes(program, [LocateAttention()])
     problem = resolve(options, program.sites, MAX_LEN, source.dtype)
     (path,) = tmp_path.glob("*.calibration.safetensors")

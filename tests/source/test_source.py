@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, CLIPConfig, GenerationConfig, T5Config
 
 from pmkvq_compiler.errors import CompileError, UsageError
-from pmkvq_compiler.source.capture import capture
 from pmkvq_compiler.source.checkpoint import Checkpoint
 from pmkvq_compiler.source.source import DEMO_PACKAGE, open_source
 from tests.folders import model_folder
 from tests.gguf_files import gguf_file
 from tests.models import tiny_folder, tiny_model
+from tests.programs import captured_once
 from tests.refusals import is_one_sentence, refusal
 
 
@@ -383,7 +383,7 @@ def test_what_is_read_is_what_transformers_reads(tmp_path: Path, layout: Callabl
         assert torch.equal(source.read(name), value), name
     loaded = source.load_model("eager").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.state_dict().items())
-    captured = set(capture(source.config).weights.values())
+    captured = set(captured_once(source.config).weights.values())
     assert captured == {name for name, _ in expected.named_parameters()}
 
 
