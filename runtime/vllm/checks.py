@@ -29,8 +29,9 @@ OPTION = "pmkvq"
 """The key of what artifacts are told in vLLM's `--additional-config`."""
 
 UNTRIED = ("cuda",)
-"""Devices on which planes are refused, because not all of their tests and measurements have passed there. The tests for
-GPUs lift this, and so does the benchmark; once they have passed on one, nothing is left to refuse."""
+"""Devices on which planes are refused, because not all of their tests and measurements have passed there: a decode of
+pages of 4 bits that all had a plane, in 4.4 GB of them, once ended with an illegal access of memory. The tests for GPUs
+lift this, and so does the benchmark; once they have passed on one, nothing is left to refuse."""
 
 REMOTE_CODE = "modeling_compiled."
 """How the remote code is called in the config of every artifact, by which one is known on a hub."""
