@@ -8,6 +8,7 @@ They run on a GPU, and anywhere in Triton's interpreter, as `kernel_checks` do:
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class PagedCase:
 
     `beginnings` are (taker, giver, tokens): the taker begins with so many tokens of the giver's, in its pages, which
     the giver may fill in the same step. With `planes`, pages have random numbers of planes, and lose some of them
-    between steps.
+    between steps. Where there is `one_program`, it decodes over all records of a head.
     """
 
     layer: Case
@@ -57,6 +58,7 @@ class PagedCase:
     exact: bool = False
     tuning: Tuning = CONSERVATIVE
     planes: bool = False
+    one_program: bool = False
 
     @property
     def sequences(self) -> int:
@@ -66,6 +68,13 @@ class PagedCase:
         plan: LayerPlan = self.layer.plan()
         final = {"stages": (), "sink": 0} if self.exact else {"stages": ((plan.key_bits, plan.value_bits),)}
         return PagedLayer(dataclasses.replace(plan, **final), self.layer.heads, self.layer.dtype.itemsize)
+
+
+class OneProgram(KernelPages):
+    """A head's records are read by one program and its rows by another, as where there are many sequences."""
+
+    def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
+        return 1, 2
 
 
 class Pool:
@@ -156,7 +165,8 @@ def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float
         queries = draw(len(new), query_heads, channels).to(dtype)
         memory, twin = pool.memory.to(device, copy=True), pool.memory.clone()
 
-        ours = KernelPages(layer, kernels, dtype, max(lengths), **pool.place(memory))
+        kind = OneProgram if case.one_program else KernelPages
+        ours = kind(layer, kernels, dtype, max(lengths), **pool.place(memory))
         out = torch.full((len(new), query_heads, channels), float("nan"), dtype=dtype, device=device)
         moved = [part.to(device) for part in (queries, keys, values)]
         ours.attend_batch(*moved, on(device, batch), scale, None, None if sinks is None else sinks.to(device), out)
@@ -276,6 +286,59 @@ def check_rotation(case: Case, device: torch.device) -> None:
         torch.testing.assert_close(part.cpu(), expected, rtol=2**-7, atol=1e-5)
 
 
+def check_far_blocks(case: PagedCase, device: torch.device) -> None:
+    """Blocks are found where a pool is so large that their bytes are counted in more than 32 bits. The first 8 GiB of
+    it are never touched, and on a CPU take no memory."""
+    generator = torch.Generator().manual_seed(0)
+    pool, layer, plan = Pool(case, generator), case.paged(), case.layer
+
+    def draw(new: int) -> list[Tensor]:
+        heads = (plan.heads * plan.group, plan.heads, plan.heads)
+        return [torch.randn(new, count, plan.head_dim, generator=generator).to(plan.dtype) for count in heads]
+
+    first, counts = case.steps
+    history = draw(sum(first))
+    LayerPages.of(layer, plan.dtype, **pool.place(pool.memory)).attend_batch(
+        history[0].float(), *history[1:], batch_of(pool, first, first), 1.0, None, None, history[0].float()
+    )
+    lengths = [old + new for old, new in zip(first, counts, strict=True)]
+    batch = batch_of(pool, counts, lengths)
+    queries, keys, values = (part.to(device) for part in draw(sum(counts)))
+    kernels, blocks = LayerKernels(render_module(plan, paged=True), case.tuning), len(pool.memory)
+    found = []
+    for far in (0, -(-(8 << 30) // pool.memory.shape[1])):
+        memory, ties = (_behind(far, part, device) for part in (pool.memory, pool.ties))
+        ties[far:][ties[far:] > 0] += far
+        tables = [torch.where(part > 0, part + far, 0) for part in (batch.page_table, batch.row_table)]
+        moved = on(device, dataclasses.replace(batch, page_table=tables[0], row_table=tables[1]))
+        place = {**pool.place(memory), "ties": ties}
+        out = torch.zeros_like(queries)
+        KernelPages(layer, kernels, plan.dtype, 400, **place).attend_batch(
+            queries, keys, values, moved, plan.head_dim**-0.5, None, None, out
+        )
+        found.append((out.cpu(), memory[far : far + blocks].cpu()))
+    assert found[0][0].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def _behind(far: int, part: Tensor, device: torch.device) -> Tensor:
+    """A copy of rows behind so many others, which hold nothing."""
+    shape = (far + len(part), part.shape[1])
+    if device.type == "cpu":
+        size = shape[0] * shape[1] * part.element_size()
+        moved = torch.frombuffer(mmap.mmap(-1, size), dtype=part.dtype).view(shape)
+    else:
+        moved = torch.empty(shape, dtype=part.dtype, device=device)
+    moved[far:] = part
+    return moved
+
+
+FAR = [
+    PagedCase(Case(key_bits=bits, value_bits=bits, key_axis="channel", head_dim=64), ((330, 200), (1, 70)), planes=True)
+    for bits in (2, 4)
+]
+
+
 SMALL = [
     PagedCase(
         Case(key_axis="token", key_bits=2, value_bits=4, group=3, heads=2), ((70, 130), (1, 65), (62, 1), (1, 1)), 8
@@ -315,6 +378,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in ROTATED:
         check_rotation(case, torch.device("cpu"))
+    if not sys.argv[1:]:
+        check_far_blocks(FAR[0], torch.device("cpu"))
     for number in [int(argument) for argument in sys.argv[1:]] or range(len(SMALL)):
         found = run_case(SMALL[number], torch.device("cpu"))
         tolerance = INTERPRETED_BFLOAT16 if SMALL[number].layer.dtype == torch.bfloat16 else TOLERANCE

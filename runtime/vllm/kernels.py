@@ -32,6 +32,9 @@ from .pages import Batch
 TOKENS_TURNED = 16
 """Tokens whose queries or keys a program rotates at once: rows of a matrix operand."""
 
+PLANES_REGISTERS = 248
+"""Registers that a lane of a program that reads planes has at least: it holds words of two of them at a time."""
+
 TOKENS_KEPT = 64
 """New tokens that a program writes to where they are kept as they are."""
 
@@ -136,6 +139,8 @@ class KernelPages:
         plan, heads = self.layer.plan, self.layer.heads
         constants = self._constants()
         launch = self.kernels.decode_launch(plan, constants["VALUE_BITS"])
+        if self._planes():
+            launch["maxnreg"] = max(launch["maxnreg"], PLANES_REGISTERS)
         query_heads = queries.shape[1]
         page_splits, splits = self._splits(batch.count, launch["maxnreg"])
         parts = (batch.count * heads, splits, query_heads // heads)

@@ -5,7 +5,8 @@ plane falls. Nothing is moved and no kernel runs then; the worker is told before
 the step that quantizes its page and never later, because only then the numbers themselves are still there.
 
 Blocks that hold nothing become planes first. Blocks of cached prefixes that nobody owns do, too, oldest first: a server
-that has run for a while has no others. But planes leave the younger half of the free blocks to them.
+that has run for a while has no others. But planes leave the younger half of the free blocks to them, and all while a
+request waits, which may begin as they do: it would need more of the pool if they were gone.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class PlanePool(BlockPool):
         pool.planes = planes
         return pool
 
-    def refine(self, pages: Sequence[Page]) -> None:
-        """Give pages as many planes as there are blocks for: every page its first one, then every page its second."""
+    def refine(self, pages: Sequence[Page], spare_prefixes: bool = False) -> None:
+        """Give pages as many planes as there are blocks for: every page its first one, then every page its second.
+        Cached prefixes keep their blocks where they are to be spared."""
         for number in range(1, self.planes.most + 1):
             for page in pages:
                 if len(page.planes) == number - 1 < page.limit:
-                    block = self._block_for_plane(number)
+                    block = self._block_for_plane(number, spare_prefixes)
                     if block is None:
                         return
                     self.planes.tie(page, block)
@@ -89,13 +91,13 @@ class PlanePool(BlockPool):
                 self._return(self.planes.forget(block))
         return done
 
-    def _block_for_plane(self, number: int) -> int | None:
+    def _block_for_plane(self, number: int, spare_prefixes: bool) -> int | None:
         """A block for a plane of this number: an empty one, that of a plane which is worth less, or a prefix's."""
         queue = self.free_block_queue
         if self._empty_blocks(1):
             return queue.popleft().block_id
         plane = self.planes.fall(before=self.planes.rank(True, number))
-        if plane is not None or 2 * (len(self.planes) + 1) > self.get_num_free_blocks():
+        if plane is not None or spare_prefixes or 2 * (len(self.planes) + 1) > self.get_num_free_blocks():
             return plane
         block = queue.popleft()
         self._maybe_evict_cached_block(block)
@@ -137,18 +139,22 @@ class ProgressiveScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:  # workers compute nothing otherwise
-            self._pool.refine(list(self._quantized(output)))
-            setattr(output, CHANGES, self.planes.changes())
+            self._refine(output)
         return output
+
+    def _refine(self, output: SchedulerOutput) -> None:
+        """Give planes to the pages that a step quantizes, and say in the step's output what has changed."""
+        self._pool.refine(list(self._quantized(output)), spare_prefixes=bool(self.waiting))
+        setattr(output, CHANGES, self.planes.changes())
 
     def _quantized(self, output: SchedulerOutput) -> Iterator[Page]:
         """The pages that a step quantizes."""
         for request_id, new in output.num_scheduled_tokens.items():
             end = self.requests[request_id].num_computed_tokens
             for layer, groups in self._pages.values():
+                if (end - layer.plan.sink) % layer.plan.block >= new:
+                    continue  # as most steps, this one completes no block
                 pages = layer.pages_between(end - new, end)
-                if pages.start == pages.stop:
-                    continue
                 for group, manager in groups:
                     for block in manager.req_to_blocks[request_id][pages]:
                         if not block.is_null and block.block_id not in self.planes.pages:

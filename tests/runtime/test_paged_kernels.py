@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 from ..fuzz import LONG_ONLY
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import MORE, ROTATED, PagedCase, check_rotation, run_case
+from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_rotation, run_case
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -116,8 +116,9 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
 
 
 def with_planes() -> list[PagedCase]:
-    """Pages with none, some or all planes, and batches that have pages of all kinds."""
-    widths = ((2, 2), (2, 4), (4, 2), (4, 4), (2, 8), (8, 4))
+    """Pages with none, some or all planes, and batches that have pages of all kinds; more of them in one program than
+    it sorts at once."""
+    widths = ((8, 4), (2, 4), (4, 2), (2, 2), (2, 8), (4, 4))
     shapes = zip((64, 80, 96, 128, 256, 128), (1, 2, 3, 7, 8, 12), widths, strict=True)
     cases = []
     for number, (head_dim, group, (key_bits, value_bits)) in enumerate(shapes):
@@ -138,6 +139,9 @@ def with_planes() -> list[PagedCase]:
                 layer = dataclasses.replace(layer, sliding_window=150)
             lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
             cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn], planes=True))
+    for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
+        layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
+        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), planes=True, one_program=True))
     return cases
 
 
@@ -145,6 +149,12 @@ def with_planes() -> list[PagedCase]:
 @pytest.mark.parametrize("case", with_planes(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
 def test_planes_in_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.layer.key_bits} bits")
+def test_planes_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
+    check_far_blocks(case, torch.device("cuda"))
 
 
 @pytest.mark.gpu

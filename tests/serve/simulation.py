@@ -207,10 +207,21 @@ class Simulation:
         """Blocks in which a request that is alone never preempts itself."""
 
     def run(
-        self, arrivals: Sequence[Arrival], progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool
+        self,
+        arrivals: Sequence[Arrival],
+        progressive: bool,
+        blocks: int,
+        caching: bool,
+        fed: int,
+        ahead: bool,
+        sparing: bool = False,
     ) -> Outcome:
-        """`ahead` schedules a step before the tokens of the one before it are known."""
+        """`ahead` schedules a step before the tokens of the one before it are known. A `sparing` scheduler takes
+        no prefix's block for a plane."""
         scheduler, hasher = self._scheduler(progressive, blocks, caching, fed, ahead)
+        if sparing:
+            refine = scheduler._pool.refine
+            scheduler._pool.refine = lambda pages, spare_prefixes: refine(pages, spare_prefixes=True)
         worker, named = Worker(self.config, scheduler.kv_cache_config, self.folder), {one.name: one for one in arrivals}
         steps: list[tuple[dict[str, int], set[str]]] = []
         waiting = sorted(arrivals, key=lambda one: one.step)
