@@ -21,6 +21,7 @@ from pmkvq_compiler.cli import main
 from pmkvq_compiler.compile import compile_model
 from pmkvq_compiler.options import CompileOptions
 from tests.folders import TEXT, model_folder, tree
+from tests.fuzz import LONG_ONLY
 
 SMALL = ["--max-len", "256", "--window", "64", "--sink", "4", "--calib-samples", "2", "--calib-len", "96"]
 BUDGET = ["--budget", "70%"]
@@ -207,7 +208,7 @@ def test_interrupt_in_every_stage_leaves_the_target_as_it_was(model: Path, place
     ("number", "times", "word"),
     [
         (signal.SIGINT, 30, "interrupted"),  # somebody is impatient
-        (signal.SIGTERM, 1, "terminated"),
+        pytest.param(signal.SIGTERM, 1, "terminated", marks=LONG_ONLY),
     ],
 )
 def test_interrupted_command_says_so_in_one_line(

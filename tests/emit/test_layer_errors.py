@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from pmkvq_compiler.options import CompileOptions
 from pmkvq_compiler.passes.program import HeadTransform
 
 from ..conftest import CompileTiny, silent, token_lines
+from ..fuzz import LONG_ONLY
 from ..models import tiny_folder
 
 LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 4, 16
@@ -94,8 +93,8 @@ def test_a_fold_that_is_wrong_in_one_head_ends_the_compile(tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
-KINDS = [("qwen3_moe", "bfloat16")]
-MORE = [
+KINDS = [
+    "qwen3_moe",
     "gemma2",
     "gpt_oss",
     "cohere",
@@ -110,11 +109,11 @@ MORE = [
     "stablelm",
     "starcoder2",
 ]
-if os.environ.get("PMKVQ_FUZZ"):
-    KINDS = list(itertools.product([model_type for model_type, _ in KINDS] + MORE, ("bfloat16", "float16")))
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), KINDS)
+@LONG_ONLY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", KINDS)
 def test_layers_of_every_kind_are_well_within_the_tolerance(
     compile_tiny: CompileTiny, model_type: str, dtype: str
 ) -> None:

@@ -18,7 +18,7 @@ from pmkvq_compiler.plan.propose import solve
 from pmkvq_compiler.source.source import open_source
 from tests.calibrate.test_calibrate import equal, options, problem, silent
 from tests.folders import TEXT, model_folder
-from tests.fuzz import rounds
+from tests.fuzz import LONG_ONLY, rounds
 
 Damage = Callable[[bytes, random.Random], bytes]
 
@@ -127,8 +127,8 @@ def rewritten(path: Path) -> None:
     "damage",
     [
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:5]),
-        lambda path: path.write_text("not a calibration"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:5]), marks=LONG_ONLY),
+        pytest.param(lambda path: path.write_text("not a calibration"), marks=LONG_ONLY),
         lambda path: path.chmod(0),
         deep,
         rewritten,
