@@ -41,6 +41,7 @@ from .families import HYBRID_FAMILIES
 from .fuzz import LONG, rounds
 from .fuzz.interrupts import Broken, Traced
 from .hybrids import HYBRIDS, at_eight_bits, hybrid, located
+from .interpreted import run_interpreted
 from .models import SHAPE
 from .programs import captured, relative_error
 
@@ -428,10 +429,7 @@ def test_a_decode_step_asks_the_host_for_nothing(
 @pytest.mark.skipif(not os.environ.get(LONG), reason="Triton's interpreter is slow")
 def test_replayed_steps_leave_the_states_that_calls_leave(artifact: Path) -> None:
     pytest.importorskip("triton", reason="Triton has no wheel for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.state_checks", str(artifact)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.state_checks", artifact)
 
 
 @pytest.mark.gpu

@@ -244,11 +244,9 @@ def pool_bytes(options: argparse.Namespace, longest: int) -> int:
 
 def serve(llm: Any, requests: list[tuple[list[int], int, list[int]]]) -> dict[str, Any]:
     """Serve requests that come at once: texts, seconds, steps, and what the metrics say."""
-    from vllm.sampling_params import RequestOutputKind
-
     core, before = llm.llm_engine, metrics(llm)
     for number, (prompt, new, _) in enumerate(requests):
-        core.add_request(str(number), {"prompt_token_ids": prompt}, sampling(new, RequestOutputKind.FINAL_ONLY))
+        core.add_request(str(number), {"prompt_token_ids": prompt}, sampling(new))
     texts: dict[int, list[int]] = {}
     bits, steps, begun = [], 0, time.perf_counter()
     while core.has_unfinished_requests():
@@ -283,12 +281,18 @@ def serve_alone(llm: Any, prompt: list[int], new: int) -> list[tuple[int, float,
     return found
 
 
-def sampling(new: int, kind: Any = None, **more: Any) -> Any:
+def sampling(new: int, **more: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    kind = kind or RequestOutputKind.FINAL_ONLY
-    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, output_kind=kind, **more)
+    return SamplingParams(
+        temperature=0,
+        max_tokens=new,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **more,
+    )
 
 
 def metrics(llm: Any) -> dict[str, float]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from ..interpreted import run_interpreted
 from . import rounds
 from .interrupts import PLANS, Trials, plans, tiny_model
 
-ROOT = Path(__file__).parent.parent.parent
 KERNEL_TRIALS = rounds(2, 40)
 MAX_LEN = 330
 
@@ -31,9 +27,6 @@ def test_what_is_broken_off_leaves_the_cache_as_it_was_or_refusing(seed: int) ->
 def test_so_do_the_kernels() -> None:
     """In Triton's interpreter, a decoder's steps among them."""
     pytest.importorskip("triton", reason="Triton has no wheel for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz.interrupts", str(KERNEL_TRIALS), "0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(done.stdout)
-    assert sum(ast.literal_eval(done.stdout).values()) == KERNEL_TRIALS
+    printed = run_interpreted("tests.fuzz.interrupts", KERNEL_TRIALS, 0)
+    print(printed)
+    assert sum(ast.literal_eval(printed).values()) == KERNEL_TRIALS

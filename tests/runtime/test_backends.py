@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from pmkvq_compiler.runtime.kernels import LayerKernels
 from pmkvq_compiler.runtime.reference import REFERENCE, Reference
 
 from ..conftest import CompileTiny
+from ..interpreted import run_interpreted
 
-ROOT = Path(__file__).parent.parent.parent
 loading = sys.modules[runtime.load.__module__]
 SHAPE = {"head_dim": 16, "sliding_window": 200}
 OPTIONS = {"budget": "107KiB", "max_len": 420, "block": 64, "window": 64, "calib_len": 160}
@@ -81,10 +79,7 @@ def test_both_backends_say_the_same(artifact: Path) -> None:
     package = artifact / json.loads((artifact / "pmkvq.json").read_text())["package"]
     constants = load_file(package / "constants.safetensors")
     assert any(name.endswith("key_rotation") for name in constants), "the run was to have keys that are rotated"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.backend_checks", str(artifact), "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.backend_checks", artifact, "cpu")
 
 
 @pytest.mark.gpu

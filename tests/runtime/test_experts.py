@@ -32,12 +32,17 @@ def drawn(counts: list[int], dtype: torch.dtype, device: str = "cpu") -> tuple[T
     return x.to(device, dtype), weights.to(device, dtype).transpose(-2, -1), ends.to(device)
 
 
+def of_each_expert(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """The product in float64, one expert after the other."""
+    parts = zip(x.double().split(counts), weights.double(), strict=True)
+    return torch.cat([rows @ matrix for rows, matrix in parts])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("counts", ROWS_OF_EXPERTS.values(), ids=ROWS_OF_EXPERTS)
 def test_a_product_without_the_host_is_that_of_each_expert(counts: list[int], dtype: torch.dtype) -> None:
     x, weights, ends = drawn(counts, dtype)
-    parts = zip(x.double().split(counts), weights.double(), strict=True)
-    exact = torch.cat([rows @ matrix for rows, matrix in parts])
+    exact = of_each_expert(x, weights, counts)
     for product in (grouped_mm, grouped_mm_on_device):
         out = product(x, weights, ends)
         assert out.dtype == dtype
@@ -56,8 +61,7 @@ def test_only_a_step_for_graphs_multiplies_without_the_host(ops: Ops) -> None:
 @pytest.mark.parametrize("counts", ROWS_OF_EXPERTS.values(), ids=ROWS_OF_EXPERTS)
 def test_a_captured_product_is_that_of_each_expert(counts: list[int], dtype: torch.dtype) -> None:
     x, weights, ends = drawn(counts, dtype, "cuda")
-    parts = zip(x.double().split(counts), weights.double(), strict=True)
-    exact = torch.cat([rows @ matrix for rows, matrix in parts])
+    exact = of_each_expert(x, weights, counts)
     grouped_mm_on_device(x, weights, ends)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,16 +17,11 @@ from triton.compiler import ASTSource
 from pmkvq_compiler.runtime.fused_kernels import FusedKernels, launch_of
 
 from ..fused_checks import check_all, fused_kernels
-
-ROOT = Path(__file__).parent.parent.parent
+from ..interpreted import run_interpreted
 
 
 def test_fused_ops_in_the_interpreter_equal_float64() -> None:
-    """A process of its own: an interpreted kernel cannot be compiled, nor the other way round."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fused_checks"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.fused_checks")
 
 
 @pytest.mark.gpu

@@ -7,11 +7,8 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -30,6 +27,7 @@ from pmkvq_compiler.runtime.graph import GraphDecoder
 from pmkvq_compiler.source.source import DEMO_PACKAGE, open_source
 
 from ..conftest import CompileTiny, silent
+from ..interpreted import run_interpreted
 from .plans import cache_plan, layer_plan
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
@@ -53,10 +51,7 @@ def artifact(compile_tiny: CompileTiny) -> Path:
 
 def test_replayed_steps_leave_what_calls_leave(artifact: Path) -> None:
     """Ragged, with flushes, a lowering, a sequence that ends, and other uses of the cache in between and after."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.graph_checks", str(artifact)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.graph_checks", artifact)
 
 
 def test_steps_until_lowering_are_those_that_every_layer_takes_as_it_is() -> None:

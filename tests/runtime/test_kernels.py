@@ -2,11 +2,7 @@
 
 import dataclasses
 import itertools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from .plans import layer_plan
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..fuzz import LONG_ONLY
+from ..interpreted import run_interpreted
 from ..kernel_checks import (
     CONSERVATIVE,
     LIBRARY,
@@ -33,15 +30,9 @@ from ..kernel_checks import (
 )
 from ..kernel_compile import compile_case, compile_kernel, signature
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def test_kernels_in_the_interpreter_equal_float64() -> None:
-    """A process of its own: an interpreted kernel cannot be compiled, nor the other way round."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernel_checks"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.kernel_checks")
 
 
 @pytest.mark.parametrize(

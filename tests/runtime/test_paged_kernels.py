@@ -2,10 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +9,14 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from ..fuzz import LONG_ONLY
+from ..interpreted import run_interpreted
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
 from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_rotation, run_case
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
-    """A process of its own: an interpreted kernel cannot be compiled, nor the other way round."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.page_checks"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.page_checks")
 
 
 def test_kernels_over_pages_compile_without_a_device() -> None:

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pmkvq_compiler.runtime.layer_cache import Counts
 from pmkvq_compiler.runtime.plan import CODE_BITS, FINAL_BITS, LayerPlan, block_bytes
 from pmkvq_compiler.runtime.tuning import read_tunings
 from tests.emit import test_onnx_attention
+from tests.interpreted import run_interpreted
 
 from . import test_attention
 from .plans import cache_plan, layer_plan
@@ -66,10 +66,7 @@ def test_a_record_and_an_arena_have_the_same_bytes_in_another_order(monkeypatch:
 def test_kernels_follow_other_orders() -> None:
     """Interpreted, against float64 and the reference's cache to the last bit: append, lower, decode and prefill."""
     pytest.importorskip("triton", reason="Triton has no wheel for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.runtime.test_records"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.runtime.test_records")
 
 
 def check_kernels_in_other_orders() -> None:
