@@ -139,6 +139,9 @@ class Store(AttentionLayerBase):
         self.served.check_size(len(kv_cache))
         self.served.tie(len(kv_cache), kv_cache.device)
 
+    def lower(self, told: Tensor) -> None:
+        """Pages of this group lie in fewer blocks from now on, whose rows of the table of ties will be `told`."""
+
 
 class Impl(AttentionImpl[Metadata]):
     """Attention of one layer, once `attach` has told it which."""

@@ -266,13 +266,15 @@ def offsets(group: Group, layers: Sequence[PagedLayer], stage: range) -> dict[in
     return found
 
 
-def bits_of(layers: Sequence[PagedLayer]) -> list[float]:
-    """Bits of a number of K and V in the pages of these layers, on average, when a page has 0, 1, ... planes."""
-    numbers, bits = 0, [0] * (1 + max((layer.planes for layer in layers), default=0))
+def bits_of(layers: Sequence[PagedLayer]) -> dict[int, float]:
+    """Bits of a number of K and V in the pages of these layers, on average, by the tiers that they may have."""
+    numbers, total = 0, {1: 0.0, 2: 0.0, 4: 0.0}
+    highest = {layer: max(1, 8 // max(layer.plan.key_bits, layer.plan.value_bits)) for layer in layers}
     for layer in layers:
         plan = layer.plan
         for channels, width in ((plan.key_head_dim, plan.key_bits), (plan.value_head_dim, plan.value_bits)):
             numbers += layer.heads * channels
-            for count in range(len(bits)):
-                bits[count] += layer.heads * channels * width * (1 + min(count, planes_of(width)))
-    return [total / max(1, numbers) for total in bits]
+            for tier in total:
+                total[tier] += layer.heads * channels * width * min(tier, highest[layer])
+    most = max(highest.values(), default=1)
+    return {tier: bits / max(1, numbers) for tier, bits in total.items() if tier <= most}

@@ -13,7 +13,6 @@ from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.runtime.quantize import decode, encode, encode_planes, group_parameters, step_and_zero
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer, bits_of, planes_of
 from pmkvq_compiler.runtime.vllm.pages import LayerPages
-from pmkvq_compiler.runtime.vllm.planes import Planes
 
 from .test_attention import reference
 from .test_pages import ATTENTION, HEADS, LENGTH, POISON, Paged, layer_plan, random_tokens
@@ -122,49 +121,9 @@ def dense(paged: Refined, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 def test_bits_of_a_page_grow_with_its_planes_up_to_eight() -> None:
     def bits(**changes: Any) -> list[float]:
-        return bits_of([PagedLayer(layer_plan(key_head_dim=16, value_head_dim=16, **changes), HEADS, 2)])
+        return list(bits_of([PagedLayer(layer_plan(key_head_dim=16, value_head_dim=16, **changes), HEADS, 2)]).values())
 
-    assert bits(key_bits=2, value_bits=2) == [2, 4, 6, 8]
-    assert bits(key_bits=4, value_bits=2) == [3, 6, 7, 8]
-    assert bits(key_bits=8, value_bits=4) == [6, 8]
+    assert bits(key_bits=2, value_bits=2) == [2, 4, 8]
+    assert bits(key_bits=4, value_bits=2) == [3, 6]
+    assert bits(key_bits=8, value_bits=4) == [6]
     assert bits(key_bits=16, value_bits=8) == [12]
-
-
-# ---- the books ----
-
-
-def test_planes_fall_where_they_are_worth_least() -> None:
-    planes = Planes([3])
-    for page in (1, 2):
-        planes.add(page, 0)
-    for plane, page in ((10, 1), (20, 2), (21, 2), (11, 1), (12, 1)):
-        planes.tie(planes.pages[page], plane)
-    planes.own(2, False)
-    assert [planes.fall() for _ in range(6)] == [21, 20, 12, 11, 10, None]
-    assert planes.lowered == 3, "what nobody owns is not counted"
-
-
-def test_a_plane_gives_way_only_to_one_that_is_worth_more() -> None:
-    planes = Planes([3])
-    page = planes.add(1, 0)
-    for plane in (10, 11):
-        planes.tie(page, plane)
-    assert planes.fall(before=planes.rank(True, 2)) is None
-    assert planes.fall(before=planes.rank(True, 1)) == 11
-
-
-def test_changes_name_every_page_whose_planes_are_others_than_last_time() -> None:
-    planes = Planes([0, 2])
-    page = planes.add(5, 1)
-    planes.add(6, 0)
-    assert planes.changes() == []
-    planes.tie(page, 8)
-    planes.tie(page, 9)
-    assert planes.changes() == [(5, 8, 9)]
-    assert planes.fall() == 9
-    assert planes.changes() == [(5, 8, 0)]
-    assert planes.counts == [[1], [0, 1, 0]]
-    assert planes.forget(5) == [8]
-    assert planes.changes() == [(5, 0, 0)]
-    assert planes.changes() == []
-    assert planes.counts == [[1], [0, 0, 0]]
