@@ -69,9 +69,7 @@ class LendingPool(BlockPool):
             missing = num_blocks - self._empty_blocks(num_blocks)
             if missing > 0:
                 self._take_back(self.tiers.fall(missing + self.reserve))
-        blocks = super().get_new_blocks(num_blocks)
-        self._forget(blocks)
-        return blocks
+        return super().get_new_blocks(num_blocks)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         blocks = list(ordered_blocks)
@@ -80,7 +78,7 @@ class LendingPool(BlockPool):
         for block in blocks:
             if block.block_id in pages and block.ref_cnt == 0:
                 if block.block_hash is None:
-                    self._forget([block])
+                    self._forget(block)
                 else:
                     self.tiers.own(block.block_id, False)
 
@@ -92,7 +90,8 @@ class LendingPool(BlockPool):
     def reset_prefix_cache(self) -> bool:
         done = super().reset_prefix_cache()
         if done:
-            self._forget([self.blocks[block] for block in self.tiers.pages])  # a list, for they become fewer
+            for page in list(self.tiers.pages):
+                self._forget(self.blocks[page])
         return done
 
     def _idle_blocks(self, number: int, kept: int, turn: int, spare_prefixes: bool) -> list[int]:
@@ -117,9 +116,13 @@ class LendingPool(BlockPool):
             block = block.next_free_block
         if block is queue.fake_free_list_tail:
             return False
-        self._maybe_evict_cached_block(block)
-        self._forget([block])
-        return True
+        return self._maybe_evict_cached_block(block)
+
+    def _maybe_evict_cached_block(self, block: KVCacheBlock) -> bool:
+        """A prefix that is forgotten may have been a page; any other block that vLLM gives out is none."""
+        if block.ref_cnt == 0:
+            self._forget(block)
+        return super()._maybe_evict_cached_block(block)
 
     def _empty_blocks(self, most: int) -> int:
         """How many of the first blocks in the queue, `most` at most, hold nothing; cached prefixes come behind."""
@@ -129,11 +132,10 @@ class LendingPool(BlockPool):
             block, count = block.next_free_block, count + 1
         return count
 
-    def _forget(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """These are no pages any more, should they have been some."""
-        for block in blocks:
-            if block.block_id in self.tiers.pages:
-                self._take_back(self.tiers.forget(block.block_id))
+    def _forget(self, block: KVCacheBlock) -> None:
+        """A block is no page any more, should it have been one."""
+        if block.block_id in self.tiers.pages:
+            self._take_back(self.tiers.forget(block.block_id))
 
     def _take_back(self, blocks: Sequence[int]) -> None:
         """Blocks that were lent hold nothing any more."""

@@ -76,12 +76,12 @@ class Tiers:
 
     def lend(self, page: Page, blocks: Sequence[int]) -> None:
         """Lift a page, which was quantized in this step, to the next tier."""
-        counts = self.counts[page.group]
-        counts[page.height] -= page.owned
+        height, counts = page.height, self.counts[page.group]
+        counts[height] -= page.owned
+        counts[height + 1] += page.owned
         page.further.extend(blocks)
-        counts[page.height] += page.owned
         self.lent += len(blocks)
-        self._falling[self.turn(page.owned, page.height)][page.block] = page
+        self._falling[self.turn(page.owned, height + 1)][page.block] = page
         self._changed[page.block] = page
 
     def turn(self, owned: bool, height: int) -> int:
@@ -98,12 +98,11 @@ class Tiers:
         return given
 
     def _lower(self, block: int, page: Page) -> list[int]:
-        left = len(page.further) >> 1
+        height, counts, left = page.height, self.counts[page.group], len(page.further) >> 1
+        counts[height] -= page.owned
+        counts[height - 1] += page.owned
         given = page.further[left:]
-        counts = self.counts[page.group]
-        counts[page.height] -= page.owned
         del page.further[left:]
-        counts[page.height] += page.owned
         self.lowered += page.owned
         self.lent -= len(given)
         self._changed[block] = page

@@ -89,7 +89,9 @@ def test_the_pool_that_lends_and_what_tells_of_tiers_have_vllms_signatures() -> 
 
     own = {name for name, value in vars(LendingPool).items() if isinstance(value, FunctionType)}
     overridden = own & set(vars(BlockPool))
-    assert overridden == {"get_new_blocks", "free_blocks", "touch", "reset_prefix_cache"}
+    public = {"get_new_blocks", "free_blocks", "touch", "reset_prefix_cache"}
+    assert overridden == public | {"_maybe_evict_cached_block"}
+    assert "_maybe_evict_cached_block" in inspect.getsource(BlockPool.get_new_blocks)
     for name in overridden:
         assert parameters(getattr(LendingPool, name)) == parameters(getattr(BlockPool, name)), name
     assert parameters(GPUModelRunner.execute_model)[:2] == ["self", "scheduler_output"]
