@@ -13,13 +13,15 @@ weights there is nothing to be right: every request gets its tokens, all probabi
 are alone in the pool continue progressively as they do at 8 bits, up to where two tokens are as good as equal.
 
 A row says how many tokens a second all requests got and in how many steps, how often one was preempted, the mean bits
-of a number in quantized pages over time, how many planes running requests lost, and what share of the time of the steps
-the books of planes took: on the host in the scheduler and the worker, and on the device.
+of a number in quantized pages over time, and how often pages of running requests were lowered. Then it says what share
+of the time the books of tiers took: on the host in the scheduler and in the worker, and on the device. vLLM schedules a
+step ahead, so what the host does costs nothing as long as it waits for the device later; how long it waits is shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -189,11 +191,11 @@ def measure(options: argparse.Namespace) -> None:
     llm = start(options, kind, longest)
     alone = [serve_alone(llm, *request[:2]) for request in requests[:ALONE]]
     serve(llm, [(prompt, 2, []) for prompt, *_ in requests])  # whatever is compiled when it is first used
-    clocks = watch_planes(options, kind)
+    clocks = watch(kind)
     print("READY", flush=True)
     sys.stdin.readline()
     row = serve(llm, requests)
-    row |= {name: total() / row["seconds"] for name, total in clocks.items()}
+    row |= {name: seconds / row["seconds"] for name, seconds in clocks().items()}
     texts = row.pop("texts")
     right = sum(text[: len(chain)] == chain for text, (*_, chain) in zip(texts, requests, strict=True))
     row["right"] = "" if options.shapes else right
@@ -206,7 +208,7 @@ def start(options: argparse.Namespace, kind: str, longest: int) -> Any:
 
     from pmkvq_compiler.runtime.vllm import checks
 
-    checks.UNTRIED = ()  # where planes are refused so far, they are measured
+    checks.UNTRIED = ()  # where progressive precision is refused so far, it is measured
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     captured = sorted({1, 2, 4, *range(8, options.sequences + 8, 8)})
     return LLM(
@@ -300,47 +302,66 @@ def metrics(llm: Any) -> dict[str, float]:
     return {
         metric.name: metric.value
         for metric in llm.get_metrics()
-        if hasattr(metric, "value") and "planes" not in metric.labels
+        if hasattr(metric, "value") and "tier" not in metric.labels
     }
 
 
-def watch_planes(options: argparse.Namespace, kind: str) -> dict[str, Callable[[], float]]:
-    """Clocks of what planes cost from now on: functions that give seconds on the host and on the device."""
-    if kind != "progressive":
-        return {}
-    from pmkvq_compiler.runtime.vllm import worker
-    from pmkvq_compiler.runtime.vllm.planes import Planes
-    from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveScheduler
+class Clock:
+    """The seconds that functions take on the host, and if they start something there, on the device."""
 
-    host, pairs, depth = [0.0], [], [0]
+    def __init__(self, starts: bool = False) -> None:
+        self.on_host, self.starts, self.running = 0.0, starts and torch.cuda.is_available(), False
+        self.events: list[list[torch.cuda.Event]] = []
 
-    def timed(function: Callable[..., Any], on_device: bool = False) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * on_device)]
-            begun, depth[0] = time.perf_counter(), depth[0] + 1
+    def watch(self, owner: Any, name: str) -> None:
+        """Time a method or a function of a module from now on; what it calls of them is a part of it."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                return function(*args, **kwargs)
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self.starts)]
+            for event in events[:1]:
+                event.record()
+            self.running, begun = True, time.perf_counter()
             try:
-                for event in events[:1]:
-                    event.record()
                 return function(*args, **kwargs)
             finally:
+                self.on_host += time.perf_counter() - begun
+                self.running = False
                 for event in events[1:]:
                     event.record()
-                pairs.extend([events] if events else [])
-                depth[0] -= 1
-                host[0] += (time.perf_counter() - begun) * (depth[0] == 0)  # one of them calls another
+                self.events.extend([events] * self.starts)
 
-        return call
+        setattr(owner, name, timed)
 
-    ProgressiveScheduler._refine = timed(ProgressiveScheduler._refine)
-    Planes.fall = timed(Planes.fall)
-    worker._note = timed(worker._note, on_device=torch.cuda.is_available())
-
-    def device() -> float:
-        if pairs:
+    def on_device(self) -> float:
+        if self.events:
             torch.cuda.synchronize()
-        return sum(first.elapsed_time(last) for first, last in pairs) / 1000
+        return sum(first.elapsed_time(last) for first, last in self.events) / 1000
 
-    return {"host": lambda: host[0], "device": device}
+
+def watch(kind: str) -> Callable[[], dict[str, float]]:
+    """Watch from now on how long the host waits for the device, and what tiers cost: a function that gives seconds."""
+    from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
+
+    waits, scheduler, noted = Clock(), Clock(), Clock(starts=True)
+    waits.watch(AsyncOutputFuture, "result")
+    if kind != "progressive":
+        return lambda: {"waits": waits.on_host}
+    from pmkvq_compiler.runtime.vllm import worker
+    from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, ProgressiveScheduler
+
+    scheduler.watch(ProgressiveScheduler, "_lend")
+    scheduler.watch(LendingPool, "_fall")
+    noted.watch(worker, "_note")
+    return lambda: {
+        "waits": waits.on_host,
+        "scheduler": scheduler.on_host,
+        "worker": noted.on_host,
+        "device": noted.on_device(),
+    }
 
 
 # ---- what is found ----
@@ -363,14 +384,17 @@ def check(rows: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def show(rows: dict[str, Any]) -> None:
-    print("| cache | tokens/s | steps | preemptions | mean bits | planes lost | right | planes' share of the time |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| cache | tokens/s | steps | preemptions | mean bits | lowered | right | waits for the device | tiers' share |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kind, row in rows.items():
         bits = sum(row["bits"]) / len(row["bits"]) if row["bits"] else 0.0
-        share = f"host {row['host']:.2%}, device {row['device']:.2%}" if "host" in row else ""
+        parts = [f"{name} {row[name]:.2%}" for name in ("scheduler", "worker", "device") if name in row]
         print(
             f"| {kind} | {row['tokens'] / row['seconds']:,.0f} | {row['steps']:,} | {row['preemptions']} | "
-            f"{f'{bits:.2f}' if bits else ''} | {row['lowered'] or ''} | {row['right']} | {share} |"
+            f"{f'{bits:.2f}' if bits else ''} | {row['lowered'] or ''} | {row['right']} | {row['waits']:.0%} | "
+            f"{', '.join(parts)} |"
         )
     for kind, row in rows.items():
         if row["bits"]:

@@ -68,7 +68,7 @@ class LendingPool(BlockPool):
         if self.tiers.lent:
             missing = num_blocks - self._empty_blocks(num_blocks)
             if missing > 0:
-                self._take_back(self.tiers.fall(missing + self.reserve))
+                self._fall(missing)
         return super().get_new_blocks(num_blocks)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
@@ -98,12 +98,15 @@ class LendingPool(BlockPool):
         """So many blocks that hold nothing, of which others are kept; pages whose turn comes before this one fall for
         them, or prefixes are forgotten. None where there are not as many."""
         while self._empty_blocks(kept + number) < kept + number:
-            given = self.tiers.fall(number + self.reserve, turn)
-            if given:
-                self._take_back(given)
-            elif spare_prefixes or not self._forget_prefix(number):
+            if not self._fall(number, turn) and (spare_prefixes or not self._forget_prefix(number)):
                 return []
         return [block.block_id for block in self.free_block_queue.popleft_n(number)]
+
+    def _fall(self, number: int, turn: int | None = None) -> bool:
+        """Lower pages for so many blocks and the reserve, if there are any whose turn comes before this one."""
+        given = self.tiers.fall(number + self.reserve, turn)
+        self._take_back(given)
+        return bool(given)
 
     def _forget_prefix(self, number: int) -> bool:
         """Forget the oldest cached prefix, if there is any and half of the free blocks are left to such after so many
