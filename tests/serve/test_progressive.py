@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; run make test-serve")
 
@@ -17,9 +19,10 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.plan import block_bytes
 from pmkvq_compiler.runtime.vllm import worker
-from pmkvq_compiler.runtime.vllm.backend import Store
-from pmkvq_compiler.runtime.vllm.layout import PagedLayer, paged_layers, pool_of
+from pmkvq_compiler.runtime.vllm.backend import Impl, Store
+from pmkvq_compiler.runtime.vllm.layout import PagedLayer, offsets, paged_layers, pool_of
 from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, _limit
 from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes, Tiers
 from tests.fuzz import rounds
@@ -55,6 +58,81 @@ def test_ranks_and_processes_are_told_of_tiers(served_tiny: Served, tmp_path: Pa
     assert generate(sys.executable, str(artifact), prompts, tmp_path, tensor_parallel_size=2, **PROGRESSIVE) == expected
 
 
+@pytest.mark.parametrize("name", ["sliding layers, two widths", "rotated keys"])
+def test_pages_that_have_fallen_are_those_of_the_final_bits(
+    served_tiny: Served, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert_fallen_pages_are_final(served_tiny(**FALLING[name]), monkeypatch)
+
+
+FALLING: dict[str, dict[str, Any]] = {
+    "sliding layers, two widths": {
+        "model_type": "gemma2",
+        "overrides": {"sliding_window": 200, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
+        "budget": "40%",
+    },
+    "rotated keys": {"recipe": "rotation", "bits": (2,), "budget": "45%"},
+}
+
+
+def assert_fallen_pages_are_final(artifact: Path, patch: pytest.MonkeyPatch, **options: Any) -> None:
+    """One request, progressively and not. Some of its pages fall a tier and then another, all others fall two at once.
+    What attention gives is left out of the model, so that all keys and values are the same in both."""
+    attend = Impl.forward
+    patch.setattr(Impl, "forward", lambda self, *args, **kwargs: attend(self, *args, **kwargs).zero_())
+    found: list[dict[tuple[int, int], Tensor]] = []
+    for progressive in (False, True):
+        chosen = {"max_num_batched_tokens": 300, "enable_prefix_caching": True, **(PROGRESSIVE if progressive else {})}
+        with engine(artifact, **chosen, **options) as llm:
+            ask(llm, "0", random_prompts((777,))[0], 60)
+            core, tiers = llm.llm_engine, []
+            for step in range(40):
+                core.step()
+                if progressive and step in (5, 15, 25):
+                    scheduler = core.engine_core.engine_core.scheduler
+                    tiers.append({1 + len(page.further) for page in scheduler.tiers.pages.values()})
+                    scheduler._pool._take_back(scheduler.tiers.fall({5: 3, 15: 12, 25: 10_000}[step]))
+            if progressive:
+                assert 1 not in tiers[0], "the pool is nearly empty"
+                assert len(tiers[1]) > 1
+            found.append(records(llm))
+            core.abort_request(["0"])
+            core.step()
+            assert all_free(llm)
+    assert len(found[0]) > 20
+    for place, expected in found[0].items():
+        assert torch.equal(found[1][place], expected), f"layer and page {place}"
+
+
+def ask(llm: Any, name: str, prompt: list[int], new: int) -> None:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+
+
+def records(llm: Any) -> dict[tuple[int, int], Tensor]:
+    """The records of the only request by layer and page, as they lie in the pages' own blocks."""
+    core = llm.llm_engine.engine_core.engine_core
+    context, scheduler = core.vllm_config.compilation_config.static_forward_context, core.scheduler
+    (request,) = scheduler.requests.values()
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    served = next(layer.served for layer in context.values() if isinstance(layer, Store))
+    found = {}
+    for group, manager in zip(scheduler.kv_cache_config.kv_cache_groups, managers, strict=True):
+        store = served.stores[group.kv_cache_spec.group]
+        if store.group.kind == "pages":
+            for index, start in offsets(store.group, served.layers, served.stage).items():
+                layer = served.layers[index]
+                pages = layer.pages_between(0, request.num_computed_tokens - 1)  # a step may be ahead
+                for page, block in list(enumerate(manager.req_to_blocks[request.request_id]))[pages]:
+                    if not layer.exact and not block.is_null:
+                        raw = store.blocks[block.block_id][start : start + layer.page_bytes].view(layer.heads, -1)
+                        size = block_bytes(layer.plan, layer.plan.key_bits, layer.plan.value_bits)
+                        found[index, page] = raw[:, :size].cpu()
+    return found
+
+
 TIGHT = (40, 60, 30, 50)
 
 
@@ -82,13 +160,10 @@ class TestTightPool:
         assert found[0] == found[1]
 
     def test_metrics_tell_how_precise_pages_are(self, asked: dict[str, Any]) -> None:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_tokens=320, ignore_eos=True, detokenize=False)
         with engine(**asked) as llm:
             core, seen = llm.llm_engine, []
             for number, prompt in enumerate(random_prompts(TIGHT)):
-                core.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+                ask(llm, str(number), prompt, 320)
             while core.has_unfinished_requests():
                 core.step()
                 seen.append(metrics(llm))
