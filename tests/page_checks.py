@@ -22,7 +22,7 @@ from pmkvq_compiler.runtime.layer_cache import record_views
 from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.runtime.quantize import decode, unpack
 from pmkvq_compiler.runtime.rotation import rotate_heads
-from pmkvq_compiler.runtime.vllm.kernels import KernelPages
+from pmkvq_compiler.runtime.vllm.kernels import KernelPages, falling
 from pmkvq_compiler.runtime.vllm.layout import TIERS, PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
 
@@ -200,7 +200,11 @@ def run_case(case: PagedCase, device: torch.device, seed: int = 0) -> list[float
             pool.leave(sequence, end)
         if case.tiers:
             told = pool.fall(generator)
+            memory = pool.memory.to(device, copy=True)
+            for one in falling([kind(layer, kernels, dtype, max(lengths), **pool.place(memory))]):
+                one.lower(told.to(device))
             LayerPages.of(layer, dtype, **pool.place(pool.memory)).lower(told)
+            assert torch.equal(memory.cpu(), pool.memory), "pages fall to the reference's, and touch nothing else"
             pool.note(told)
     return errors
 
@@ -241,9 +245,7 @@ def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: flo
     coded = [torch.cat([tokens.new_zeros(shape).double(), *parts], 1) for parts in zip(*numbers, strict=True)]
     exact = tokens.double().transpose(0, 1).chunk(2, dim=-1)
     coded = coded or [part[:, :0] for part in exact]
-    keys, values = (
-        torch.cat((one, other), 1).nan_to_num() for one, other in zip(coded, exact, strict=True)
-    )
+    keys, values = (torch.cat((one, other), 1).nan_to_num() for one, other in zip(coded, exact, strict=True))
     own = torch.arange(end - len(queries), end).unsqueeze(-1)
     limit = torch.tensor([0 if layer.exact else layer.quantized_until(int(one)) for one in own]).unsqueeze(-1)
     sink = 0 if layer.exact else plan.sink

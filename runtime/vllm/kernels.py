@@ -404,6 +404,48 @@ class KernelPages:
         return {"ties": self.ties, "tie_width": self.ties.stride(0), "HIGHEST": self.layer.highest_tier}
 
 
+@dataclass(frozen=True)
+class Falling:
+    """Layers of a group whose pages fall in one launch, because they have the same kernels and final bits: one of them,
+    and where each begins in a block of pages (`offsets`, bytes)."""
+
+    layer: KernelPages
+    offsets: Tensor
+
+    def lower(self, told: Tensor) -> None:
+        """`LayerPages.lower` of all these layers."""
+        one = self.layer
+        assert one.ties is not None
+        one.kernels.module.lower_pages[(len(told), one.layer.heads, 2 * len(self.offsets))](
+            one.pages.view(torch.int16),
+            told,
+            one.ties,
+            self.offsets,
+            one.pages.stride(0),
+            one.layer.record_bytes,
+            tie_width=one.ties.stride(0),
+            KEY_BITS=one.layer.plan.key_bits,
+            VALUE_BITS=one.layer.plan.value_bits,
+            HIGHEST=one.layer.highest_tier,
+            num_warps=one.kernels.tuning.lower_warps,
+        )
+
+
+def falling(layers: Sequence[KernelPages]) -> list[Falling]:
+    """What lowers the pages of a group with these layers, in as few launches as possible."""
+    alike: dict[tuple[int, int, int], list[KernelPages]] = {}
+    for one in layers:
+        if one.ties is not None and one.layer.highest_tier > 1:
+            plan = one.layer.plan
+            alike.setdefault((id(one.kernels.module), plan.key_bits, plan.value_bits), []).append(one)
+    return [
+        Falling(
+            some[0], torch.tensor([one.page_offset for one in some], dtype=torch.int32, device=some[0].pages.device)
+        )
+        for some in alike.values()
+    ]
+
+
 def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
     tables = (batch.page_table, batch.row_table)
     return batch.starts, batch.lengths, *tables, tables[0].stride(0), tables[1].stride(0)
