@@ -187,7 +187,7 @@ class KernelPages:
         """In which order sequences of one new token read pages of several tiers. The first layer of a step finds it for
         all that see the same pages."""
         highest = self._tiers()[-1]
-        if highest == 1:
+        if self.ties is None or highest == 1:
             return {}
         layer, key = self.layer, (self.layer.window, self.layer.plan.sink, self.layer.plan.sliding_window, highest)
         if key not in batch.orders:
@@ -423,6 +423,7 @@ class Falling:
             self.offsets,
             one.pages.stride(0),
             one.layer.record_bytes,
+            told_width=told.stride(0),
             tie_width=one.ties.stride(0),
             KEY_BITS=one.layer.plan.key_bits,
             VALUE_BITS=one.layer.plan.value_bits,

@@ -233,8 +233,10 @@ class LayerPages:
 
         A page is left alone where it keeps other blocks than its first ones: it is another page meanwhile.
         """
-        pages, after = told[:, 0].long(), told[:, 1 : 1 + self.ties.shape[1]]
+        pages = told[:, 0].long()
         before = self.ties[pages]
+        after = torch.zeros_like(before)
+        after[:, : told.shape[1] - 1] = told[:, 1 : 1 + before.shape[1]]
         stay = ((after == before) | (after == NOBODY)).all(1) & (after != before).any(1)
         for own, blocks in self._by_tier(pages[stay]):
             counts = 1 + (after[stay][own] != NOBODY).sum(1)

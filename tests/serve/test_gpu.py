@@ -83,13 +83,13 @@ def test_two_ranks_give_the_same_text(served_tiny: Served, options: dict[str, An
 
 
 @pytest.fixture
-def planes_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planes are served here, too."""
+def tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progressive precision is served here, too."""
     monkeypatch.setattr(checks, "UNTRIED", ())
 
 
-def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, planes_tried: None) -> None:
-    """Codes of 2 bits and three planes are those of 8 bits, but that sums are rounded in another order."""
+def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, tried: None) -> None:
+    """Pages of 2 bits at tier 4 are those of 8 bits, but that sums are rounded in another order."""
     found = []
     for bits, options in ((8, {}), (2, PROGRESSIVE)):
         artifact = served_tiny(recipe="uniform", budget="70%", bits=(bits,))
@@ -99,10 +99,10 @@ def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, pla
     assert_alike(*found, SAME)
 
 
-def test_planes_change_neither_with_graphs_nor_with_what_nobody_owns(
-    served_tiny: Served, planes_tried: None, monkeypatch: pytest.MonkeyPatch
+def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
+    served_tiny: Served, tried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a pool that is too small: planes fall and requests are preempted. Once with graphs, and once with NaNs in all
+    """In a pool that is too small: pages fall and requests are preempted. Once with graphs, and once with NaNs in all
     blocks that hold nothing. There are graphs for every number of requests: with more, sums are rounded otherwise."""
     artifact = served_tiny(recipe="uniform", bits=(2,), budget="60%", window=64)
     pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.vllm import worker
 from pmkvq_compiler.runtime.vllm.backend import Store
-from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
-from pmkvq_compiler.runtime.vllm.planes import Planes
-from pmkvq_compiler.runtime.vllm.scheduler import PlanePool
+from pmkvq_compiler.runtime.vllm.layout import PagedLayer, paged_layers, pool_of
+from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, _limit
+from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes, Tiers
 from tests.fuzz import rounds
+from tests.runtime.test_pages import HEADS, layer_plan
 
 from .engines import Served, all_free, engine, greedy, random_prompts
 from .simulation import MAX_FED, VOCABULARY, Arrival, Simulation, idle_blocks
@@ -33,7 +36,7 @@ PROMPTS = random_prompts((7, 130, 300, 513, 777))
 
 
 def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> None:
-    """Codes of 2 bits and three planes are those of 8 bits."""
+    """Pages of 2 bits at tier 4 are those of 8 bits."""
     found: dict[str, list[list[int]]] = {}
     for name, bits, options in (("8 bits", 8, {}), ("2 bits", 2, {}), ("progressive", 2, PROGRESSIVE)):
         with engine(served_tiny(**PLAN, bits=(bits,)), **options) as llm:
@@ -43,7 +46,7 @@ def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> 
     assert found["progressive"] != found["2 bits"]
 
 
-def test_ranks_and_processes_are_told_of_planes(served_tiny: Served, tmp_path: Path) -> None:
+def test_ranks_and_processes_are_told_of_tiers(served_tiny: Served, tmp_path: Path) -> None:
     artifact, prompts = served_tiny(**PLAN, bits=(2,)), PROMPTS[2:3]
     with engine(artifact, **PROGRESSIVE) as llm:
         expected = greedy(llm, prompts)
@@ -56,7 +59,7 @@ TIGHT = (40, 60, 30, 50)
 
 
 class TestTightPool:
-    """A pool whose blocks are planes until the answers need all of them, and more than there are."""
+    """A pool whose blocks are lent until the answers need all of them, and more than there are."""
 
     @pytest.fixture
     def asked(self, served_tiny: Served) -> dict[str, Any]:
@@ -92,28 +95,38 @@ class TestTightPool:
         bits = [step["vllm:pmkvq_bits"] for step in seen]
         assert max(bits) == 8
         assert 2 <= min(bit for bit in bits if bit) < 3
-        assert max(step["vllm:pmkvq_pages 3"] for step in seen) > 0
+        assert all(max(step[f"vllm:pmkvq_pages {tier}"] for step in seen) > 0 for tier in (1, 2, 4))
         assert seen[-1]["vllm:pmkvq_lowered"] > 0
         assert bits[-1] == 0, "no request is running"
 
 
 def metrics(llm: Any) -> dict[str, float]:
     found = [metric for metric in llm.get_metrics() if metric.name.startswith("vllm:pmkvq")]
-    return {f"{metric.name} {metric.labels.get('planes', '')}".strip(): metric.value for metric in found}
+    return {f"{metric.name} {metric.labels.get('tier', '')}".strip(): metric.value for metric in found}
 
 
 def poison_idle_blocks(llm: Any, patch: pytest.MonkeyPatch) -> None:
+    """Before every step, once pages that have fallen are coded anew."""
     core = llm.llm_engine.engine_core.engine_core
     context = core.vllm_config.compilation_config.static_forward_context
     stores, schedule = [layer for layer in context.values() if isinstance(layer, Store)], core.scheduler.schedule
+    note, idle = worker._note, deque[list[int]]()
 
-    def poisoned(*args: Any, **kwargs: Any) -> Any:
+    def scheduled(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
-        for store in stores:
-            store.blocks[sorted(idle_blocks(core.scheduler, progressive=True))] = 0xFF
+        idle.append(sorted(idle_blocks(core.scheduler, progressive=True)))
+        setattr(output, TOLD, getattr(output, TOLD, Changes([], [])))
         return output
 
-    patch.setattr(core.scheduler, "schedule", poisoned)
+    def noted(config: Any, changes: Changes) -> None:
+        if changes.rows:
+            note(config, changes)
+        blocks = idle.popleft()
+        for store in stores:
+            store.blocks[blocks] = 0xFF
+
+    patch.setattr(core.scheduler, "schedule", scheduled)
+    patch.setattr(worker, "_note", noted)
 
 
 # ---- the scheduler with a worker that has no model ----
@@ -133,24 +146,26 @@ SIMULATED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SIMULATED)
 def test_random_schedules_lose_no_block_and_read_no_foreign_one(served_tiny: Served, name: str) -> None:
-    """Requests come, end and are aborted at random in small pools, with and without a prefix cache. Only where planes
-    take the blocks of cached prefixes does vLLM decide otherwise than without planes."""
+    """Requests come, end and are aborted at random in small pools, with and without a prefix cache. Only where blocks
+    of cached prefixes are lent does vLLM decide otherwise than at fixed tiers."""
     simulation = Simulation(served_tiny(**SIMULATED[name]))
-    preempted, planes = {False: 0, True: 0}, 0
+    preempted, further, lowered = {False: 0, True: 0}, 0, 0
     for seed in range(rounds(60, 5000)):
         rng = random.Random(seed)
         arrivals, options = list(random_arrivals(rng)), random_options(rng, simulation.least)
-        sparing = not options["caching"] or seed % 2 == 0
+        sparing, reserve = not options["caching"] or seed % 2 == 0, rng.choice((0, 0, 1, 4))
         plain = simulation.run(arrivals, progressive=False, **options)
-        found = simulation.run(arrivals, progressive=True, sparing=sparing, **options)
+        found = simulation.run(arrivals, progressive=True, sparing=sparing, reserve=reserve, **options)
         if sparing:
             assert found.steps == plain.steps, f"schedule {seed}: vLLM would have decided otherwise"
         preempted[False] += plain.preemptions
         preempted[True] += found.preemptions
-        planes += found.planes_read
-    print(preempted, planes)
+        further += found.further_read
+        lowered += found.lowered
+    print(preempted, further, lowered)
     assert preempted[True] > 5
-    assert planes > 1000
+    assert further > 1000
+    assert lowered > 100
 
 
 def random_arrivals(rng: random.Random) -> Iterator[Arrival]:
@@ -171,12 +186,13 @@ def random_options(rng: random.Random, least: int) -> dict[str, Any]:
     return {"blocks": blocks, "fed": rng.choice((20, 50, MAX_FED)), **flags}
 
 
-# ---- which blocks become planes, and which of them fall ----
+# ---- which blocks are lent, and which pages fall ----
 
 
-def pool_with(blocks: int, cached: int) -> PlanePool:
+def pool_with(blocks: int, cached: int, reserve: int = 0) -> LendingPool:
     """A pool of so many blocks beside nobody's, so many of which hold cached prefixes that nobody owns."""
-    pool = PlanePool.take_over(BlockPool(blocks + 1, True, 64), Planes([3]))
+    pool = LendingPool.take_over(BlockPool(blocks + 1, True, 64), Tiers([3]))
+    pool.reserve = reserve
     held = pool.get_new_blocks(cached)
     for number, block in enumerate(held):
         pool._insert_block_hash(make_block_hash_with_group_id(bytes([number]), 0), block, num_tokens=64)
@@ -184,65 +200,104 @@ def pool_with(blocks: int, cached: int) -> PlanePool:
     return pool
 
 
-def new_pages(pool: PlanePool, count: int) -> list[Any]:
-    return [pool.planes.add(block.block_id, 0) for block in pool.get_new_blocks(count)]
+def new_pages(pool: LendingPool, count: int) -> list[Any]:
+    return [pool.tiers.add(block.block_id, 0) for block in pool.get_new_blocks(count)]
 
 
-def cached_blocks(pool: PlanePool) -> int:
+def cached_blocks(pool: LendingPool) -> int:
     return sum(block.block_hash is not None for block in pool.blocks)
 
 
-def test_every_page_gets_its_first_plane_before_one_gets_its_second() -> None:
+def further(pages: list[Any]) -> list[int]:
+    return [len(page.further) for page in pages]
+
+
+def test_every_page_gets_a_second_block_before_one_gets_four() -> None:
     pool = pool_with(8, cached=0)
     pages = new_pages(pool, 3)
-    pool.refine(pages)
-    assert [len(page.planes) for page in pages] == [2, 2, 1]
-    pool.refine(new_pages(pool, 1))
-    assert [len(page.planes) for page in pool.planes.pages.values()] == [1, 1, 1, 1]
+    pool.lift(pages)
+    assert further(pages) == [3, 1, 1]
+    assert (pool.tiers.lent, pool.get_num_free_blocks()) == (5, 5)
+    pool.lift(new_pages(pool, 1))
+    assert further([*pool.tiers.pages.values()]) == [1, 1, 1, 1]
     assert pool.get_num_free_blocks() == 4
 
 
-def test_planes_leave_half_of_the_free_blocks_to_cached_prefixes() -> None:
+def test_never_are_two_further_blocks_lent() -> None:
+    """An odd block stays idle, and a page that falls gives back two, of which one may stay idle."""
+    pool = pool_with(4, cached=0)
+    (page,) = new_pages(pool, 1)
+    pool.lift([page])
+    pool.get_new_blocks(1)
+    assert (further([page]), pool.tiers.lent, pool.get_num_free_blocks()) == ([1], 1, 2)
+    pool.lift(new_pages(pool, 1))
+    assert (further([*pool.tiers.pages.values()]), pool.get_num_free_blocks()) == ([1, 0], 1)
+
+
+def test_pages_fall_before_they_must_so_that_few_steps_lower_some() -> None:
+    pool = pool_with(20, cached=0, reserve=4)
+    pages = new_pages(pool, 5)
+    pool.lift(pages)
+    assert further(pages) == [3, 3, 3, 1, 1], "four blocks are in reserve"
+    told = pool.tiers.changes()
+    assert told is not None
+    assert len(told.rows) == 5
+    for wanted, fallen in ((4, 0), (1, 3), (5, 0), (2, 5)):
+        pool.get_new_blocks(wanted)
+        changes = pool.tiers.changes()
+        assert (sum(count for _, count in changes.fallen) if changes else 0) == fallen
+    assert pool.get_num_free_blocks() == 3
+
+
+def test_half_of_the_free_blocks_are_left_to_cached_prefixes() -> None:
     pool = pool_with(12, cached=10)
     pages = new_pages(pool, 2)
-    pool.refine(pages)
-    assert (len(pool.planes), cached_blocks(pool)) == (5, 5)
-    pool.refine(pages)
-    assert (len(pool.planes), cached_blocks(pool)) == (5, 5)
-    pool.get_new_blocks(5)
-    assert (len(pool.planes), cached_blocks(pool)) == (0, 5), "planes fall first"
-    pool.get_new_blocks(5)
+    pool.lift(pages)
+    assert (pool.tiers.lent, cached_blocks(pool)) == (4, 6)
+    pool.lift(pages)
+    assert (pool.tiers.lent, cached_blocks(pool)) == (4, 6)
+    pool.get_new_blocks(4)
+    assert (pool.tiers.lent, cached_blocks(pool)) == (0, 6), "pages fall first"
+    pool.get_new_blocks(6)
     assert cached_blocks(pool) == 0
     with pytest.raises(ValueError, match="free blocks"):
         pool.get_new_blocks(1)
 
 
-def test_planes_take_no_prefix_while_a_request_waits() -> None:
+def test_no_prefix_is_forgotten_for_a_page_while_a_request_waits() -> None:
     pool = pool_with(12, cached=8)
-    pool.refine(new_pages(pool, 2), spare_prefixes=True)
-    assert (len(pool.planes), cached_blocks(pool)) == (2, 8), "of what was empty only"
+    pool.lift(new_pages(pool, 2), spare_prefixes=True)
+    assert (pool.tiers.lent, cached_blocks(pool)) == (2, 8), "of what was empty only"
 
 
-def test_a_prefix_that_is_found_again_keeps_the_planes_that_it_still_has() -> None:
+def test_a_prefix_that_is_found_again_keeps_the_tier_that_it_still_has() -> None:
     pool = pool_with(6, cached=0)
     page, other = new_pages(pool, 2)
     block = pool.blocks[page.block]
     pool._insert_block_hash(make_block_hash_with_group_id(b"x", 0), block, num_tokens=64)
-    pool.refine([page])
+    pool.lift([page])
     pool.free_blocks([block])
-    assert len(page.planes) == 3
-    pool.refine([other])
-    assert (len(page.planes), len(other.planes)) == (1, 3), "those of what nobody owns give way to any"
+    assert further([page]) == [3]
+    pool.lift([other])
+    assert further([page, other]) == [1, 3], "what nobody owns gives way to any"
     pool.touch([block])
     pool.get_new_blocks(3)
-    assert (len(page.planes), len(other.planes)) == (1, 0)
-    assert sorted(pool.planes.changes()) == [(page.block, page.planes[0], 0, 0), (other.block, 0, 0, 0)]
+    assert further([page, other]) == [1, 0]
+    changes = pool.tiers.changes()
+    assert changes is not None
+    assert sorted(changes.rows) == [(page.block, page.further[0], 0, 0), (other.block, 0, 0, 0)]
 
 
-def test_a_page_whose_prefix_is_forgotten_loses_its_planes() -> None:
+def test_a_page_whose_prefix_is_forgotten_gives_its_blocks_back() -> None:
     pool = pool_with(4, cached=0)
     (page,) = new_pages(pool, 1)
-    pool.refine([page])
+    pool.lift([page])
     pool.free_blocks([pool.blocks[page.block]])
-    assert (len(pool.planes), pool.planes.pages) == (0, {})
+    assert (pool.tiers.lent, pool.tiers.pages) == (0, {})
     assert len(pool.get_new_blocks(4)) == 4
+
+
+def test_a_group_of_several_sinks_stays_in_single_blocks() -> None:
+    """A page with the sink of one layer and the codes of another is not coded anew as a whole."""
+    layers = [PagedLayer(layer_plan(sink=sink, key_bits=2, value_bits=2), HEADS, 2) for sink in (0, 4)]
+    assert [_limit(layers[:1]), _limit(layers[1:]), _limit(layers)] == [3, 3, 0]
