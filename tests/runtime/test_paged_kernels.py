@@ -28,8 +28,9 @@ def test_kernels_over_pages_compile_without_a_device() -> None:
 
 
 @LONG_ONLY
-def test_kernels_that_read_planes_compile_without_a_device() -> None:
-    compiled = compile_pages(Case(head_dim=128, group=7, key_bits=2, value_bits=2, steps=steps(1)), 90, planes=3)
+def test_kernels_over_pages_of_several_tiers_compile_without_a_device() -> None:
+    compiled = compile_pages(Case(head_dim=128, group=7, key_bits=2, value_bits=2, steps=steps(1)), 90, highest=4)
+    assert {"sort", "lower"} < compiled.keys()
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
 
 
@@ -106,45 +107,49 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
-def with_planes() -> list[PagedCase]:
-    """Pages with none, some or all planes, and batches that have pages of all kinds; more of them in one program than
-    it sorts at once."""
-    widths = ((8, 4), (2, 4), (4, 2), (2, 2), (2, 8), (4, 4))
-    shapes = zip((64, 80, 96, 128, 256, 128), (1, 2, 3, 7, 8, 12), widths, strict=True)
+def with_tiers() -> list[PagedCase]:
+    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none; more of them in
+    one program than one page of each."""
+    widths = ((2, 2), (2, 4), (4, 2), (4, 4))
+    shapes = [(64, 3, 64), (96, 7, 64), (128, 12, 64), (256, 1, 128)]
     cases = []
-    for number, (head_dim, group, (key_bits, value_bits)) in enumerate(shapes):
-        for turn, axis in enumerate(("token", "channel")):
-            layer = Case(
-                head_dim=head_dim,
-                group=group,
-                heads=1 + number % 2,
-                key_axis=axis,
-                key_bits=key_bits,
-                value_bits=value_bits,
-                dtype=(torch.float16, torch.bfloat16)[turn],
-                sink=(0, 4, 70)[number % 3],
-                softcap=(None, 5.0)[number % 2],
-                max_len=720,
-            )
-            if number % 3 == 0:
-                layer = dataclasses.replace(layer, sliding_window=150)
-            lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
-            cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn], planes=True))
+    for number, ((key_bits, value_bits), turn) in enumerate(itertools.product(widths, range(4))):
+        head_dim, group, block = shapes[(number + number // 4) % 4]
+        layer = Case(
+            head_dim=head_dim,
+            group=group,
+            heads=1 + number % 2,
+            key_axis=("token", "channel")[(turn + number // 4) % 2],
+            key_bits=key_bits,
+            value_bits=value_bits,
+            block=block,
+            window=block,
+            dtype=(torch.float16, torch.bfloat16)[turn % 2],
+            sink=(0, 4, 70)[number % 3],
+            softcap=(None, 5.0)[number % 5 == 0],
+            has_sinks=number % 4 == 1,
+            max_len=720,
+        )
+        if number % 3 == 0:
+            layer = dataclasses.replace(layer, sliding_window=150)
+        lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
+        cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn // 2], tiers=True))
+    cases.append(PagedCase(Case(key_bits=8, value_bits=4, max_len=720), ((330, 1), (1, 140)), tiers=True))
     for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
         layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
-        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), planes=True, one_program=True))
+        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), tiers=True, one_program=True))
     return cases
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", with_planes(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
-def test_planes_in_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
+@pytest.mark.parametrize("case", with_tiers(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
+def test_pages_of_several_tiers_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.layer.key_bits} bits")
-def test_planes_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
+def test_further_blocks_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
     check_far_blocks(case, torch.device("cuda"))
 
 
