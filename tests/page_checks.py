@@ -231,7 +231,8 @@ def on(device: torch.device, batch: Batch) -> Batch:
     wide = torch.cat([batch.page_table, batch.row_table], dim=1).to(device)
     tables = wide.split([batch.page_table.shape[1], batch.row_table.shape[1]], dim=1)
     starts, lengths = batch.starts.to(device), batch.lengths.to(device)
-    return dataclasses.replace(batch, starts=starts, lengths=lengths, page_table=tables[0], row_table=tables[1])
+    moved = {"starts": starts, "lengths": lengths, "page_table": tables[0], "row_table": tables[1], "orders": {}}
+    return dataclasses.replace(batch, **moved)
 
 
 def dense(pool: Pool, sequence: int, tokens: Tensor, queries: Tensor, scale: float, sinks: Tensor | None) -> Tensor:

@@ -110,31 +110,31 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
 def with_tiers() -> list[PagedCase]:
     """Batches that have pages of all tiers, of all widths that may have some, and of one that has none; more of them in
     one program than one page of each."""
-    widths = ((2, 2), (2, 4), (4, 2), (4, 4))
-    shapes = [(64, 3, 64), (96, 7, 64), (128, 12, 64), (256, 1, 128)]
+    widths = ((2, 2), (4, 4), (4, 2), (2, 4))
     cases = []
-    for number, ((key_bits, value_bits), turn) in enumerate(itertools.product(widths, range(4))):
-        head_dim, group, block = shapes[(number + number // 4) % 4]
+    for number, ((key_bits, value_bits), axis) in enumerate(itertools.product(widths, ("token", "channel"))):
         layer = Case(
-            head_dim=head_dim,
-            group=group,
+            head_dim=(64, 96, 128)[number % 3],
+            group=(3, 7, 8)[number % 3],
             heads=1 + number % 2,
-            key_axis=("token", "channel")[(turn + number // 4) % 2],
+            key_axis=axis,
             key_bits=key_bits,
             value_bits=value_bits,
-            block=block,
-            window=block,
-            dtype=(torch.float16, torch.bfloat16)[turn % 2],
-            sink=(0, 4, 70)[number % 3],
-            softcap=(None, 5.0)[number % 5 == 0],
-            has_sinks=number % 4 == 1,
+            dtype=(torch.float16, torch.bfloat16)[number % 2],
+            sink=(0, 4, 70)[(number + 1) % 3],
+            softcap=(None, 5.0)[number % 4 == 1],
+            has_sinks=number % 4 == 2,
+            sliding_window=(150, None)[number % 3 > 0],
             max_len=720,
         )
-        if number % 3 == 0:
-            layer = dataclasses.replace(layer, sliding_window=150)
         lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
-        cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn // 2], tiers=True))
-    cases.append(PagedCase(Case(key_bits=8, value_bits=4, max_len=720), ((330, 1), (1, 140)), tiers=True))
+        cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[number % 2], tiers=True))
+    others = [
+        Case(head_dim=256, group=1, key_bits=2, value_bits=2, block=128, window=128, max_len=720),
+        Case(head_dim=64, group=12, key_bits=4, value_bits=4, max_len=720),
+        Case(key_bits=8, value_bits=4, max_len=720),
+    ]
+    cases += [PagedCase(layer, ((530, 1), (1, 270), (1, 1)), tiers=True) for layer in others]
     for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
         layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
         cases.append(PagedCase(layer, ((2500,), (1,), (1,)), tiers=True, one_program=True))
