@@ -81,6 +81,24 @@ def test_the_library_reads_new_tokens_and_the_oldest_blocks_in_few_lengths() -> 
     assert pieces == [-2048, 7936]
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(0, []), (256, [256]), (4096, [4096]), (16384, [16384]), (20480, [16384, 4096]), (36864, [16384] * 2 + [4096])],
+)
+def test_the_library_reads_sink_and_window_of_a_history_of_whole_pieces(stored: int, expected: list[int]) -> None:
+    """Prompts that are fed in chunks have such histories: nothing remains for the generated kernel but to finish."""
+    pieces: list[int] = []
+    for case in (Case(tuning=WHOLE), Case(block=128, window=200, tuning=WHOLE), Case(sink=0, window=256, tuning=WHOLE)):
+        module = Counting(render_module(case))
+        found = launched(case, [stored], [slice(0, 4096)], pieces, module)
+        assert pieces == [-4096, *expected]
+        assert found == Counter(halve=3, unpack=len(expected), join=len(expected), prefill=1)
+        assert ['"REST": false' in key for key, one in module.launches.items() if one.kernel == "prefill"] == [True]
+        pieces.clear()
+    launched(Case(tuning=WHOLE), [stored + 16], [slice(0, 4096)], pieces)
+    assert sum(pieces[1:]) <= stored, "there are no lengths but multiples of 256"
+
+
 def test_pieces_fit_the_scratch() -> None:
     for scratch, expected in ((9 << 20, [4608, 4352]), (3 << 20, [1536] * 5 + [1280])):
         pieces: list[int] = []
