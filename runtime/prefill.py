@@ -30,15 +30,23 @@ ROWS_JOINED = 32
 
 @dataclass(frozen=True)
 class Found:
-    """What the library computed for a sequence: means of values [Hq, columns, dv] (fp16) over the oldest `blocks` of
-    the pool, and in the single-process cache over the new tokens that each query sees; and the natural logarithms of
-    the weights' sums [Hq, columns] (fp32). The sequence's queries are the first of these columns. Where it is
-    `everything`, the library has read sink and window as well."""
+    """What the library computed for a sequence, in one or two `parts` of what its queries attend to: means of values
+    [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums [Hq, columns] (fp32). Together they cover
+    the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The sequence's
+    queries are the first of these columns. Where it is `everything`, the library has read sink and window as well."""
 
     blocks: int
-    means: Tensor
-    log_sums: Tensor
+    parts: Sequence[tuple[Tensor, Tensor]]
     everything: bool = False
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0][0].shape[1]
+
+    def tensors(self, first_query_head: int) -> tuple[Tensor, ...]:
+        """What the generated kernel is given, from a query head on: two parts, which may be the same one."""
+        first, last = self.parts[0], self.parts[-1]
+        return tuple(part[first_query_head:] for part in (*first, *last))
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Prefill:
         pieces, everything = history_of(blocks, rows, plan.block, unit, self._room_of_blocks)
         themselves = library_attention(q, k, v, self.scale, causal=True)
         found = over_pieces(self.module, q, self._unpacked(sequence, pieces, everything), self.scale, themselves)
-        return Found(sum(pieces), *found, everything)
+        return Found(sum(pieces), found, everything)
 
     @property
     def _room_of_blocks(self) -> int:
@@ -120,7 +128,8 @@ class Prefill:
         skipped, heads = 0 if found is None else found.blocks, self.store.plan.num_key_value_heads
         begin, end = sequences.start * heads, sequences.stop * heads
         if found is not None and found.everything:
-            self._attend_unpacked(found.means, found.means, found, out, slice(begin, end), 0)
+            means = found.parts[0][0]
+            self._attend_unpacked(means, means, found, out, slice(begin, end), 0)
             return
         pieces, capacity = self._room(sequences, found)
         at_once = min(end - begin, max(1, scratch_holds(self.module, self.tuning, capacity, self.q.dtype)))
@@ -158,8 +167,7 @@ class Prefill:
             self.q if self.sinks is None else self.sinks,
             out,
             self.new.state,
-            keys if found is None else found.means[first_query_head:],
-            keys if found is None else found.log_sums[first_query_head:],
+            *((keys,) * 4 if found is None else found.tensors(first_query_head)),
             self.q.stride()[:3],
             columns,
             heads.start,
@@ -168,7 +176,8 @@ class Prefill:
             self.store.ring,
             keys.shape[1],
             0 if found is None else found.blocks,
-            0 if found is None else found.means.shape[1],
+            0 if found is None else found.columns,
+            0 if found is None else len(found.parts),
             self.scale,
             FOUND=found is not None,
             REST=found is None or not found.everything,
@@ -268,7 +277,7 @@ def pieces_of(blocks: int, block: int, unit: int, room: int) -> list[int]:
 
 def piece_lengths(block: int, unit: int, room: int) -> tuple[int, int]:
     """What the blocks of a piece are a multiple of, and the most that they are."""
-    longest, fine = (max(1, tokens // block) for tokens in (16 * unit, unit // 4))
+    longest, fine = (max(1, tokens // block) for tokens in (32 * unit, unit // 2))
     return fine, max(fine, min(longest, room) // fine * fine)
 
 
@@ -289,10 +298,13 @@ def over_pieces(
     pieces: Iterable[tuple[Tensor, Tensor]],
     scale: float,
     found: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """Attention of `q` [1, Hq, columns, dk] over keys and values [1, Hkv, T, channels] in pieces, all of which every
-    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them."""
+    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them, in
+    one or two parts, which the generated kernel puts together as it goes on from them."""
+    parts = [found]
     for k, v in pieces:
-        others = library_attention(q, k, v, scale)
-        module.join[(found[1].numel() // ROWS_JOINED,)](*found, *others, TILE=ROWS_JOINED, num_warps=4)
-    return found
+        if len(parts) == 2:
+            module.join[(found[1].numel() // ROWS_JOINED,)](*found, *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
+        parts.append(library_attention(q, k, v, scale))
+    return parts

@@ -244,7 +244,7 @@ class KernelPages:
         q = halved(self.kernels.module, by_heads, 0, slice(start, stop), tuning.library_unit)
         unpacked = self._unpacked(keys, values, batch, sequence, pieces)
         found = library_attention(q, *next(unpacked), scale)
-        return Found(sum(pieces), *over_pieces(self.kernels.module, q, unpacked, scale, found))
+        return Found(sum(pieces), over_pieces(self.kernels.module, q, unpacked, scale, found))
 
     def _unpacked(
         self, keys: Tensor, values: Tensor, batch: Batch, sequence: int, pieces: Sequence[int]
@@ -286,8 +286,7 @@ class KernelPages:
             some = min(at_once, last - head)
             where = (head, capacity, recent_at, skipped)
             self._unpack(new, scratch, batch, where, pieces, some)
-            own = slice((head - first) * group, None)
-            given = (scratch[0], scratch[0]) if found is None else (found.means[own], found.log_sums[own])
+            given = (scratch[0],) * 4 if found is None else found.tensors((head - first) * group)
             module.prefill_pages[(tiles, group, some)](
                 queries,
                 *scratch,
@@ -300,7 +299,8 @@ class KernelPages:
                 layer.window,
                 layer.heads,
                 *where,
-                given[0].shape[1],
+                0 if found is None else found.columns,
+                0 if found is None else len(found.parts),
                 scale,
                 FOUND=found is not None,
                 EXACT=layer.exact,
