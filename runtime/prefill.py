@@ -159,6 +159,9 @@ class Prefill:
         query_heads, columns = self.q.shape[1:3]
         plan, tuning = self.store.plan, self.tuning
         tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
+        warps, rest = tuning.prefill_warps, found is None or not found.everything
+        if not rest:  # parts are only put together, for which small programs are best
+            tile, warps = ROWS_JOINED, 4
         grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
         self.module.prefill[grid](
             self.q,
@@ -180,10 +183,10 @@ class Prefill:
             0 if found is None else len(found.parts),
             self.scale,
             FOUND=found is not None,
-            REST=found is None or not found.everything,
+            REST=rest,
             TILE=tile,
             STEP=step,
-            num_warps=tuning.prefill_warps,
+            num_warps=warps,
             num_stages=tuning.prefill_stages,
         )
 
@@ -211,7 +214,7 @@ class Prefill:
             skipped,
             **widths_of(self.store.plan, self.store.bits),
             ROWS=ROWS_COPIED,
-            num_warps=4,
+            num_warps=self.tuning.unpack_warps,
         )
 
 

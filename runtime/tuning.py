@@ -56,6 +56,7 @@ class Tuning:
     prefill_warps: int
     prefill_stages: int
     append_warps: int = 4
+    unpack_warps: int = 4
     lower_warps: int = 8
     prefill_scratch: int = 256 << 20
     """Bytes for unpacked keys and values, which new tokens attend to."""

@@ -334,7 +334,7 @@ class KernelPages:
             **self._constants(),
             **self._planes(),
             ROWS=ROWS_COPIED,
-            num_warps=4,
+            num_warps=self.kernels.tuning.unpack_warps,
         )
 
     def _room(self, new: int, longest: int, skipped: int) -> tuple[int, int, int]:
