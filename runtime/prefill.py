@@ -24,6 +24,9 @@ from .tuning import Tuning, widths_of
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
+UNPACK_WARPS = 8
+"""Warps of a program of the unpacking kernel, which waits for memory: with more of them lanes hold fewer numbers."""
+
 ROWS_JOINED = 32
 """Queries whose numbers a program converts, or puts together, at once."""
 
@@ -214,7 +217,7 @@ class Prefill:
             skipped,
             **widths_of(self.store.plan, self.store.bits),
             ROWS=ROWS_COPIED,
-            num_warps=self.tuning.unpack_warps,
+            num_warps=UNPACK_WARPS,
         )
 
 

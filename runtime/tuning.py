@@ -56,13 +56,17 @@ class Tuning:
     prefill_warps: int
     prefill_stages: int
     append_warps: int = 4
-    unpack_warps: int = 4
     lower_warps: int = 8
     prefill_scratch: int = 256 << 20
     """Bytes for unpacked keys and values, which new tokens attend to."""
     library_unit: int = 0
     """The library attends for so many new tokens or more, whose number is rounded up to a multiple of this. 0: it
     attends for none on this device. A multiple of LIBRARY_TILE."""
+
+    def append_warps_for(self, bits: tuple[int, int]) -> int:
+        """Warps of a program that quantizes a block to these widths of K and V. Codes of 2 bits need more registers than
+        the lanes of few warps have (Triton 3.6)."""
+        return self.append_warps * (2 if min(bits) == 2 else 1)
 
     def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
         """How many queries and keys a step of the prefill kernel takes. Wider heads take fewer keys, to fit shared

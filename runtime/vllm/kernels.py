@@ -17,6 +17,7 @@ from ..kernels import LayerKernels, merge_launch, overlap, places_of, splits_of
 from ..library import library_attention
 from ..prefill import (
     ROWS_COPIED,
+    UNPACK_WARPS,
     Found,
     halved,
     known_to_the_library,
@@ -131,7 +132,7 @@ class KernelPages:
                 **self._planes(),
                 MODE=mode,
                 CHUNK=chunk,
-                num_warps=self.kernels.tuning.append_warps,
+                num_warps=self.kernels.tuning.append_warps_for((self.layer.plan.key_bits, self.layer.plan.value_bits)),
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
@@ -334,7 +335,7 @@ class KernelPages:
             **self._constants(),
             **self._planes(),
             ROWS=ROWS_COPIED,
-            num_warps=self.kernels.tuning.unpack_warps,
+            num_warps=UNPACK_WARPS,
         )
 
     def _room(self, new: int, longest: int, skipped: int) -> tuple[int, int, int]:
