@@ -64,8 +64,8 @@ class Tuning:
     attends for none on this device. A multiple of LIBRARY_TILE."""
 
     def append_warps_for(self, bits: tuple[int, int]) -> int:
-        """Warps of a program that quantizes a block to these widths of K and V. Codes of 2 bits need more registers than
-        the lanes of few warps have (Triton 3.6)."""
+        """Warps of a program that quantizes a block to these widths of K and V. At 2 bits the lanes of few warps have
+        too few registers (Triton 3.6)."""
         return self.append_warps * (2 if min(bits) == 2 else 1)
 
     def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
