@@ -1,7 +1,8 @@
 """The fused ops by an artifact's generated Triton kernels.
 
 One token is multiplied by kernels that read each weight once, with the norm before and the sum or the gate after it.
-More tokens are multiplied by PyTorch, in one product where weights lie side by side (`runtime/weights.py`).
+More tokens are multiplied by PyTorch, in one product where weights lie side by side (`runtime/weights.py`), between
+kernels for norm and gate.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class FusedKernels(Ops):
             out = tuple(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
             self._of_one_token(x, weights, biases, out, norm=norm, eps=eps)
             return out
-        return fused.merged_linears(x, weights, biases, norm, eps)
+        return fused.merged_linears(x if norm is None else self._normed(x, norm, eps), weights, biases)
 
     def gated_linear(
         self,
@@ -119,6 +120,23 @@ class FusedKernels(Ops):
             **overlap(self.module, cos.device),
         )
         return tuple(one.transpose(1, 2) for one in out)
+
+    def _normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The RMS norm of `x` [..., K], whose weights are `norm` [K]."""
+        width, x = x.shape[-1], x.contiguous()
+        padded = power_of_two(width)
+        out = torch.empty_like(x)
+        self.module.rms_norm[(x.numel() // width,)](
+            x,
+            norm,
+            out,
+            eps,
+            WIDTH=width,
+            PADDED=padded,
+            num_warps=min(8, max(1, padded // 512)),
+            **overlap(self.module, x.device),
+        )
+        return out
 
     def _of_one_token(
         self,

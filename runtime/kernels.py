@@ -134,7 +134,7 @@ class LayerKernels:
                 store.ring,
                 **widths_of(store.plan, store.bits),
                 MODE=mode,
-                num_warps=self.tuning.append_warps,
+                num_warps=self.tuning.append_warps_for(store.bits),
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 

@@ -24,19 +24,32 @@ from .tuning import Tuning, widths_of
 ROWS_COPIED = 64
 """Tokens outside the pool that a program of the unpacking kernel takes at once."""
 
+UNPACK_WARPS = 8
+"""Warps of a program of the unpacking kernel, which waits for memory: with more of them lanes hold fewer numbers."""
+
 ROWS_JOINED = 32
 """Queries whose numbers a program converts, or puts together, at once."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the library computed for a sequence: means of values [Hq, columns, dv] (fp16) over the oldest `blocks` of
-    the pool, and in the single-process cache over the new tokens that each query sees; and the natural logarithms of
-    the weights' sums [Hq, columns] (fp32). The sequence's queries are the first of these columns."""
+    """What the library computed for a sequence, in one or two `parts` of what its queries attend to: means of values
+    [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums [Hq, columns] (fp32). Together they cover
+    the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The sequence's
+    queries are the first of these columns. Where it is `everything`, the library has read sink and window as well."""
 
     blocks: int
-    means: Tensor
-    log_sums: Tensor
+    parts: Sequence[tuple[Tensor, Tensor]]
+    everything: bool = False
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0][0].shape[1]
+
+    def tensors(self, first_query_head: int) -> tuple[Tensor, ...]:
+        """What the generated kernel is given, from a query head on: two parts, which may be the same one."""
+        first, last = self.parts[0], self.parts[-1]
+        return tuple(part[first_query_head:] for part in (*first, *last))
 
 
 @dataclass(frozen=True)
@@ -77,16 +90,17 @@ class Prefill:
     # ---- most of it, by the library ----
 
     def _by_the_library(self, sequence: int) -> Found | None:
-        """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool; None if it
-        brings too few."""
+        """The attention of a sequence's new tokens over themselves, and over the oldest blocks of the pool or all that
+        is stored; None if it brings too few."""
         own, plan, unit = self.new.columns[sequence], self.store.plan, self.tuning.library_unit
         if self.new.counts[sequence] < unit:
             return None
         q, k, v = (halved(self.module, part, sequence, own, unit) for part in (self.q, self.k, self.v))
-        pieces = pieces_of(self.store.live_blocks(sequence), plan.block, unit, self._room_of_blocks)
+        blocks, rows = self.store.live_blocks(sequence), self.store.rows[sequence]
+        pieces, everything = history_of(blocks, rows, plan.block, unit, self._room_of_blocks)
         themselves = library_attention(q, k, v, self.scale, causal=True)
-        found = over_pieces(self.module, q, self._unpacked(sequence, pieces), self.scale, themselves)
-        return Found(sum(pieces), *found)
+        found = over_pieces(self.module, q, self._unpacked(sequence, pieces, everything), self.scale, themselves)
+        return Found(sum(pieces), found, everything)
 
     @property
     def _room_of_blocks(self) -> int:
@@ -94,14 +108,19 @@ class Prefill:
         plan = self.store.plan
         return scratch_holds(self.module, self.tuning, plan.num_key_value_heads * plan.block, self.q.dtype)
 
-    def _unpacked(self, sequence: int, pieces: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [1, Hkv, tokens, channels] of pieces of a sequence's pool."""
+    def _unpacked(self, sequence: int, pieces: Sequence[int], everything: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [1, Hkv, tokens, channels] of pieces of a sequence's pool, the last of them, if they are to
+        be `everything`, with sink and window."""
         plan, done = self.store.plan, 0
         heads = slice(sequence * plan.num_key_value_heads, (sequence + 1) * plan.num_key_value_heads)
-        for blocks in pieces:
-            keys, values = scratch_for(self.module, plan.num_key_value_heads, plan.sink + blocks * plan.block, self.q)
-            self._unpack(keys, values, heads, done, blocks)
-            yield keys[None, :, plan.sink :, : plan.key_head_dim], values[None, :, plan.sink :, : plan.value_head_dim]
+        for number, blocks in enumerate(pieces, 1):
+            rows = self.store.rows[sequence] if everything and number == len(pieces) else 0
+            copies, pooled = -(-rows // ROWS_COPIED), blocks * plan.block
+            capacity = pooled + (copies * ROWS_COPIED if rows else plan.sink)
+            tokens = slice(0, pooled + rows) if rows else slice(plan.sink, capacity)
+            keys, values = scratch_for(self.module, plan.num_key_value_heads, capacity, self.q)
+            self._unpack(keys, values, heads, done, blocks + copies)
+            yield keys[None, :, tokens, : plan.key_head_dim], values[None, :, tokens, : plan.value_head_dim]
             done += blocks
 
     # ---- the rest, by the generated kernel ----
@@ -110,8 +129,12 @@ class Prefill:
         """Write the attention of these sequences into `out`. As many heads are unpacked at once as fit the scratch, but
         at least one, which may take more."""
         skipped, heads = 0 if found is None else found.blocks, self.store.plan.num_key_value_heads
-        pieces, capacity = self._room(sequences, found)
         begin, end = sequences.start * heads, sequences.stop * heads
+        if found is not None and found.everything:
+            means = found.parts[0][0]
+            self._attend_unpacked(means, means, found, out, slice(begin, end), 0)
+            return
+        pieces, capacity = self._room(sequences, found)
         at_once = min(end - begin, max(1, scratch_holds(self.module, self.tuning, capacity, self.q.dtype)))
         keys, values = scratch_for(self.module, at_once, capacity, self.q)
         for first in range(begin, end, at_once):
@@ -139,6 +162,9 @@ class Prefill:
         query_heads, columns = self.q.shape[1:3]
         plan, tuning = self.store.plan, self.tuning
         tile, step = tuning.prefill_shape(max(keys.shape[-1], values.shape[-1]), keys.dtype)
+        warps, rest = tuning.prefill_warps, found is None or not found.everything
+        if not rest:  # parts are only put together, for which small programs are best
+            tile, warps = ROWS_JOINED, 4
         grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
         self.module.prefill[grid](
             self.q,
@@ -147,8 +173,7 @@ class Prefill:
             self.q if self.sinks is None else self.sinks,
             out,
             self.new.state,
-            keys if found is None else found.means[first_query_head:],
-            keys if found is None else found.log_sums[first_query_head:],
+            *((keys,) * 4 if found is None else found.tensors(first_query_head)),
             self.q.stride()[:3],
             columns,
             heads.start,
@@ -157,12 +182,14 @@ class Prefill:
             self.store.ring,
             keys.shape[1],
             0 if found is None else found.blocks,
-            0 if found is None else found.means.shape[1],
+            0 if found is None else found.columns,
+            0 if found is None else len(found.parts),
             self.scale,
             FOUND=found is not None,
+            REST=rest,
             TILE=tile,
             STEP=step,
-            num_warps=tuning.prefill_warps,
+            num_warps=warps,
             num_stages=tuning.prefill_stages,
         )
 
@@ -190,7 +217,7 @@ class Prefill:
             skipped,
             **widths_of(self.store.plan, self.store.bits),
             ROWS=ROWS_COPIED,
-            num_warps=4,
+            num_warps=UNPACK_WARPS,
         )
 
 
@@ -249,10 +276,26 @@ def pieces_of(blocks: int, block: int, unit: int, room: int) -> list[int]:
     The library prepares a kernel for every length of a piece, which takes it as long as several layers' attention. So
     there are few lengths: the longest, and multiples of a 64th of it.
     """
-    longest, fine = (max(1, tokens // block) for tokens in (16 * unit, unit // 4))
-    most = max(fine, min(longest, room) // fine * fine)
+    fine, most = piece_lengths(block, unit, room)
     whole, rest = divmod(blocks // fine * fine, most)
     return [most] * whole + [rest] * (rest > 0)
+
+
+def piece_lengths(block: int, unit: int, room: int) -> tuple[int, int]:
+    """What the blocks of a piece are a multiple of, and the most that they are."""
+    longest, fine = (max(1, tokens // block) for tokens in (32 * unit, unit // 2))
+    return fine, max(fine, min(longest, room) // fine * fine)
+
+
+def history_of(blocks: int, rows: int, block: int, unit: int, room: int) -> tuple[list[int], bool]:
+    """Pieces as of `pieces_of`, and whether the last of them is to have all `rows` of sink and window, too: where that
+    makes no other lengths. Prompts that are fed in chunks from the beginning have such histories."""
+    fine, most = piece_lengths(block, unit, room)
+    whole, rest = divmod(blocks, most)
+    tokens = rest * block + rows
+    if tokens % (fine * block) or tokens > most * block:
+        return pieces_of(blocks, block, unit, room), False
+    return [most] * whole + [rest] * (tokens > 0), True
 
 
 def over_pieces(
@@ -261,10 +304,13 @@ def over_pieces(
     pieces: Iterable[tuple[Tensor, Tensor]],
     scale: float,
     found: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """Attention of `q` [1, Hq, columns, dk] over keys and values [1, Hkv, T, channels] in pieces, all of which every
-    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them."""
+    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them, in
+    one or two parts, which the generated kernel puts together as it goes on from them."""
+    parts = [found]
     for k, v in pieces:
-        others = library_attention(q, k, v, scale)
-        module.join[(found[1].numel() // ROWS_JOINED,)](*found, *others, TILE=ROWS_JOINED, num_warps=4)
-    return found
+        if len(parts) == 2:
+            module.join[(found[1].numel() // ROWS_JOINED,)](*found, *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
+        parts.append(library_attention(q, k, v, scale))
+    return parts

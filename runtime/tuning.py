@@ -63,6 +63,11 @@ class Tuning:
     """The library attends for so many new tokens or more, whose number is rounded up to a multiple of this. 0: it
     attends for none on this device. A multiple of LIBRARY_TILE."""
 
+    def append_warps_for(self, bits: tuple[int, int]) -> int:
+        """Warps of a program that quantizes a block to these widths of K and V. At 2 bits the lanes of few warps have
+        too few registers (Triton 3.6)."""
+        return self.append_warps * (2 if min(bits) == 2 else 1)
+
     def prefill_shape(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
         """How many queries and keys a step of the prefill kernel takes. Wider heads take fewer keys, to fit shared
         memory. The matrix unit cannot multiply fp32 numbers, so their tiles are small enough for registers."""

@@ -173,7 +173,8 @@ def launch_first(kernels: LayerKernels, plan: CachePlan, layer: LayerPlan, dtype
     whole = roomy(in_dtype(plan, dtype), layer)
     for count in (1, 2, kernels.tuning.library_unit):
         if 1 <= count <= plan.max_len:
-            attend(kernels, whole, plan.max_len, 0, _call(kernels, layer, count, dtype))
+            for full in (False, True):
+                attend(kernels, whole, plan.max_len, 0, _call(kernels, layer, count, dtype), full)
 
 
 def in_dtype(plan: CachePlan, dtype: torch.dtype) -> CachePlan:
@@ -205,13 +206,13 @@ def roomy(plan: CachePlan, *layers: LayerPlan) -> CachePlan:
     return replace(plan, batch_size=2, layers=tuple(wide))
 
 
-def attend(kernels: Attention, plan: CachePlan, max_len: int, stage: int, call: Call) -> Cache:
+def attend(kernels: Attention, plan: CachePlan, max_len: int, stage: int, call: Call, full: bool = True) -> Cache:
     """Make an attention call on a cache of the one layer in `plan`, without memory. It is at `stage` and its window is
-    full, so that a block leaves it if one ever can."""
+    `full`, so that a block leaves it if one ever can, or empty."""
     batch, _, count, _ = call.q.shape
     cache = Cache(plan, batch, max_len, DTYPES[plan.dtype], NOWHERE, [kernels])
     store = cache.layers[0]
-    rows = min(store.plan.sink + store.plan.window, max_len - count)
+    rows = min(store.plan.sink + store.plan.window, max_len - count) if full else 0
     store.seek([rows] * batch, stage)
     cache.length = [rows] * batch
     cache.begin([slice(0, count)] * batch)

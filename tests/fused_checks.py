@@ -69,6 +69,10 @@ class Checks:
             allowed = max(allowed, AS_GOOD * relative_norm(plain, expected))
         assert error <= allowed, f"{what}: {error:.1e}, and {allowed:.1e} is allowed"
 
+    def normed(self, x: Tensor, norm: Tensor) -> Tensor:
+        """The norm that an op multiplies: computed in float64, and rounded as it would be stored."""
+        return F.rms_norm(x.double(), [x.shape[-1]], norm.double(), 1e-5).to(self.dtype).double()
+
     def linears(self, columns: int, rows: tuple[int, ...], tokens: tuple[int, ...]) -> None:
         """With and without biases and a norm, one behind the other in memory or not."""
         named = {str(at): self.draw(count, columns) for at, count in enumerate(rows)}
@@ -79,8 +83,8 @@ class Checks:
             for bias in (None, biases):
                 for scale in (None, norm):
                     found = self.ops.linears(x, weights, bias, scale, 1e-5)
-                    normed = x if scale is None else F.rms_norm(x.double(), [columns], scale.double(), 1e-5)
-                    expected = fused.linears(normed.double(), doubles(weights), None if bias is None else doubles(bias))
+                    normed = x.double() if scale is None else self.normed(x, scale)
+                    expected = fused.linears(normed, doubles(weights), None if bias is None else doubles(bias))
                     plain = fused.merged_linears(x, weights, bias, scale, 1e-5)
                     for one, other, third in zip(found, expected, plain, strict=True):
                         self.close(f"linears {columns} {rows} {tokens}", one, other, third if several(tokens) else None)
@@ -95,7 +99,7 @@ class Checks:
             for bias in (None, biases):
                 found = self.ops.gated_linear(x, weights, bias, activation, norm, 1e-5)
                 wide = None if bias is None else doubles(bias)
-                expected = fused.gated_linear(x.double(), doubles(weights), wide, activation, norm.double(), 1e-5)
+                expected = fused.gated_linear(self.normed(x, norm), doubles(weights), wide, activation)
                 gate, up = fused.merged_linears(x, weights, bias, norm, 1e-5)
                 plain = fused.ACTIVATIONS[activation](gate) * up if several(tokens) else None
                 self.close(f"gated_linear {columns} {rows} {tokens} {activation}", found, expected, plain)

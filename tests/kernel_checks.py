@@ -277,12 +277,13 @@ RAGGED = (
 )
 
 RAGGED_HISTORY = (
-    (slice(0, 200), slice(150, 200), slice(0, 140), slice(60, 200)),
+    (slice(9, 200), slice(150, 200), slice(0, 140), slice(60, 200)),
     (slice(0, 1), slice(0, 0), slice(0, 1), slice(0, 1)),
     (slice(0, 100), slice(30, 100), slice(0, 0), slice(70, 100)),
     ((slice(0, 1),) * 4),
 )
-"""The second call of many tokens meets sequences with many blocks and with none, and a sequence that brings few."""
+"""The second call of many tokens meets sequences with many blocks and with none, one whose history is whole pieces with
+sink and window, and one that brings few."""
 
 SMALL = [
     Case(steps=steps(1, 67, 1, 150, 1, 1)),

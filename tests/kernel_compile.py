@@ -59,7 +59,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
         "halve": (module.halve, 4, {"CHANNELS": case.head_dim, "TILE": 32}),
         "join": (module.join, 4, {"TILE": 32}),
-        "prefill": (module.prefill, 4, {"FOUND": True, "TILE": 64, "STEP": 64}),
+        "prefill": (module.prefill, 4, {"FOUND": True, "REST": True, "TILE": 64, "STEP": 64}),
     }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)

@@ -117,11 +117,12 @@ def _run_layer(kernels: LayerKernels, plan: CachePlan, calls: Sequence[Call]) ->
         for stage in stages:
             cache = attend(kernels, plan, plan.max_len, stage, call)
             store = cache.layers[0]
-            if call.q.shape[2] > 1:  # as if the whole cache were history, which is unpacked in the most pieces
-                store.seek([cache.max_len] * len(call.q), stage)
-                kernels.read(
-                    call.q, (call.k, call.v), store, cache.new_tokens, call.scale, call.softcap, call.sinks
-                )  # fmt: skip
+            if call.q.shape[2] > 1:  # as if nothing were history, and the whole cache, unpacked in the most pieces
+                for length in (0, cache.max_len):
+                    store.seek([length] * len(call.q), stage)
+                    kernels.read(
+                        call.q, (call.k, call.v), store, cache.new_tokens, call.scale, call.softcap, call.sinks
+                    )  # fmt: skip
             if stage + 1 < len(stages) and store.live_blocks(0):
                 kernels.lower(store, cache.state)
         if call.q.shape[2] == 1:  # a shorter cache is decoded in fewer parts

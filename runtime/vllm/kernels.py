@@ -17,6 +17,7 @@ from ..kernels import LayerKernels, merge_launch, overlap, places_of, splits_of
 from ..library import library_attention
 from ..prefill import (
     ROWS_COPIED,
+    UNPACK_WARPS,
     Found,
     halved,
     known_to_the_library,
@@ -131,7 +132,7 @@ class KernelPages:
                 **self._ties(),
                 MODE=mode,
                 CHUNK=chunk,
-                num_warps=self.kernels.tuning.append_warps,
+                num_warps=self.kernels.tuning.append_warps_for((self.layer.plan.key_bits, self.layer.plan.value_bits)),
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
@@ -280,7 +281,7 @@ class KernelPages:
         q = halved(self.kernels.module, by_heads, 0, slice(start, stop), tuning.library_unit)
         unpacked = self._unpacked(keys, values, batch, sequence, pieces)
         found = library_attention(q, *next(unpacked), scale)
-        return Found(sum(pieces), *over_pieces(self.kernels.module, q, unpacked, scale, found))
+        return Found(sum(pieces), over_pieces(self.kernels.module, q, unpacked, scale, found))
 
     def _unpacked(
         self, keys: Tensor, values: Tensor, batch: Batch, sequence: int, pieces: Sequence[int]
@@ -322,8 +323,7 @@ class KernelPages:
             some = min(at_once, last - head)
             where = (head, capacity, recent_at, skipped)
             self._unpack(new, scratch, batch, where, pieces, some)
-            own = slice((head - first) * group, None)
-            given = (scratch[0], scratch[0]) if found is None else (found.means[own], found.log_sums[own])
+            given = (scratch[0],) * 4 if found is None else found.tensors((head - first) * group)
             module.prefill_pages[(tiles, group, some)](
                 queries,
                 *scratch,
@@ -336,7 +336,8 @@ class KernelPages:
                 layer.window,
                 layer.heads,
                 *where,
-                given[0].shape[1],
+                0 if found is None else found.columns,
+                0 if found is None else len(found.parts),
                 scale,
                 FOUND=found is not None,
                 EXACT=layer.exact,
@@ -370,7 +371,7 @@ class KernelPages:
             **self._constants(),
             **self._ties(),
             ROWS=ROWS_COPIED,
-            num_warps=4,
+            num_warps=UNPACK_WARPS,
         )
 
     def _room(self, new: int, longest: int, skipped: int) -> tuple[int, int, int]:

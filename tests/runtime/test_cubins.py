@@ -129,9 +129,9 @@ def test_the_first_launches_of_a_model_are_known_when_it_is_loaded(compile_tiny:
     for name, layer in zip(names, model.plan.layers, strict=True):
         warm_up.launch_first(LayerKernels(known[name], tuning), model.plan, layer, model.dtype)
     attention = [LayerKernels(launched[name], tuning) for name in names]
-    for batch in (1, 2):
+    for batch, counts in ((1, (3, 1, 70, 1, 1)), (2, (70, 1, 3))):
         cache = dataclasses.replace(model, attention=attention).new_cache(batch, 260)
-        for count in (3, 1, 70, 1, 1):
+        for count in counts:
             ids = torch.full((batch, count), 5)
             dataclasses.replace(model, attention=attention)(ids, cache, attention_mask=torch.ones_like(ids))
         assert [store.stage for store in cache.layers] == [0, 0]

@@ -74,15 +74,33 @@ WHOLE = dataclasses.replace(CONSERVATIVE, library_unit=1024)
 def test_the_library_reads_new_tokens_and_the_oldest_blocks_in_few_lengths() -> None:
     pieces: list[int] = []
     found = launched(Case(tuning=WHOLE), [40000], [slice(0, 4096)], pieces)
-    assert pieces == [-4096, 16384, 16384, 7168]
-    assert found == {"halve": 3, "unpack": 3 + 1, "join": 3, "prefill": 1}
+    assert pieces == [-4096, 32768, 7168]
+    assert found == {"halve": 3, "unpack": 2 + 1, "join": 1, "prefill": 1}
     pieces.clear()
     launched(Case(block=128, window=128, tuning=WHOLE), [8000], [slice(0, 1100)], pieces)
-    assert pieces == [-2048, 7936]
+    assert pieces == [-2048, 7680]
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(0, []), (512, [512]), (4096, [4096]), (32768, [32768]), (36864, [32768, 4096]), (69632, [32768] * 2 + [4096])],
+)
+def test_the_library_reads_sink_and_window_of_a_history_of_whole_pieces(stored: int, expected: list[int]) -> None:
+    """Prompts that are fed in chunks have such histories: nothing remains for the generated kernel but to finish."""
+    pieces: list[int] = []
+    for case in (Case(tuning=WHOLE), Case(block=128, window=200, tuning=WHOLE), Case(sink=0, window=256, tuning=WHOLE)):
+        module = Counting(render_module(case))
+        found = launched(case, [stored], [slice(0, 4096)], pieces, module)
+        assert pieces == [-4096, *expected]
+        assert found == Counter(halve=3, unpack=len(expected), join=max(0, len(expected) - 1), prefill=1)
+        assert ['"REST": false' in key for key, one in module.launches.items() if one.kernel == "prefill"] == [True]
+        pieces.clear()
+    launched(Case(tuning=WHOLE), [stored + 16], [slice(0, 4096)], pieces)
+    assert sum(pieces[1:]) <= stored, "there are no lengths but multiples of 512"
 
 
 def test_pieces_fit_the_scratch() -> None:
-    for scratch, expected in ((9 << 20, [4608, 4352]), (3 << 20, [1536] * 5 + [1280])):
+    for scratch, expected in ((9 << 20, [4608, 4096]), (3 << 20, [1536] * 5 + [1024])):
         pieces: list[int] = []
         tuning = dataclasses.replace(WHOLE, prefill_scratch=scratch)
         launched(Case(heads=4, head_dim=128, tuning=tuning), [9100], [slice(0, 1024)], pieces)
@@ -94,8 +112,8 @@ def test_every_sequence_has_its_own_history() -> None:
     pieces: list[int] = []
     columns = [slice(0, 1200), slice(88, 1200), slice(1200, 1200), slice(1100, 1200), slice(0, 1200)]
     found = launched(Case(tuning=WHOLE), [2000, 5000, 3000, 3000, 100], columns, pieces)
-    assert pieces == [-2048, 1792, -2048, 4864, -2048]
-    assert found == {"halve": 9, "unpack": 2 + 4, "join": 2, "prefill": 4}
+    assert pieces == [-2048, 1536, -2048, 4608, -2048]
+    assert found == {"halve": 9, "unpack": 2 + 4, "prefill": 4}
 
 
 @pytest.mark.parametrize(
