@@ -63,14 +63,14 @@ class Tiers:
         """By their turn, the pages that will fall from a height at last. One that is higher is among those of lower
         heights, too, and keeps its age there."""
         self._changed: dict[int, Page] = {}
-        self._stale: set[int] = set()
-        """Blocks that are no pages any more and whose further blocks workers still have in their tables."""
+        """What workers must be told of, also of pages that were forgotten: kernels would write what lies in their block
+        next into their further blocks, too."""
 
     def add(self, block: int, group: int) -> Page:
         """Note that a block is a page from now on, which somebody owns."""
         page = self.pages[block] = Page(block, group, self.limits[group])
         self.counts[group][0] += 1
-        if block in self._stale:
+        if block in self._changed:
             self._changed[block] = page
         return page
 
@@ -127,26 +127,23 @@ class Tiers:
         self.counts[page.group][page.height] -= page.owned
         for height in range(1, page.height + 1):
             del self._falling[self.turn(page.owned, height)][block]
-        self.lent -= len(page.further)
-        self._changed.pop(block, None)
-        if page.told:
-            self._stale.add(block)
-        return page.further
+        given, page.further = page.further, []
+        self.lent -= len(given)
+        if page.told or block in self._changed:
+            self._changed[block] = page
+        return given
 
     def changes(self) -> Changes | None:
         """What has changed since this was last asked; None where nothing has."""
         if not self._changed:
             return None
         fallen: dict[int, list[tuple[int, ...]]] = {}
-        rows: list[tuple[int, ...]] = []
+        others: list[tuple[int, ...]] = []
         for block, page in self._changed.items():
             row = (block, *page.further, *[0] * (self.most - len(page.further)))
-            if page.told is None:
-                rows.append(row)
-                self._stale.discard(block)
-            elif page.told > len(page.further):
-                fallen.setdefault(page.group, []).append(row)
+            has_fallen = page.told is not None and self.pages.get(block) is page
+            (fallen.setdefault(page.group, []) if has_fallen else others).append(row)
             page.told = len(page.further)
         self._changed.clear()
-        first = [row for group in fallen.values() for row in group]
-        return Changes([*first, *rows], [(group, len(some)) for group, some in fallen.items()])
+        first = [row for rows in fallen.values() for row in rows]
+        return Changes([*first, *others], [(group, len(rows)) for group, rows in fallen.items()])

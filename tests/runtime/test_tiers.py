@@ -79,12 +79,25 @@ def test_a_block_that_becomes_another_page_is_told_as_a_new_one() -> None:
     tiers.changes()
     tiers.fall(1)
     assert tiers.forget(5) == [50]
-    assert tiers.changes() is None, "nobody reads the row of what is no page"
     page_of(tiers, 5, (9,))
     assert tiers.changes() == Changes([(5, 9, 0, 0)], [])
     tiers.forget(5)
     tiers.add(5, 0)
-    assert tiers.changes() == Changes([(5, 0, 0, 0)], []), "workers would write into further blocks of the page before"
+    assert tiers.changes() == Changes([(5, 0, 0, 0)], []), "it would be written into the block of the page before"
     tiers.forget(5)
     tiers.add(5, 0)
     assert tiers.changes() is None
+
+
+def test_workers_forget_the_further_blocks_of_a_page_that_is_forgotten() -> None:
+    tiers = Tiers([3])
+    page_of(tiers, 5, (50, 51, 52))
+    tiers.changes()
+    assert tiers.forget(5) == [50, 51, 52]
+    page_of(tiers, 5, (9,))
+    assert tiers.forget(5) == [9]
+    assert (tiers.changes(), tiers.changes()) == (Changes([(5, 0, 0, 0)], []), None)
+    page_of(tiers, 5, (50,))
+    assert tiers.forget(5) == [50]
+    assert tiers.changes() == Changes([(5, 0, 0, 0)], []), "which costs nothing"
+    assert tiers.lent == 0
