@@ -22,9 +22,10 @@ from pmkvq_compiler.runtime.layer_cache import record_views
 from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.runtime.quantize import decode, unpack
 from pmkvq_compiler.runtime.rotation import rotate_heads
-from pmkvq_compiler.runtime.vllm.kernels import KernelPages, falling
+from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import TIERS, PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
+from pmkvq_compiler.runtime.vllm.tiered import falling
 
 from .kernel_checks import (
     CONSERVATIVE,
