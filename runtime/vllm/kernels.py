@@ -184,11 +184,12 @@ class KernelPages:
 
     def _order(self, batch: Batch) -> dict[str, Any]:
         """In which order sequences of one new token read pages of several tiers. The first layer of a step finds it for
-        all that see the same pages."""
-        highest = self._tiers()[-1]
+        all that see the same pages. A graph finds it again, though it was tried with the same batch before."""
+        highest, plan = self._tiers()[-1], self.layer.plan
         if self.ties is None or highest == 1:
             return {}
-        key = (self.layer.window, self.layer.plan.sink, self.layer.plan.sliding_window, highest)
+        captured = self.ties.is_cuda and torch.cuda.is_current_stream_capturing()
+        key = (self.layer.window, plan.sink, plan.sliding_window, highest, captured)
         if key not in batch.orders:
             batch.orders[key] = order_of(self.kernels, self.layer, self.ties, batch)
         order = batch.orders[key]
