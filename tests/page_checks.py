@@ -22,9 +22,10 @@ from pmkvq_compiler.runtime.layer_cache import record_views
 from pmkvq_compiler.runtime.plan import LayerPlan
 from pmkvq_compiler.runtime.quantize import decode, unpack
 from pmkvq_compiler.runtime.rotation import rotate_heads
-from pmkvq_compiler.runtime.vllm.kernels import KernelPages, falling
+from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import TIERS, PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch, LayerPages
+from pmkvq_compiler.runtime.vllm.tiered import falling
 
 from .kernel_checks import (
     CONSERVATIVE,
@@ -329,6 +330,44 @@ def check_far_blocks(case: PagedCase, device: torch.device) -> None:
         found.append((out.cpu(), memory[far : far + blocks].cpu()))
     assert found[0][0].isfinite().all()
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def check_graph(case: PagedCase, device: torch.device) -> None:
+    """A graph that was captured behind a step of the same batch reads pages where they lie when it is replayed."""
+    generator = torch.Generator().manual_seed(0)
+    pool, layer, plan = Pool(case, generator), case.paged(), case.layer
+    first, counts = case.steps
+    lengths = [old + new for old, new in zip(first, counts, strict=True)]
+
+    def draw(new: int) -> list[Tensor]:
+        heads = (plan.heads * plan.group, plan.heads, plan.heads)
+        return [torch.randn(new, count, plan.head_dim, generator=generator).to(plan.dtype) for count in heads]
+
+    memory = pool.memory.to(device)
+    place = pool.place(memory)
+    plain = LayerPages.of(layer, plan.dtype, **place)
+    kernels = LayerKernels(render_module(plan, paged=True), case.tuning)
+    ours = KernelPages(layer, kernels, plan.dtype, max(lengths), **place)
+    out = torch.empty(sum(first), plan.heads * plan.group, plan.head_dim, dtype=plan.dtype, device=device)
+    given = [part.to(device) for part in draw(sum(first))]
+    ours.attend_batch(*given, on(device, batch_of(pool, first, first)), 1.0, None, None, out)
+    given, batch, out = (
+        [part.to(device) for part in draw(sum(counts))],
+        on(device, batch_of(pool, counts, lengths)),
+        out[: sum(counts)],
+    )
+    ours.attend_batch(*given, batch, 1.0, None, None, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.attend_batch(*given, batch, 1.0, None, None, out)
+    told = pool.fall(generator).to(device)
+    assert len(told)
+    plain.lower(told)
+    place["ties"][told[:, 0].long()] = told[:, 1:]
+    graph.replay()
+    expected = torch.empty_like(out, dtype=torch.float32)
+    plain.attend_batch(given[0].float(), *given[1:], batch, 1.0, None, None, expected)
+    assert ((out - expected).norm() / expected.norm()).item() < TOLERANCE
 
 
 def _behind(far: int, part: Tensor, device: torch.device) -> Tensor:

@@ -22,9 +22,10 @@ from vllm.v1.attention.backend import (
 
 from ..errors import InputError
 from ..rotation import rotate_heads
-from .kernels import Falling, KernelPages, falling
+from .kernels import KernelPages
 from .layout import PagedLayer
 from .pages import Batch, LayerPages
+from .tiered import Falling, falling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -29,12 +29,10 @@ from ..prefill import (
 from ..tuning import widths_of
 from .layout import TIERS, PagedLayer
 from .pages import Batch
+from .tiered import order_of
 
 TOKENS_TURNED = 16
 """Tokens whose queries or keys a program rotates at once: rows of a matrix operand."""
-
-SORTED_AT_ONCE = 512
-"""Pages of a sequence that a program sorts at a time."""
 
 TOKENS_KEPT = 64
 """New tokens that a program writes to where they are kept as they are."""
@@ -186,28 +184,14 @@ class KernelPages:
 
     def _order(self, batch: Batch) -> dict[str, Any]:
         """In which order sequences of one new token read pages of several tiers. The first layer of a step finds it for
-        all that see the same pages."""
-        highest = self._tiers()[-1]
+        all that see the same pages. A graph finds it again, though it was tried with the same batch before."""
+        highest, plan = self._tiers()[-1], self.layer.plan
         if self.ties is None or highest == 1:
             return {}
-        layer, key = self.layer, (self.layer.window, self.layer.plan.sink, self.layer.plan.sliding_window, highest)
+        captured = self.ties.is_cuda and torch.cuda.is_current_stream_capturing()
+        key = (self.layer.window, plan.sink, plan.sliding_window, highest, captured)
         if key not in batch.orders:
-            order = batch.page_table.new_empty(batch.count, 4 + highest * -(-batch.page_table.shape[1] // 4) * 4)
-            self.kernels.module.sort_pages[(batch.count,)](
-                order,
-                batch.starts,
-                batch.lengths,
-                batch.page_table,
-                self.ties,
-                batch.page_table.stride(0),
-                order.stride(0),
-                layer.window,
-                tie_width=self.ties.stride(0),
-                HIGHEST=highest,
-                CHUNK=SORTED_AT_ONCE,
-                num_warps=4,
-            )
-            batch.orders[key] = order
+            batch.orders[key] = order_of(self.kernels, self.layer, self.ties, batch)
         order = batch.orders[key]
         return {"order": order, "order_width": order.stride(0), "HIGHEST": highest}
 
@@ -403,49 +387,6 @@ class KernelPages:
         if self.ties is None or self.layer.highest_tier == 1:
             return {}
         return {"ties": self.ties, "tie_width": self.ties.stride(0), "HIGHEST": self.layer.highest_tier}
-
-
-@dataclass(frozen=True)
-class Falling:
-    """Layers of a group whose pages fall in one launch, because they have the same kernels and final bits: one of them,
-    and where each begins in a block of pages (`offsets`, bytes)."""
-
-    layer: KernelPages
-    offsets: Tensor
-
-    def lower(self, told: Tensor) -> None:
-        """`LayerPages.lower` of all these layers."""
-        one = self.layer
-        assert one.ties is not None
-        one.kernels.module.lower_pages[(len(told), one.layer.heads, 2 * len(self.offsets))](
-            one.pages.view(torch.int16),
-            told,
-            one.ties,
-            self.offsets,
-            one.pages.stride(0),
-            one.layer.record_bytes,
-            told_width=told.stride(0),
-            tie_width=one.ties.stride(0),
-            KEY_BITS=one.layer.plan.key_bits,
-            VALUE_BITS=one.layer.plan.value_bits,
-            HIGHEST=one.layer.highest_tier,
-            num_warps=one.kernels.tuning.lower_warps,
-        )
-
-
-def falling(layers: Sequence[KernelPages]) -> list[Falling]:
-    """What lowers the pages of a group with these layers, in as few launches as possible."""
-    alike: dict[tuple[int, int, int], list[KernelPages]] = {}
-    for one in layers:
-        if one.ties is not None and one.layer.highest_tier > 1:
-            plan = one.layer.plan
-            alike.setdefault((id(one.kernels.module), plan.key_bits, plan.value_bits), []).append(one)
-    return [
-        Falling(
-            some[0], torch.tensor([one.page_offset for one in some], dtype=torch.int32, device=some[0].pages.device)
-        )
-        for some in alike.values()
-    ]
 
 
 def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:

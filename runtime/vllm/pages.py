@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..layer_cache import Records, record_views
 from ..plan import block_bytes
-from ..quantize import encode, group_parameters, lower, pack, unpack
-from ..reference import SCORES, UNPACKED_NUMBERS, key_scores, softmax, value_sums
+from ..quantize import encode, group_parameters, lower
+from ..reference import SCORES, UNPACKED_NUMBERS, softmax
+from .codes import KINDS, Chunk, read_codes, records_of, write_codes
 from .layout import PagedLayer
 
 NOBODY = 0
@@ -92,29 +93,6 @@ class Attends(Protocol):
         """Keep the batch's `keys` [T, H, key_head_dim] and `values` [T, H, value_head_dim], and write causal attention
         of its `queries` [T, Hq, key_head_dim] to `out` [T, Hq, value_head_dim]. `sinks` [Hq] are logits that carry no
         value."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some pages, by tier: which of them these are, and their records, in which a page of several blocks has as many
-    records of values."""
-
-    pages: int
-    tiers: Sequence[tuple[Tensor, Records]]
-
-    def key_scores(self, queries: Tensor) -> Tensor:
-        """`key_scores` of all pages, in their order."""
-        parts = [(own, key_scores(queries, records)) for own, records in self.tiers]
-        block = self.tiers[0][1].key_codes.shape[2]
-        scores = queries.new_empty(*queries.shape[:2], self.pages, block)
-        for own, part in parts:
-            scores[:, :, own] = part.unflatten(-1, (-1, block))
-        return scores.flatten(2)
-
-    def value_sums(self, weights: Tensor) -> Tensor:
-        """`value_sums` of all pages."""
-        by_page = weights.unflatten(-1, (self.pages, -1))
-        return torch.stack([value_sums(by_page[:, :, own].flatten(2), records) for own, records in self.tiers]).sum(0)
 
 
 class LayerPages:
@@ -248,7 +226,7 @@ class LayerPages:
         wide, narrow = self.layer.widths(blocks.shape[1]), self.layer.widths(tier)
         records = self._views(self._raw(blocks))
         kept = self._raw(blocks[:, :tier])
-        for kind, bits, target in zip(("key", "value"), wide, narrow, strict=True):
+        for kind, bits, target in zip(KINDS, wide, narrow, strict=True):
             write_codes(self._views(kept), lower(read_codes(records, bits, kind), bits, target), target, kind)
         self.pages[blocks[:, :tier], :, : self.record] = kept.movedim(0, 2)
 
@@ -256,13 +234,13 @@ class LayerPages:
         """Of each tier which of the pages have it, and their blocks [n, tier]."""
         blocks = torch.cat([pages[:, None], self.ties[pages].long()], dim=1)
         tiers = (blocks[:, 1:] != NOBODY).sum(1) + 1
-        for tier in tiers.unique().tolist():
+        for tier in tiers.unique().tolist() if self.ties.shape[1] else [1]:
             own = (tiers == tier).nonzero().flatten()
             yield own, blocks[own, :tier]
 
     def _raw(self, blocks: Tensor) -> Tensor:
         """A copy of what lies in blocks [n, tier]: [H, n, tier, bytes]."""
-        return self.pages[blocks, :, : self.record].movedim(2, 0).contiguous()
+        return self.pages[blocks, :, : self.record].movedim(2, 0)
 
     def _views(self, raw: Tensor) -> Records:
         """The fields of blocks, as they lie where codes have their final bits."""
@@ -348,21 +326,11 @@ class LayerPages:
         return [self._chunk(some) for some in pages.split(at_once) if len(some)]
 
     def _chunk(self, pages: Tensor) -> Chunk:
-        return Chunk(len(pages), [(own, self._records(blocks)) for own, blocks in self._by_tier(pages)])
-
-    def _records(self, blocks: Tensor) -> Records:
-        """Pages in blocks [n, tier] as n records of keys and n * tier shorter ones of values."""
-        tier, views = blocks.shape[1], self._views(self._raw(blocks))
-        key_bits, value_bits = self.layer.widths(tier)
-        return Records(
-            key_bits,
-            value_bits,
-            views.key_by_channel,
-            views.key_parameters[:, :, 0],
-            views.value_parameters[:, :, 0].unflatten(-1, (tier, -1)).flatten(1, 2),
-            views.key_codes.flatten(2).unflatten(-1, (self.plan.block, -1)),
-            views.value_codes.flatten(1, 2),
-        )
+        tiers = [
+            (own, records_of(self._views(self._raw(blocks)), *self.layer.widths(blocks.shape[1])))
+            for own, blocks in self._by_tier(pages)
+        ]
+        return Chunk(len(pages), tiers)
 
     def _as_they_are(self, step: Step, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values at positions `start` to `stop`: those of earlier steps from where they are kept."""
@@ -389,21 +357,3 @@ class LayerPages:
         owners = table[positions // block].long()
         kept = owners != NOBODY
         place[owners[kept], :, positions[kept] % block] = both[:, : len(positions)][:, kept].transpose(0, 1)
-
-
-def write_codes(records: Records, codes: Tensor, bits: int, kind: str) -> None:
-    """Pack codes of keys or values [H, n, block, d] into blocks [H, n, tier]: a part of the tokens in each."""
-    place = records.key_codes if kind == "key" else records.value_codes
-    parts = codes.unflatten(2, (place.shape[2], -1))
-    packed = pack(parts if kind == "key" else parts.transpose(-1, -2), bits).view(torch.uint8)
-    place.copy_(packed.flatten(3).view_as(place))
-
-
-def read_codes(records: Records, bits: int, kind: str) -> Tensor:
-    """The inverse of `write_codes`."""
-    place = records.key_codes if kind == "key" else records.value_codes
-    tier, block = place.shape[2], records.value_parameters.shape[-1]
-    if kind == "value":
-        return unpack(place.view(torch.int16), bits).transpose(-1, -2).flatten(2, 3)
-    lines = place.flatten(3).unflatten(-1, (block // tier, -1))
-    return unpack(lines.view(torch.int16), bits).flatten(2, 3)

@@ -12,7 +12,7 @@ from ..fuzz import LONG_ONLY
 from ..interpreted import run_interpreted
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_rotation, run_case
+from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_graph, check_rotation, run_case
 
 
 def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
@@ -151,6 +151,12 @@ def test_pages_of_several_tiers_on_the_device_are_the_reference(case: PagedCase)
 @pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.layer.key_bits} bits")
 def test_further_blocks_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
     check_far_blocks(case, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_pages_of_several_tiers_where_they_lie_when_it_is_replayed() -> None:
+    layer = Case(key_bits=2, value_bits=2, max_len=720)
+    check_graph(PagedCase(layer, ((600, 300), (1, 1)), tiers=True), torch.device("cuda"))
 
 
 @pytest.mark.gpu
