@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
 
+RESERVE = 64
+"""Blocks at most that pages give back before they are needed, so that few steps lower some. More would take long."""
+
 IN_RESERVE = 128
-"""Of one in so many blocks of a pool is kept what falling pages give back, so that not every step lowers some."""
+"""They are one in so many blocks of a pool at most."""
 
 
 class LendingPool(BlockPool):
@@ -48,7 +51,7 @@ class LendingPool(BlockPool):
         """Make a pool of vLLM's one of these, in its place: others know it already."""
         pool.__class__ = cls
         assert isinstance(pool, cls)
-        pool.tiers, pool.reserve = tiers, pool.num_gpu_blocks // IN_RESERVE
+        pool.tiers, pool.reserve = tiers, min(RESERVE, pool.num_gpu_blocks // IN_RESERVE)
         return pool
 
     def lift(self, pages: Sequence[Page], spare_prefixes: bool = False) -> None:

@@ -56,7 +56,7 @@ def _note(config: VllmConfig, changes: Changes) -> None:
         for group, count in changes.fallen:
             served.stores[group].lower(told[first : first + count])
             first += count
-        ties[told[:, 0].long(), : told.shape[1] - 1] = told[:, 1:]
+        ties[:, : told.shape[1] - 1].index_copy_(0, told[:, 0].long(), told[:, 1:])
 
 
 def _served(config: VllmConfig) -> Served:
