@@ -257,7 +257,7 @@ class Impl(AttentionImpl[Metadata]):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
         for one in lowering([attends]):
-            one.lower(zeros[:1, : 1 + further].contiguous())
+            one.lower(zeros.new_zeros(1, 1 + further))
         # where the library attends: queries as fp16, and means over two pieces of history
         halves = 3 * query.numel() * 2 if self.kernels.tuning.library_unit else 0
         torch.empty(self.kernels.tuning.prefill_scratch + halves, dtype=torch.uint8, device=query.device)

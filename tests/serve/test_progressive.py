@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from pmkvq_compiler import runtime
+from pmkvq_compiler.runtime.kernels import LayerKernels
+from pmkvq_compiler.runtime.load import import_generated
 from pmkvq_compiler.runtime.plan import block_bytes
+from pmkvq_compiler.runtime.tuning import read_tunings
 from pmkvq_compiler.runtime.vllm import worker
 from pmkvq_compiler.runtime.vllm.backend import Impl, Store
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer, offsets, paged_layers, pool_of
@@ -77,6 +81,62 @@ FALLING: dict[str, dict[str, Any]] = {
     "several widths": SEVERAL_WIDTHS,
     "rotated keys": {"recipe": "rotation", "bits": (2,), "budget": "45%"},
 }
+
+
+@dataclass
+class Unlaunched:
+    """A kernel whose launches are noted, not made."""
+
+    launches: set[tuple[Any, ...]]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.note
+
+    def note(self, *arguments: Any, **constants: Any) -> None:
+        """What Triton compiles a kernel for: types of tensors, whether numbers are 1 or multiples of 16, constants."""
+        kinds = [one.dtype if isinstance(one, Tensor) else (one == 1, one % 16 == 0) for one in arguments]
+        self.launches.add((*kinds, *sorted(constants.items())))
+
+
+class Kernels:
+    """A module of kernels in which `lower_pages` is noted, and no other kernel is launched."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.lowering = module, Unlaunched(set())
+
+    def __getattr__(self, name: str) -> Any:
+        from triton.runtime.jit import KernelInterface
+
+        found = getattr(self.module, name)
+        if name == "lower_pages":
+            return self.lowering
+        return defaultdict(lambda: lambda *_, **__: None) if isinstance(found, KernelInterface) else found
+
+
+def test_what_lowers_pages_is_compiled_when_a_server_starts(served_tiny: Served) -> None:
+    """Otherwise all requests would wait for it when the first page falls."""
+    artifact = served_tiny(**FALLING["rotated keys"])
+    package = runtime.open_artifact(artifact).package.folder
+    tuning = next(iter(read_tunings((package / "kernels" / "tuning.json").read_text()).values()))
+    name = import_generated(package / "kernels" / "layers.py").KERNELS[0]
+    kernels = Kernels(import_generated(package / "kernels" / f"{name}.py"))
+    with engine(artifact, **PROGRESSIVE) as llm:
+        context = llm.llm_engine.engine_core.engine_core.vllm_config.compilation_config.static_forward_context
+        served = next(layer.served for layer in context.values() if isinstance(layer, Store))
+        stores = [store for store in served.stores if store.group.kind == "pages"]
+        for store in stores:
+            for impl in store.members:
+                plan, heads = impl.layer.plan, (impl.num_heads, impl.layer.heads, impl.layer.heads)
+                impl.kernels, impl._seen = LayerKernels(kernels, tuning), None
+                widths = (plan.key_head_dim, plan.key_head_dim, plan.value_head_dim)
+                q, k, v = (torch.zeros(2, *shape) for shape in zip(heads, widths, strict=True))
+                impl._try(q, k, v, torch.zeros(2, impl.num_heads, plan.value_head_dim))
+        tried = {*kernels.lowering.launches}
+        rows = torch.tensor([(block, 0, 0, 0) for block in (1, 2, 3)], dtype=torch.int32)
+        for store in stores:
+            for some in (rows, rows[1:2]):
+                store.lower(some)
+    assert kernels.lowering.launches == tried != set()
 
 
 def assert_fallen_pages_are_final(artifact: Path, patch: pytest.MonkeyPatch, **options: Any) -> None:
