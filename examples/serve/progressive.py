@@ -16,6 +16,7 @@ A row says how many tokens a second all requests got and in how many steps, how 
 of a number in quantized pages over time, and how often pages of running requests were lowered. Then it says what share
 of the time the books of tiers took: on the host in the scheduler and in the worker, and on the device. vLLM schedules a
 step ahead, so what the host does costs nothing as long as it waits for the device later; how long it waits is shown.
+The device's share is found when the load is served once more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ ALONE = 2
 """Requests that are also served alone, for the check."""
 SAME = 0.05
 """Nats between the best token and the next, below which either may be chosen: sums are rounded in another order."""
+ASLEEP = 1_000_000
+"""Cycles of the device, about half a millisecond."""
 LOOK = 50
 """Steps after which the metrics are looked at again."""
 
@@ -195,7 +197,9 @@ def measure(options: argparse.Namespace) -> None:
     print("READY", flush=True)
     sys.stdin.readline()
     row = serve(llm, requests)
-    row |= {name: seconds / row["seconds"] for name, seconds in clocks().items()}
+    row |= {name: clock.seconds / row["seconds"] for name, clock in clocks.items()}
+    if kind == "progressive" and torch.cuda.is_available():
+        row["device"] = seconds_on_device(llm, requests) / row["seconds"]
     texts = row.pop("texts")
     right = sum(text[: len(chain)] == chain for text, (*_, chain) in zip(texts, requests, strict=True))
     row["right"] = "" if options.shapes else right
@@ -307,11 +311,10 @@ def metrics(llm: Any) -> dict[str, float]:
 
 
 class Clock:
-    """The seconds that functions take on the host, and if they start something there, on the device."""
+    """The seconds that functions take on the host."""
 
-    def __init__(self, starts: bool = False) -> None:
-        self.on_host, self.starts, self.running = 0.0, starts and torch.cuda.is_available(), False
-        self.events: list[list[torch.cuda.Event]] = []
+    def __init__(self) -> None:
+        self.seconds, self.running = 0.0, False
 
     def watch(self, owner: Any, name: str) -> None:
         """Time a method or a function of a module from now on; what it calls of them is a part of it."""
@@ -321,47 +324,51 @@ class Clock:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self.running:
                 return function(*args, **kwargs)
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self.starts)]
-            for event in events[:1]:
-                event.record()
             self.running, begun = True, time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.on_host += time.perf_counter() - begun
+                self.seconds += time.perf_counter() - begun
                 self.running = False
-                for event in events[1:]:
-                    event.record()
-                self.events.extend([events] * self.starts)
 
         setattr(owner, name, timed)
 
-    def on_device(self) -> float:
-        if self.events:
-            torch.cuda.synchronize()
-        return sum(first.elapsed_time(last) for first, last in self.events) / 1000
 
-
-def watch(kind: str) -> Callable[[], dict[str, float]]:
-    """Watch from now on how long the host waits for the device, and what tiers cost: a function that gives seconds."""
+def watch(kind: str) -> dict[str, Clock]:
+    """Clocks of how long the host waits for the device from now on, and of what tiers cost it."""
     from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 
-    waits, scheduler, noted = Clock(), Clock(), Clock(starts=True)
-    waits.watch(AsyncOutputFuture, "result")
-    if kind != "progressive":
-        return lambda: {"waits": waits.on_host}
-    from pmkvq_compiler.runtime.vllm import worker
-    from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, ProgressiveScheduler
+    clocks = {"waits": Clock()}
+    clocks["waits"].watch(AsyncOutputFuture, "result")
+    if kind == "progressive":
+        from pmkvq_compiler.runtime.vllm import worker
+        from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, ProgressiveScheduler
 
-    scheduler.watch(ProgressiveScheduler, "_lend")
-    scheduler.watch(LendingPool, "_fall")
-    noted.watch(worker, "_note")
-    return lambda: {
-        "waits": waits.on_host,
-        "scheduler": scheduler.on_host,
-        "worker": noted.on_host,
-        "device": noted.on_device(),
-    }
+        clocks |= {"scheduler": Clock(), "worker": Clock()}
+        clocks["scheduler"].watch(ProgressiveScheduler, "_lend")
+        clocks["scheduler"].watch(LendingPool, "_fall")
+        clocks["worker"].watch(worker, "_note")
+    return clocks
+
+
+def seconds_on_device(llm: Any, requests: list[tuple[list[int], int, list[int]]]) -> float:
+    """What tiers cost the device while the load is served once more. Before each change the device sleeps, so that the
+    host is done with it when the device begins: otherwise it would be the host that is timed."""
+    from pmkvq_compiler.runtime.vllm import worker
+
+    note, pairs = worker._note, []
+
+    def timed(*args: Any) -> None:
+        torch.cuda._sleep(ASLEEP)
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
+        note(*args)
+        pairs[-1][1].record()
+
+    worker._note = timed
+    serve(llm, requests)
+    torch.cuda.synchronize()
+    return sum(first.elapsed_time(last) for first, last in pairs) / 1000
 
 
 # ---- what is found ----

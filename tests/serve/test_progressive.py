@@ -69,16 +69,9 @@ def test_pages_that_have_fallen_are_those_of_the_final_bits(
     assert_fallen_pages_are_final(served_tiny(**FALLING[name]), monkeypatch)
 
 
-SEVERAL_WIDTHS: dict[str, Any] = {
-    "model_type": "gemma2",
-    "overrides": {"sliding_window": 100, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
-    "block": 32,
-    "window": 32,
-    "budget": "30%",
-}
-"""Two groups of pages, of layers that slide and that do not, and in each layers of other widths."""
+SLIDING = {"sliding_window": 200, "num_hidden_layers": 4, "query_pre_attn_scalar": 32}
 FALLING: dict[str, dict[str, Any]] = {
-    "several widths": SEVERAL_WIDTHS,
+    "several widths": {"model_type": "gemma2", "overrides": SLIDING, "budget": "36%"},
     "rotated keys": {"recipe": "rotation", "bits": (2,), "budget": "45%"},
 }
 
@@ -274,8 +267,15 @@ def poison_idle_blocks(llm: Any, patch: pytest.MonkeyPatch) -> None:
 
 SIMULATED: dict[str, dict[str, Any]] = {
     "one group": {"block": 32, "window": 32, "budget": "35%"},
-    "several widths": SEVERAL_WIDTHS,
+    "several widths": {
+        "model_type": "gemma2",
+        "overrides": {**SLIDING, "sliding_window": 100},
+        "block": 32,
+        "window": 32,
+        "budget": "30%",
+    },
 }
+"""The second has two groups of pages, of layers that slide and of others, and in one of them several widths."""
 
 
 @pytest.mark.parametrize("name", SIMULATED)
