@@ -37,8 +37,7 @@ class Records:
     """Views of n quantized blocks of one sequence, all heads.
 
     `key_parameters` [H, n, groups] and `value_parameters` [H, n, block] are words (int16, see `quantize`); `key_codes`
-    [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8). Those may be a plane of the
-    codes (`plane` 1, 2, ...), see `quantize`.
+    [H, n, block, bytes] and `value_codes` [H, n, value_head_dim, bytes] are packed (uint8).
     """
 
     key_bits: int
@@ -48,7 +47,6 @@ class Records:
     value_parameters: Tensor
     key_codes: Tensor
     value_codes: Tensor
-    plane: int = 0
 
 
 def record_views(raw: Tensor, plan: LayerPlan, key_bits: int, value_bits: int) -> Records:

@@ -8,10 +8,6 @@ The range is cut into 2^b cells of equal width and a code stands for the middle 
 code consists of whole cells of a wider one, so the upper bits of a code are the code at fewer bits: lowering drops the
 low bits, touches nothing else, and gives exactly the codes that quantizing at fewer bits would have given.
 
-The low bits of a wide code may be kept apart, in *planes* of as many bits as the narrow code has. A plane is numbers in
-the same format: their middle is 0, their range is that of the group over 2^b for the first plane, over 2^2b for the
-second. `x` is what the narrow code stands for and what all its planes stand for, added.
-
 Middle and range are stored in one 16-bit word. Its low byte is the range, the upper bits of an fp16 number: five of
 exponent, three of fraction. Its high byte, less 128, is the middle in sixteenths of the range. Codes are computed from
 the stored middle and range, so rounding these adds no error of its own. It only makes a range up to a quarter wider
@@ -87,21 +83,11 @@ def encode(x: Tensor, parameters: Tensor, bits: int) -> Tensor:
     return cells.clamp_(0, levels(bits)).to(torch.int32)
 
 
-def encode_planes(x: Tensor, parameters: Tensor, bits: int, count: int) -> list[Tensor]:
-    """The first `count` planes (codes as of `encode`) of codes of `bits` bits."""
-    if count == 0:
-        return []
-    wide = bits * (count + 1)
-    low = encode(x, parameters, wide) - (encode(x, parameters, bits) << (wide - bits))
-    low.clamp_(0, levels(wide - bits))  # where rounding has moved a number to the next cell
-    return [low >> (bits * place) & levels(bits) for place in reversed(range(count))]
-
-
-def step_and_zero(parameters: Tensor, bits: int, plane: int = 0) -> tuple[Tensor, Tensor]:
-    """`step` and `zero` (float32) with `x = zero + c * step`; codes may be one of their planes (1, 2, ...)."""
+def step_and_zero(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`step` and `zero` (float32) with `x = zero + c * step`."""
     mid, value_range = mid_and_range(parameters)
-    step = value_range / (1 << bits * (plane + 1))
-    return step, (mid if plane == 0 else 0.0) - step * (levels(bits) / 2)
+    step = value_range / (1 << bits)
+    return step, mid - step * (levels(bits) / 2)
 
 
 def decode(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:

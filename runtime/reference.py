@@ -184,7 +184,7 @@ def key_scores(queries: Tensor, records: Records) -> Tensor:
     """q . k of scaled `queries` [H, R, dk] with the keys of n blocks: [H, R, n * block]."""
     heads, blocks, bits = *records.key_codes.shape[:2], records.key_bits
     codes = unpack_bytes(records.key_codes, bits, queries.dtype)
-    step, zero = step_and_zero(records.key_parameters, bits, records.plane)
+    step, zero = step_and_zero(records.key_parameters, bits)
     if records.key_by_channel:
         scaled = fields_of(queries.unsqueeze(1) * step.unsqueeze(2), bits)
         scores: Tensor = _contract(scaled.flatten(1, 2), codes.flatten(1, 2)).unflatten(0, (heads, blocks))
@@ -199,7 +199,7 @@ def value_sums(weights: Tensor, records: Records) -> Tensor:
     """Sum of the values of n blocks under `weights` [H, R, n * block]: [H, R, dv]."""
     heads, blocks, bits = *records.value_codes.shape[:2], records.value_bits
     codes = unpack_bytes(records.value_codes, bits, weights.dtype)
-    step, zero = step_and_zero(records.value_parameters, bits, records.plane)
+    step, zero = step_and_zero(records.value_parameters, bits)
     scaled = (weights * step.flatten(1).unsqueeze(1)).unflatten(-1, (blocks, -1)).transpose(1, 2)
     sums: Tensor = _contract(fields_of(scaled, bits).flatten(1, 2), codes.flatten(1, 2)).unflatten(0, (heads, blocks))
     offsets = weights @ zero.flatten(1).unsqueeze(-1)

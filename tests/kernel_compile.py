@@ -21,7 +21,7 @@ POINTERS = {
     "rotation": "*fp32",
     **dict.fromkeys(("found", "halves", "means", "others"), "*fp16"),
     **dict.fromkeys(("found_sums", "log_sums", "other_sums"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties"), "*i32"),
+    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties", "order", "told", "offsets"), "*i32"),
 }
 ROWS = {"numbers", "queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"strides", "query_strides", "key_strides", "value_strides"}
@@ -67,22 +67,36 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     }
 
 
-def compile_pages(case: Case, capability: int, exact: bool = False, planes: int = 0) -> dict[str, Any]:
-    """Every kernel that reads pages of a case's layer, by name; `append_pages` in each of its modes."""
+def compile_pages(case: Case, capability: int, exact: bool = False, highest: int = 1) -> dict[str, Any]:
+    """Every kernel that reads pages of a case's layer, by name; `append_pages` in each of its modes. Pages have tiers
+    up to the highest one."""
     module = render_module(case, paged=True)
     layer = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits, "EXACT": exact}
-    layer |= {"PLANES": planes, "tie_width": planes}
+    tiers = {"HIGHEST": highest, "tie_width": highest - 1}
+    cells = tuple(min(2, case.block * case.value_bits * tier // 128) for tier in (1, 2, 4) if tier <= highest)
+    decode = {"CELLS": cells, "PREFETCH": (2, 1, 0)[: len(cells)], "HIGHEST": highest}
+    given = {} if highest > 1 else {"ties": None}
     work = {
-        f"append {mode}": (module.append_pages, 4, {**layer, "MODE": mode, "CHUNK": 1 if mode == "token" else 64})
+        f"append {mode}": (
+            module.append_pages,
+            4,
+            {**layer, **tiers, **given, "MODE": mode, "CHUNK": 1 if mode == "token" else 64},
+        )
         for mode in ("token", "blocks", "rows")
     }
     work |= {
-        "decode": (module.decode_pages, 1, {**layer, "CELLS": 1, "PREFETCH": 2}),
+        "decode": (module.decode_pages, 1, {**layer, **decode, **({} if highest > 1 else {"order": None})}),
         "rotate": (module.rotate, 4, {"TILE": 16}),
         "merge": (module.merge_pages, 4, {"SPLITS_PADDED": 32, "CHUNK": 32}),
-        "unpack": (module.unpack_pages, 4, {**layer, "ROWS": 64}),
+        "unpack": (module.unpack_pages, 4, {**layer, **tiers, **given, "ROWS": 64}),
         "prefill": (module.prefill_pages, 4, {"FOUND": not exact, "EXACT": exact, "TILE": 64, "STEP": 64}),
     }
+    if highest > 1:
+        widths = {"KEY_BITS": case.key_bits, "VALUE_BITS": case.value_bits}
+        work |= {
+            "sort": (module.sort_pages, 4, {**tiers, "CHUNK": 512}),
+            "lower": (module.lower_pages, 8, {**widths, **tiers, "told_width": highest}),
+        }
     return {
         name: compile_kernel(kernel, case, capability, warps, **constants)
         for name, (kernel, warps, constants) in work.items()

@@ -13,13 +13,16 @@ weights there is nothing to be right: every request gets its tokens, all probabi
 are alone in the pool continue progressively as they do at 8 bits, up to where two tokens are as good as equal.
 
 A row says how many tokens a second all requests got and in how many steps, how often one was preempted, the mean bits
-of a number in quantized pages over time, how many planes running requests lost, and what share of the time of the steps
-the books of planes took: on the host in the scheduler and the worker, and on the device.
+of a number in quantized pages over time, and how often pages of running requests were lowered. Then it says what share
+of the time the books of tiers took: on the host in the scheduler and in the worker, and on the device. vLLM schedules a
+step ahead, so what the host does costs nothing as long as it waits for the device later; how long it waits is shown.
+The device's share is found when the load is served once more.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -28,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ ALONE = 2
 """Requests that are also served alone, for the check."""
 SAME = 0.05
 """Nats between the best token and the next, below which either may be chosen: sums are rounded in another order."""
+ASLEEP = 1_000_000
+"""Cycles of the device, about half a millisecond."""
 LOOK = 50
 """Steps after which the metrics are looked at again."""
 
@@ -189,11 +193,13 @@ def measure(options: argparse.Namespace) -> None:
     llm = start(options, kind, longest)
     alone = [serve_alone(llm, *request[:2]) for request in requests[:ALONE]]
     serve(llm, [(prompt, 2, []) for prompt, *_ in requests])  # whatever is compiled when it is first used
-    clocks = watch_planes(options, kind)
+    clocks = watch(kind)
     print("READY", flush=True)
     sys.stdin.readline()
     row = serve(llm, requests)
-    row |= {name: total() / row["seconds"] for name, total in clocks.items()}
+    row |= {name: clock.seconds / row["seconds"] for name, clock in clocks.items()}
+    if kind == "progressive" and torch.cuda.is_available():
+        row["device"] = seconds_on_device(llm, requests) / row["seconds"]
     texts = row.pop("texts")
     right = sum(text[: len(chain)] == chain for text, (*_, chain) in zip(texts, requests, strict=True))
     row["right"] = "" if options.shapes else right
@@ -206,7 +212,7 @@ def start(options: argparse.Namespace, kind: str, longest: int) -> Any:
 
     from pmkvq_compiler.runtime.vllm import checks
 
-    checks.UNTRIED = ()  # where planes are refused so far, they are measured
+    checks.UNTRIED = ()  # where progressive precision is refused so far, it is measured
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     captured = sorted({1, 2, 4, *range(8, options.sequences + 8, 8)})
     return LLM(
@@ -300,47 +306,69 @@ def metrics(llm: Any) -> dict[str, float]:
     return {
         metric.name: metric.value
         for metric in llm.get_metrics()
-        if hasattr(metric, "value") and "planes" not in metric.labels
+        if hasattr(metric, "value") and "tier" not in metric.labels
     }
 
 
-def watch_planes(options: argparse.Namespace, kind: str) -> dict[str, Callable[[], float]]:
-    """Clocks of what planes cost from now on: functions that give seconds on the host and on the device."""
-    if kind != "progressive":
-        return {}
-    from pmkvq_compiler.runtime.vllm import worker
-    from pmkvq_compiler.runtime.vllm.planes import Planes
-    from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveScheduler
+class Clock:
+    """The seconds that functions take on the host."""
 
-    host, pairs, depth = [0.0], [], [0]
+    def __init__(self) -> None:
+        self.seconds, self.running = 0.0, False
 
-    def timed(function: Callable[..., Any], on_device: bool = False) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * on_device)]
-            begun, depth[0] = time.perf_counter(), depth[0] + 1
+    def watch(self, owner: Any, name: str) -> None:
+        """Time a method or a function of a module from now on; what it calls of them is a part of it."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                return function(*args, **kwargs)
+            self.running, begun = True, time.perf_counter()
             try:
-                for event in events[:1]:
-                    event.record()
                 return function(*args, **kwargs)
             finally:
-                for event in events[1:]:
-                    event.record()
-                pairs.extend([events] if events else [])
-                depth[0] -= 1
-                host[0] += (time.perf_counter() - begun) * (depth[0] == 0)  # one of them calls another
+                self.seconds += time.perf_counter() - begun
+                self.running = False
 
-        return call
+        setattr(owner, name, timed)
 
-    ProgressiveScheduler._refine = timed(ProgressiveScheduler._refine)
-    Planes.fall = timed(Planes.fall)
-    worker._note = timed(worker._note, on_device=torch.cuda.is_available())
 
-    def device() -> float:
-        if pairs:
-            torch.cuda.synchronize()
-        return sum(first.elapsed_time(last) for first, last in pairs) / 1000
+def watch(kind: str) -> dict[str, Clock]:
+    """Clocks of how long the host waits for the device from now on, and of what tiers cost it."""
+    from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 
-    return {"host": lambda: host[0], "device": device}
+    clocks = {"waits": Clock()}
+    clocks["waits"].watch(AsyncOutputFuture, "result")
+    if kind == "progressive":
+        from pmkvq_compiler.runtime.vllm import worker
+        from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, ProgressiveScheduler
+
+        clocks |= {"scheduler": Clock(), "worker": Clock()}
+        clocks["scheduler"].watch(ProgressiveScheduler, "_lend")
+        clocks["scheduler"].watch(LendingPool, "_fall")
+        clocks["worker"].watch(worker, "_note")
+    return clocks
+
+
+def seconds_on_device(llm: Any, requests: list[tuple[list[int], int, list[int]]]) -> float:
+    """What tiers cost the device while the load is served once more. Before each change the device sleeps, so that the
+    host is done with it when the device begins: otherwise it would be the host that is timed."""
+    from pmkvq_compiler.runtime.vllm import worker
+
+    note, pairs = worker._note, []
+
+    def timed(*args: Any) -> None:
+        torch.cuda._sleep(ASLEEP)
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
+        note(*args)
+        pairs[-1][1].record()
+
+    worker._note = timed
+    serve(llm, requests)
+    torch.cuda.synchronize()
+    return sum(first.elapsed_time(last) for first, last in pairs) / 1000
 
 
 # ---- what is found ----
@@ -363,14 +391,17 @@ def check(rows: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def show(rows: dict[str, Any]) -> None:
-    print("| cache | tokens/s | steps | preemptions | mean bits | planes lost | right | planes' share of the time |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| cache | tokens/s | steps | preemptions | mean bits | lowered | right | waits for the device | tiers' share |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kind, row in rows.items():
         bits = sum(row["bits"]) / len(row["bits"]) if row["bits"] else 0.0
-        share = f"host {row['host']:.2%}, device {row['device']:.2%}" if "host" in row else ""
+        parts = [f"{name} {row[name]:.2%}" for name in ("scheduler", "worker", "device") if name in row]
         print(
             f"| {kind} | {row['tokens'] / row['seconds']:,.0f} | {row['steps']:,} | {row['preemptions']} | "
-            f"{f'{bits:.2f}' if bits else ''} | {row['lowered'] or ''} | {row['right']} | {share} |"
+            f"{f'{bits:.2f}' if bits else ''} | {row['lowered'] or ''} | {row['right']} | {row['waits']:.0%} | "
+            f"{', '.join(parts)} |"
         )
     for kind, row in rows.items():
         if row["bits"]:

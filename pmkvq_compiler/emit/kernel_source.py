@@ -12,7 +12,6 @@ from pmkvq_compiler.runtime import quantize, records
 from pmkvq_compiler.runtime.fused_kernels import FUSED
 from pmkvq_compiler.runtime.plan import ALIGNMENT, LayerPlan
 from pmkvq_compiler.runtime.records import PARAMETER_BITS, Field, row_numbers
-from pmkvq_compiler.runtime.vllm.layout import WIDEST
 from pmkvq_compiler.templates import read, render
 
 TUNING = "tuning.json"
@@ -43,7 +42,6 @@ def kernel_source(
         softcap=softcap,
         has_sinks=has_sinks,
         paged=paged,
-        widest=WIDEST,
         quantize=quantize,
         **layout(plan),
     )

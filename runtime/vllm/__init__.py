@@ -1,6 +1,6 @@
 """Artifacts in vLLM: its plugin, which serves them from packed pages.
 
-`layout`, `pages`, `kernels` and `planes` know nothing of vLLM: they say what lies where in a pool of blocks, attend
+`layout`, `pages`, `kernels` and `tiers` know nothing of vLLM: they say what lies where in a pool of blocks, attend
 over it, and keep the books of idle blocks. All other modules touch vLLM, and are imported only once it runs.
 """
 

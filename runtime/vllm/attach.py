@@ -115,8 +115,8 @@ def _copy_for(config: VllmConfig | None, copies: dict[int, Any]) -> Any:
 @dataclass
 class Served:
     """The part of an artifact that this process serves: its layers on this rank of a tensor-parallel group, the
-    pipeline stage whose layers they are, and the pool that keeps them. Pages may have `planes` planes, whose blocks are
-    in `ties` [blocks, planes] (int32, see `pages`)."""
+    pipeline stage whose layers they are, and the pool that keeps them. Pages have up to `most_further` further
+    blocks, which are named in `ties` [blocks, most_further] (int32, see `pages`)."""
 
     folder: Path
     layers: list[PagedLayer]
@@ -128,7 +128,7 @@ class Served:
     dtype: torch.dtype
     cache: CacheConfig
     kernels: list[LayerKernels] | None
-    planes: int
+    most_further: int
     ties: Tensor | None = None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
@@ -143,10 +143,10 @@ class Served:
             )
 
     def tie(self, blocks: int, device: torch.device) -> None:
-        """Make the table of planes for a pool of so many blocks, unless it is there: kernels of captured graphs read it
-        where it lies."""
-        if self.planes and (self.ties is None or len(self.ties) != blocks):
-            self.ties = torch.zeros(blocks, self.planes, dtype=torch.int32, device=device)
+        """Make the table of further blocks for a pool of so many, unless it is there: kernels of captured graphs read
+        it where it lies."""
+        if self.most_further and (self.ties is None or len(self.ties) != blocks):
+            self.ties = torch.zeros(blocks, self.most_further, dtype=torch.int32, device=device)
 
     def check_size(self, blocks: int) -> None:
         """Raises `InputError` where a sequence of the longest length could never be read into so many blocks.
@@ -240,7 +240,7 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         dtype=config.model_config.dtype,
         cache=config.cache_config,
         kernels=_kernels(artifact),
-        planes=max(layer.planes for layer in layers) if is_progressive(config) else 0,
+        most_further=max(layer.highest_tier for layer in layers) - 1 if is_progressive(config) else 0,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,8 @@ from ..errors import InputError
 from ..rotation import rotate_heads
 from .kernels import KernelPages
 from .layout import PagedLayer
-from .pages import Attends, Batch, LayerPages
+from .pages import Batch, LayerPages
+from .tiered import Falling, falling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,11 +47,12 @@ class Metadata:
     several: range
     single: bool
     known: Sequence[tuple[int, int, int]] = ()
+    orders: dict[Any, Tensor] = field(default_factory=dict)
 
     def batch(self, rows: Metadata) -> Batch:
         """The whole batch: `self` has the table of its pages and `rows` that of its rows."""
         bounds = (self.longest_new, self.longest, self.several, self.single, self.known)
-        return Batch(self.starts, self.lengths, self.table, rows.table, *bounds)
+        return Batch(self.starts, self.lengths, self.table, rows.table, *bounds, self.orders)
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
@@ -124,6 +126,9 @@ class Store(AttentionLayerBase):
         self.name = f"pmkvq_{self.group.kind}.{number}"
         self.kv_cache = self.blocks = torch.empty(0, 0, dtype=torch.uint8)
         """`blocks` [N, block_bytes] (uint8)."""
+        self.members: list[Impl] = []
+        """The group's layers."""
+        self._lowers: list[LayerPages | Falling] = []
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return Backend
@@ -135,9 +140,18 @@ class Store(AttentionLayerBase):
         return spec_of(self.served.pool, self.number)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        self.kv_cache, self.blocks = kv_cache, kv_cache.flatten(1)
+        self.kv_cache, self.blocks, self._lowers = kv_cache, kv_cache.flatten(1), []
         self.served.check_size(len(kv_cache))
         self.served.tie(len(kv_cache), kv_cache.device)
+
+    def lower(self, told: Tensor) -> None:
+        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, 1 + most] (int32, on the device)
+        are their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are
+        in `Served.ties`."""
+        if not self._lowers:
+            self._lowers = lowering([member.attends() for member in self.members])
+        for one in self._lowers:
+            one.lower(told)
 
 
 class Impl(AttentionImpl[Metadata]):
@@ -184,6 +198,7 @@ class Impl(AttentionImpl[Metadata]):
         `rotation` [H, key_head_dim, key_head_dim] turns keys and queries. `kernels` attend on a GPU."""
         self.layer, self.stores, self.places = layer, (pages, rows), (page_offset, row_offset)
         self.rotation, self.kernels = rotation, kernels
+        pages.members.append(self)
 
     def forward(
         self,
@@ -208,10 +223,10 @@ class Impl(AttentionImpl[Metadata]):
         if turn is not None and self.kernels is None:
             q, k = (rotate_heads(part.transpose(0, 1)[None], turn)[0].transpose(0, 1) for part in (query, key))
         batch = attn_metadata.batch(rows)
-        self._attends().attend_batch(q, k, value, batch, self.scale, self.softcap, self.sinks, output)
+        self.attends().attend_batch(q, k, value, batch, self.scale, self.softcap, self.sinks, output)
         return output
 
-    def _attends(self) -> Attends:
+    def attends(self) -> LayerPages | KernelPages:
         """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
         pages, rows = self.stores
         if self._seen is not pages.blocks:
@@ -219,7 +234,7 @@ class Impl(AttentionImpl[Metadata]):
             self._seen = pages.blocks
         return self._made
 
-    def _over(self, pages: Tensor, rows: Tensor | None, ties: Tensor | None) -> Attends:
+    def _over(self, pages: Tensor, rows: Tensor | None, ties: Tensor | None) -> LayerPages | KernelPages:
         served = self.stores[0].served
         placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0]}
         if self.stores[1] is not None:
@@ -236,11 +251,19 @@ class Impl(AttentionImpl[Metadata]):
             return
         nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
         zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
-        planes = self.stores[0].served.planes
-        attends = self._over(nobody, nobody, zeros.new_zeros(1, planes) if planes else None)
+        further = self.stores[0].served.most_further
+        attends = self._over(nobody, nobody, zeros.new_zeros(1, further) if further else None)
         for new in (1, 2):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
+        for one in lowering([attends]):
+            one.lower(zeros.new_zeros(1, 1 + further))
         # where the library attends: queries as fp16, and means over two pieces of history
         halves = 3 * query.numel() * 2 if self.kernels.tuning.library_unit else 0
         torch.empty(self.kernels.tuning.prefill_scratch + halves, dtype=torch.uint8, device=query.device)
+
+
+def lowering(layers: Sequence[LayerPages | KernelPages]) -> list[LayerPages | Falling]:
+    """What lowers the pages of these layers."""
+    by_torch = [layer for layer in layers if isinstance(layer, LayerPages)]
+    return [*by_torch, *falling([layer for layer in layers if isinstance(layer, KernelPages)])]

@@ -29,9 +29,8 @@ OPTION = "pmkvq"
 """The key of what artifacts are told in vLLM's `--additional-config`."""
 
 UNTRIED = ("cuda",)
-"""Devices on which planes are refused, because not all of their tests and measurements have passed there: a decode of
-pages of 4 bits that all had a plane, in 4.4 GB of them, once ended with an illegal access of memory. The tests for GPUs
-lift this, and so does the benchmark; once they have passed on one, nothing is left to refuse."""
+"""Devices on which progressive precision is refused, because not all of its tests and measurements have passed there.
+The tests for GPUs lift this, and so does the benchmark; once they have passed on one, nothing is left to refuse."""
 
 REMOTE_CODE = "modeling_compiled."
 """How the remote code is called in the config of every artifact, by which one is known on a hub."""
@@ -94,7 +93,7 @@ def prepare(config: VllmConfig) -> None:
 
 
 def is_progressive(config: VllmConfig) -> bool:
-    """Whether pages are to have planes while blocks are idle. Raises `InputError` where the option says anything
+    """Whether pages are to lie in more blocks while some are idle. Raises `InputError` where the option says anything
     else."""
     given = config.additional_config.get(OPTION) if isinstance(config.additional_config, dict) else None
     found = given.get("progressive") if isinstance(given, dict) and len(given) == 1 else None
@@ -107,7 +106,7 @@ def is_progressive(config: VllmConfig) -> bool:
 
 
 def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
-    """Have vLLM schedule with planes, and export what it counts of them. Raises `InputError`."""
+    """Have vLLM lend idle blocks to pages, and export what it counts of that. Raises `InputError`."""
     from vllm.platforms import current_platform
 
     from .metrics import export

@@ -27,14 +27,12 @@ from ..prefill import (
     scratch_holds,
 )
 from ..tuning import widths_of
-from .layout import PagedLayer
+from .layout import TIERS, PagedLayer
 from .pages import Batch
+from .tiered import order_of
 
 TOKENS_TURNED = 16
 """Tokens whose queries or keys a program rotates at once: rows of a matrix operand."""
-
-PLANES_REGISTERS = 248
-"""Registers that a lane of a program that reads planes has at least: it holds words of two of them at a time."""
 
 TOKENS_KEPT = 64
 """New tokens that a program writes to where they are kept as they are."""
@@ -46,8 +44,8 @@ class KernelPages:
 
     `pages` and `rows` [N, block_bytes] (uint8) are the pool seen as blocks of pages and of rows, in which the layer
     begins at these bytes; a block of rows has `row_block` tokens. An exact layer has no rows. Sequences have up to
-    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first. `ties` name the
-    blocks of planes, see `pages`.
+    `max_len` tokens. `rotation` [H, key_head_dim, key_head_dim] (float32) turns keys and queries first. `ties`
+    name the further blocks of pages, see `pages`.
     """
 
     layer: PagedLayer
@@ -129,7 +127,7 @@ class KernelPages:
                 *self._place(),
                 self.layer.heads,
                 **self._constants(),
-                **self._planes(),
+                **self._ties(),
                 MODE=mode,
                 CHUNK=chunk,
                 num_warps=self.kernels.tuning.append_warps_for((self.layer.plan.key_bits, self.layer.plan.value_bits)),
@@ -138,10 +136,7 @@ class KernelPages:
 
     def _decode(self, queries: Tensor, batch: Batch, scale: float, sinks: Tensor | None, out: Tensor) -> None:
         plan, heads = self.layer.plan, self.layer.heads
-        constants = self._constants()
-        launch = self.kernels.decode_launch(plan, constants["VALUE_BITS"])
-        if self._planes():
-            launch["maxnreg"] = max(launch["maxnreg"], PLANES_REGISTERS)
+        launch = self._decode_launch()
         query_heads = queries.shape[1]
         page_splits, splits = self._splits(batch.count, launch["maxnreg"])
         parts = (batch.count * heads, splits, query_heads // heads)
@@ -160,8 +155,8 @@ class KernelPages:
             page_splits,
             splits,
             scale,
-            **constants,
-            **self._planes(),
+            **self._constants(),
+            **self._order(batch),
             **launch,
         )
         self.kernels.module.merge_pages[(batch.count, query_heads, -(-plan.value_head_dim // 32))](
@@ -174,6 +169,31 @@ class KernelPages:
             **merge_launch(splits),
             **overlap(self.kernels.module, queries.device),
         )
+
+    def _decode_launch(self) -> dict[str, Any]:
+        """Constants and options that the decode kernel is launched with, with numbers for every tier."""
+        bits = self._constants()["VALUE_BITS"]
+        launches = [self.kernels.decode_launch(self.layer.plan, bits * tier) for tier in self._tiers()]
+        each = {name: tuple(launch[name] for launch in launches) for name in ("CELLS", "PREFETCH")}
+        return {**launches[0], **each, "maxnreg": max(launch["maxnreg"] for launch in launches)}
+
+    def _tiers(self) -> list[int]:
+        """The tiers of the layer's pages."""
+        highest = 1 if self.ties is None else self.layer.highest_tier
+        return [tier for tier in TIERS if tier <= highest]
+
+    def _order(self, batch: Batch) -> dict[str, Any]:
+        """In which order sequences of one new token read pages of several tiers. The first layer of a step finds it for
+        all that see the same pages. A graph finds it again, though it was tried with the same batch before."""
+        highest, plan = self._tiers()[-1], self.layer.plan
+        if self.ties is None or highest == 1:
+            return {}
+        captured = self.ties.is_cuda and torch.cuda.is_current_stream_capturing()
+        key = (self.layer.window, plan.sink, plan.sliding_window, highest, captured)
+        if key not in batch.orders:
+            batch.orders[key] = order_of(self.kernels, self.layer, self.ties, batch)
+        order = batch.orders[key]
+        return {"order": order, "order_width": order.stride(0), "HIGHEST": highest}
 
     def _splits(self, sequences: int, registers: int) -> tuple[int, int]:
         """In how many parts a head's records are read, and how many parts that makes with those of its rows.
@@ -333,7 +353,7 @@ class KernelPages:
             self.layer.heads,
             *where,
             **self._constants(),
-            **self._planes(),
+            **self._ties(),
             ROWS=ROWS_COPIED,
             num_warps=UNPACK_WARPS,
         )
@@ -363,10 +383,10 @@ class KernelPages:
         plan = self.layer.plan
         return {**widths_of(plan, (plan.key_bits, plan.value_bits)), "EXACT": self.layer.exact}
 
-    def _planes(self) -> dict[str, Any]:
-        if self.ties is None or not self.layer.planes:
+    def _ties(self) -> dict[str, Any]:
+        if self.ties is None or self.layer.highest_tier == 1:
             return {}
-        return {"ties": self.ties, "tie_width": self.ties.stride(0), "PLANES": self.layer.planes}
+        return {"ties": self.ties, "tie_width": self.ties.stride(0), "HIGHEST": self.layer.highest_tier}
 
 
 def _sequences(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:

@@ -14,8 +14,10 @@ Records are those of the single-process cache: blocks of a sequence begin behind
 sink_pages`, the page in which its last token lies, so that what a page holds never depends on tokens behind it and
 sequences that begin alike can share pages. The pages before it hold the sink.
 
-Where a server is progressive, a block may also hold a plane: for every layer of a group of pages the next lower bits of
-the codes of a page, as many as the page itself has and in the same places. See `planes`.
+Where a server is progressive, a page may lie in several blocks: its own and *further* ones, as many as its *tier* says.
+In `n` blocks its codes have `n` times the plan's final bits, and each block has an `n`-th of its tokens, whose codes
+begin where they do in a page of one block. Ranges and middles of all its tokens stay in its own block. The parts of all
+layers of a group lie alike. A layer that is in no need of so many bits uses the first of these blocks.
 """
 
 from __future__ import annotations
@@ -40,14 +42,12 @@ WINDOWS_WHILE_READING = 3
 where vLLM schedules a step ahead, what the step before has not given back yet."""
 
 WIDEST = 8
-"""Bits up to which planes refine a code; with so many a text is that of the model's own dtype."""
+"""Bits of the codes of the highest tiers; with so many a text is that of the model's own dtype."""
+
+TIERS = (1, 2, 4)
+"""In how many blocks a page may lie."""
 
 ENDLESS = 1 << 40
-
-
-def planes_of(bits: int) -> int:
-    """Planes that codes of a width may have at most."""
-    return max(0, WIDEST // bits - 1)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,14 @@ class PagedLayer:
         return plan.sink + plan.block * max(0, blocks)
 
     @property
-    def planes(self) -> int:
-        """Planes that a page may have at most; those of K and of V may be fewer."""
-        return 0 if self.exact else max(planes_of(self.plan.key_bits), planes_of(self.plan.value_bits))
+    def highest_tier(self) -> int:
+        """The highest of the tiers that a page may have."""
+        return 1 if self.exact else max(1, WIDEST // max(self.plan.key_bits, self.plan.value_bits))
+
+    def widths(self, tier: int) -> tuple[int, int]:
+        """Bits of the codes of K and V in pages of a tier, or of the highest one where that is higher."""
+        times = min(tier, self.highest_tier)
+        return self.plan.key_bits * times, self.plan.value_bits * times
 
     def pages_between(self, cached: int, end: int) -> slice:
         """The pages that are quantized when a sequence of `cached` tokens gets `end` of them."""
@@ -266,13 +271,14 @@ def offsets(group: Group, layers: Sequence[PagedLayer], stage: range) -> dict[in
     return found
 
 
-def bits_of(layers: Sequence[PagedLayer]) -> list[float]:
-    """Bits of a number of K and V in the pages of these layers, on average, when a page has 0, 1, ... planes."""
-    numbers, bits = 0, [0] * (1 + max((layer.planes for layer in layers), default=0))
+def bits_of(layers: Sequence[PagedLayer]) -> dict[int, float]:
+    """Bits of a number of K and V in the pages of these layers, on average, in each of the tiers that pages may
+    have."""
+    numbers = sum(layer.heads * (layer.plan.key_head_dim + layer.plan.value_head_dim) for layer in layers)
+    highest = max((layer.highest_tier for layer in layers), default=1)
+    bits = dict.fromkeys([tier for tier in TIERS if tier <= highest], 0.0)
     for layer in layers:
-        plan = layer.plan
-        for channels, width in ((plan.key_head_dim, plan.key_bits), (plan.value_head_dim, plan.value_bits)):
-            numbers += layer.heads * channels
-            for count in range(len(bits)):
-                bits[count] += layer.heads * channels * width * (1 + min(count, planes_of(width)))
-    return [total / max(1, numbers) for total in bits]
+        for tier in bits:
+            key_bits, value_bits = layer.widths(tier)
+            bits[tier] += layer.heads * (layer.plan.key_head_dim * key_bits + layer.plan.value_head_dim * value_bits)
+    return {tier: total / max(1, numbers) for tier, total in bits.items()}

@@ -7,32 +7,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from .planes import Planes
+    from .tiers import Tiers
 
 STATS = "pmkvq"
 """The key of the counts in `SchedulerStats.kv_connector_stats`, and the attribute of whoever exports them."""
 
 
-def counted(planes: Planes, bits: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The pages that somebody owns by the number of their planes; how many planes they have lost since this was last
-    asked; and the bits of a number in them, where pages of a group have `bits[group][planes]`."""
-    pages = [
-        sum(counts[number] for counts in planes.counts if number < len(counts)) for number in range(planes.most + 1)
-    ]
-    every = sum(pages)
-    total = sum(
-        count * width
-        for counts, widths in zip(planes.counts, bits, strict=True)
-        for count, width in zip(counts, widths, strict=True)
-    )
-    lowered, planes.lowered = planes.lowered, 0
+def counted(tiers: Tiers, bits: Sequence[Mapping[int, float]]) -> dict[str, Any]:
+    """The pages that somebody owns by their tier; how often some fell since this was last asked; and the bits of a
+    number in them, where pages of a group have `bits[group][tier]`."""
+    pages = {1 << height: 0 for height in range(tiers.most.bit_length() + 1)}
+    total = 0.0
+    for counts, widths in zip(tiers.counts, bits, strict=True):
+        for height, count in enumerate(counts):
+            pages[1 << height] += count
+            total += count * widths[1 << height] if count else 0.0
+    every = sum(pages.values())
+    lowered, tiers.lowered = tiers.lowered, 0
     return {"pages": pages, "lowered": lowered, "bits": total / every if every else 0.0}
 
 
@@ -77,13 +75,13 @@ class Metrics:
         shared = {"multiprocess_mode": "mostrecent"}
         self._pages = logger._gauge_cls(
             name="vllm:pmkvq_pages",
-            documentation="Quantized pages of running requests by the planes that refine them.",
-            labelnames=[*names, "planes"],
+            documentation="Quantized pages of running requests by their tier: in how many blocks a page lies.",
+            labelnames=[*names, "tier"],
             **shared,
         )
         self._lowered = logger._counter_cls(
             name="vllm:pmkvq_lowered",
-            documentation="Planes that running requests have lost to others.",
+            documentation="How often pages of running requests fell to half of their tier.",
             labelnames=names,
         )
         self._bits = logger._gauge_cls(
@@ -95,7 +93,7 @@ class Metrics:
 
     def record(self, counts: dict[str, Any], engine: int) -> None:
         labels = self._labels[engine]
-        for planes, pages in enumerate(counts["pages"]):
-            self._pages.labels(*labels, str(planes)).set(pages)
+        for tier, pages in counts["pages"].items():
+            self._pages.labels(*labels, str(tier)).set(pages)
         self._lowered.labels(*labels).inc(counts["lowered"])
         self._bits.labels(*labels).set(counts["bits"])

@@ -8,19 +8,19 @@ that are whole now are quantized, and queries attend.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..layer_cache import Records, record_views, write_records
+from ..layer_cache import Records, record_views
 from ..plan import block_bytes
-from ..quantize import encode_planes, pack
-from ..reference import SCORES, UNPACKED_NUMBERS, key_scores, softmax, value_sums
-from .layout import PagedLayer, planes_of
+from ..quantize import encode, group_parameters, lower
+from ..reference import SCORES, UNPACKED_NUMBERS, softmax
+from .codes import KINDS, Chunk, read_codes, records_of, write_codes
+from .layout import PagedLayer
 
 NOBODY = 0
 """The block that no sequence owns."""
@@ -56,6 +56,8 @@ class Batch:
     What the host knows: no sequence brings more than `longest_new` tokens or has more than `longest`; only those in the
     range `several` bring more than one, and there are others unless not `single`. Of each in that range it may know the
     place of its new tokens in the batch, and its length with them: `known` are (start, stop, length).
+
+    In `orders` kernels keep what they have found for the first layer of a step and need for the others.
     """
 
     starts: Tensor
@@ -67,6 +69,7 @@ class Batch:
     several: range
     single: bool
     known: Sequence[tuple[int, int, int]] = ()
+    orders: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -92,31 +95,6 @@ class Attends(Protocol):
         value."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some records, and planes of those among them that have one: which these are, and their planes."""
-
-    records: Records
-    planes: Sequence[tuple[Tensor, Records]]
-
-    def key_scores(self, queries: Tensor) -> Tensor:
-        """`key_scores` with all bits that there are."""
-        blocks = self.records.key_codes.shape[1]
-        scores = key_scores(queries, self.records).unflatten(-1, (blocks, -1))
-        for tied, plane in self.planes:
-            if plane.plane <= planes_of(plane.key_bits):
-                scores[:, :, tied] += key_scores(queries, plane).unflatten(-1, (len(tied), -1))
-        return scores.flatten(2)
-
-    def value_sums(self, weights: Tensor) -> Tensor:
-        """`value_sums` with all bits that there are."""
-        sums, by_block = value_sums(weights, self.records), weights.unflatten(-1, (self.records.key_codes.shape[1], -1))
-        for tied, plane in self.planes:
-            if plane.plane <= planes_of(plane.value_bits):
-                sums += value_sums(by_block[:, :, tied].flatten(2), plane)
-        return sums
-
-
 class LayerPages:
     """The pages and rows of one layer: views of a pool.
 
@@ -135,7 +113,8 @@ class LayerPages:
     ) -> None:
         self.layer, self.plan, self.dtype = layer, layer.plan, dtype
         self.pages, self.rows = pages, rows
-        self.ties = pages.new_empty(len(pages), 0, dtype=torch.int32) if ties is None else ties[:, : layer.planes]
+        none = pages.new_empty(len(pages), 0, dtype=torch.int32)
+        self.ties = none if ties is None else ties[:, : layer.highest_tier - 1]
         tokens = self.plan.block if layer.exact else min(self.plan.sink, self.plan.block)
         exact = pages[..., : tokens * layer.token_bytes].view(dtype)
         self.exact = exact.unflatten(-1, (tokens, -1)) if tokens else None
@@ -214,38 +193,61 @@ class LayerPages:
             return
         start, stop = (self.plan.sink + block * self.plan.block for block in (first, last))
         keys, values = (part.unflatten(1, (last - first, -1))[:, kept] for part in self._as_they_are(step, start, stop))
-        raw = keys.new_empty(*keys.shape[:2], self.record, dtype=torch.uint8)
-        records = self._records(raw)
-        write_records(records, keys, values)
-        self.pages[pages[kept], :, : self.record] = raw.transpose(0, 1)
-        if self.ties.shape[1]:
-            self._write_planes(pages[kept], records, keys, values)
+        key_dim = -2 if self.plan.key_axis == "channel" else -1
+        key_groups, value_groups = group_parameters(keys, key_dim), group_parameters(values, -1)
+        for own, blocks in self._by_tier(pages[kept]):
+            key_bits, value_bits = self.layer.widths(blocks.shape[1])
+            raw = self._raw(blocks)
+            records = self._views(raw)
+            records.key_parameters[:, :, 0] = key_groups[:, own].squeeze(key_dim)
+            records.value_parameters[:, :, 0] = value_groups[:, own].squeeze(-1)
+            write_codes(records, encode(keys[:, own], key_groups[:, own], key_bits), key_bits, "key")
+            write_codes(records, encode(values[:, own], value_groups[:, own], value_bits), value_bits, "value")
+            self.pages[blocks, :, : self.record] = raw.movedim(0, 2)
 
-    def _write_planes(self, pages: Tensor, records: Records, keys: Tensor, values: Tensor) -> None:
-        """Write the planes of pages whose records were written, in groups of the same parameters."""
-        key_bits, value_bits = self.plan.key_bits, self.plan.value_bits
-        key_groups = records.key_parameters.unsqueeze(-2 if records.key_by_channel else -1)
-        key_codes = encode_planes(keys, key_groups, key_bits, planes_of(key_bits))
-        value_groups = records.value_parameters.unsqueeze(-1)
-        value_codes = encode_planes(values, value_groups, value_bits, planes_of(value_bits))
-        for number, planes in enumerate(self.ties[pages].long().unbind(-1), start=1):
-            tied = (planes != NOBODY).nonzero().flatten()
-            raw = self.pages[planes[tied], :, : self.record].transpose(0, 1)
-            plane = self._records(raw)
-            if number <= len(key_codes):
-                plane.key_codes.copy_(pack(key_codes[number - 1][:, tied], key_bits).view(torch.uint8))
-            if number <= len(value_codes):
-                turned = value_codes[number - 1][:, tied].transpose(-1, -2)
-                plane.value_codes.copy_(pack(turned, value_bits).view(torch.uint8))
-            self.pages[planes[tied], :, : self.record] = raw.transpose(0, 1)
+    def lower(self, told: Tensor) -> None:
+        """Re-code pages that lie in fewer blocks than before: `told` [n, most + 1] are their blocks and those of their
+        further blocks from now on, 0 where they have none. Those of before are in `ties`.
 
-    def _records(self, raw: Tensor) -> Records:
+        A page is left alone where it keeps other blocks than its first ones: it is another page meanwhile.
+        """
+        pages = told[:, 0].long()
+        before = self.ties[pages]
+        after = torch.zeros_like(before)
+        after[:, : told.shape[1] - 1] = told[:, 1 : 1 + before.shape[1]]
+        stay = ((after == before) | (after == NOBODY)).all(1) & (after != before).any(1)
+        for own, blocks in self._by_tier(pages[stay]):
+            counts = 1 + (after[stay][own] != NOBODY).sum(1)
+            for tier in counts.unique().tolist():
+                self._fall(blocks[counts == tier], tier)
+
+    def _fall(self, blocks: Tensor, tier: int) -> None:
+        """Re-code pages that lie in `blocks` [n, tier of before] to lie in the first `tier` of these."""
+        wide, narrow = self.layer.widths(blocks.shape[1]), self.layer.widths(tier)
+        records = self._views(self._raw(blocks))
+        kept = self._raw(blocks[:, :tier])
+        for kind, bits, target in zip(KINDS, wide, narrow, strict=True):
+            write_codes(self._views(kept), lower(read_codes(records, bits, kind), bits, target), target, kind)
+        self.pages[blocks[:, :tier], :, : self.record] = kept.movedim(0, 2)
+
+    def _by_tier(self, pages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each tier which of the pages have it, and their blocks [n, tier]."""
+        if not self.ties.shape[1]:
+            yield torch.arange(len(pages), device=pages.device), pages[:, None]
+            return
+        blocks = torch.cat([pages[:, None], self.ties[pages].long()], dim=1)
+        tiers = (blocks[:, 1:] != NOBODY).sum(1) + 1
+        for tier in tiers.unique().tolist():
+            own = (tiers == tier).nonzero().flatten()
+            yield own, blocks[own, :tier]
+
+    def _raw(self, blocks: Tensor) -> Tensor:
+        """A copy of what lies in blocks [n, tier]: [H, n, tier, bytes]."""
+        return self.pages[blocks, :, : self.record].movedim(2, 0)
+
+    def _views(self, raw: Tensor) -> Records:
+        """The fields of blocks, as they lie where codes have their final bits."""
         return record_views(raw, self.plan, self.plan.key_bits, self.plan.value_bits)
-
-    def _plane(self, raw: Tensor, number: int, records: Records, tied: Tensor) -> Records:
-        """Bytes of blocks [H, n, bytes] as plane `number` of those of the records that are `tied` to them."""
-        shared = dataclasses.replace(self._records(raw), key_parameters=records.key_parameters[:, tied], plane=number)
-        return dataclasses.replace(shared, value_parameters=records.value_parameters[:, tied])
 
     # ---- the third: attend ----
 
@@ -295,7 +297,7 @@ class LayerPages:
             out += weights[..., : len(sink)] @ old[1].to(flat.dtype)
         done = len(sink)
         for chunk in chunks:
-            tokens = chunk.records.value_parameters.shape[1] * plan.block
+            tokens = chunk.pages * plan.block
             out += chunk.value_sums(weights[..., done : done + tokens])
             done += tokens
         return out.unflatten(1, (group, count))
@@ -319,7 +321,7 @@ class LayerPages:
         return visible & (positions > queries.unsqueeze(-1) - plan.sliding_window)
 
     def _chunks(self, step: Step, blocks: range) -> list[Chunk]:
-        """The records of these blocks and their planes, as many at a time as should be unpacked at once."""
+        """The pages of these blocks, as many at a time as should be unpacked at once."""
         plan = self.plan
         numbers = self.layer.heads * plan.block * max(plan.key_head_dim, plan.value_head_dim)
         at_once = max(1, UNPACKED_NUMBERS // numbers)
@@ -327,14 +329,11 @@ class LayerPages:
         return [self._chunk(some) for some in pages.split(at_once) if len(some)]
 
     def _chunk(self, pages: Tensor) -> Chunk:
-        records = self._records(self.pages[pages, :, : self.record].transpose(0, 1))
-        planes = []
-        for number, blocks in enumerate(self.ties[pages].long().unbind(-1), start=1):
-            tied = (blocks != NOBODY).nonzero().flatten()
-            if len(tied):
-                raw = self.pages[blocks[tied], :, : self.record].transpose(0, 1)
-                planes.append((tied, self._plane(raw, number, records, tied)))
-        return Chunk(records, planes)
+        tiers = [
+            (own, records_of(self._views(self._raw(blocks)), *self.layer.widths(blocks.shape[1])))
+            for own, blocks in self._by_tier(pages)
+        ]
+        return Chunk(len(pages), tiers)
 
     def _as_they_are(self, step: Step, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values at positions `start` to `stop`: those of earlier steps from where they are kept."""

@@ -1,4 +1,5 @@
-"""What a worker of a progressive server does before a step: it notes which pages have got or lost planes."""
+"""What a worker of a progressive server does before a step: it codes pages anew that have fallen, and notes where all
+lie now."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .planes import CHANGES
+from .tiers import TOLD, Changes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from .attach import Served
 
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 """Modules of a `GPUModelRunner`, of which a worker has one; that for CPUs is derived from it."""
@@ -33,23 +36,32 @@ def _wrap(runner: Any) -> None:
 
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        changes = getattr(scheduler_output, CHANGES, None)
-        if changes:
+        changes = getattr(scheduler_output, TOLD, None)
+        if changes is not None:
             _note(self.vllm_config, changes)
         return original(self, scheduler_output, *args, **kwargs)
 
     runner.execute_model = execute_model
 
 
-def _note(config: VllmConfig, changes: list[tuple[int, ...]]) -> None:
-    """Write `Planes.changes` to the table that kernels read, after what was launched before and before this step."""
+def _note(config: VllmConfig, changes: Changes) -> None:
+    """Code pages that have fallen anew, and write where pages lie to the table that kernels read. Both happen after
+    what was launched before, and before this step."""
+    served = _served(config)
+    ties = served.ties
+    assert ties is not None
+    told = torch.tensor(changes.rows, dtype=torch.int32, pin_memory=ties.is_cuda).to(ties.device, non_blocking=True)
+    with torch.inference_mode():
+        first = 0
+        for group, count in changes.fallen:
+            served.stores[group].lower(told[first : first + count])
+            first += count
+        ties[:, : told.shape[1] - 1].index_copy_(0, told[:, 0].long(), told[:, 1:])
+
+
+def _served(config: VllmConfig) -> Served:
     from .backend import Store
 
-    for layer in config.compilation_config.static_forward_context.values():
-        if isinstance(layer, Store):
-            ties = layer.served.ties
-            assert ties is not None
-            told = torch.tensor(changes, dtype=torch.int32, pin_memory=ties.is_cuda).to(ties.device, non_blocking=True)
-            with torch.inference_mode():
-                ties[told[:, 0].long()] = told[:, 1:]
-            return
+    return next(
+        layer.served for layer in config.compilation_config.static_forward_context.values() if isinstance(layer, Store)
+    )

@@ -12,24 +12,42 @@ from ..fuzz import LONG_ONLY
 from ..interpreted import run_interpreted
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_rotation, run_case
+from ..page_checks import (
+    FAR,
+    LONG,
+    MORE,
+    ROTATED,
+    SMALL,
+    PagedCase,
+    check_far_blocks,
+    check_graph,
+    check_rotation,
+    run_case,
+)
 
 
 def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
     run_interpreted("tests.page_checks")
 
 
-def test_kernels_over_pages_compile_without_a_device() -> None:
+@LONG_ONLY
+def test_programs_that_read_many_pages_of_three_tiers_in_the_interpreter_are_the_reference() -> None:
+    run_interpreted("tests.page_checks", *range(len(SMALL), len(SMALL) + len(LONG)))
+
+
+def test_kernels_over_pages_of_several_tiers_compile_without_a_device() -> None:
     case = Case(head_dim=128, group=7, key_bits=2, value_bits=4, sliding_window=200, steps=steps(1))
-    compiled = compile_pages(case, 90)
-    assert {"rotate", "append", "decode", "merge", "unpack", "prefill"} == {name.split()[0] for name in compiled}
+    compiled = compile_pages(case, 90, highest=2)
+    names = {"rotate", "append", "sort", "decode", "merge", "unpack", "prefill", "lower"}
+    assert names == {name.split()[0] for name in compiled}
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
     assert "mma.sync" in compiled["decode"].asm["ptx"], "the matrix unit does the products"
 
 
 @LONG_ONLY
-def test_kernels_that_read_planes_compile_without_a_device() -> None:
-    compiled = compile_pages(Case(head_dim=128, group=7, key_bits=2, value_bits=2, steps=steps(1)), 90, planes=3)
+@pytest.mark.parametrize("highest", [1, 4])
+def test_kernels_over_pages_compile_without_a_device(highest: int) -> None:
+    compiled = compile_pages(Case(head_dim=128, group=7, key_bits=2, value_bits=2, steps=steps(1)), 90, highest=highest)
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
 
 
@@ -106,46 +124,56 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
-def with_planes() -> list[PagedCase]:
-    """Pages with none, some or all planes, and batches that have pages of all kinds; more of them in one program than
-    it sorts at once."""
-    widths = ((8, 4), (2, 4), (4, 2), (2, 2), (2, 8), (4, 4))
-    shapes = zip((64, 80, 96, 128, 256, 128), (1, 2, 3, 7, 8, 12), widths, strict=True)
+def with_tiers() -> list[PagedCase]:
+    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none. Programs read
+    few pages, or many and then a share of each of three tiers."""
+    widths = ((2, 2), (4, 4), (4, 2), (2, 4))
     cases = []
-    for number, (head_dim, group, (key_bits, value_bits)) in enumerate(shapes):
-        for turn, axis in enumerate(("token", "channel")):
-            layer = Case(
-                head_dim=head_dim,
-                group=group,
-                heads=1 + number % 2,
-                key_axis=axis,
-                key_bits=key_bits,
-                value_bits=value_bits,
-                dtype=(torch.float16, torch.bfloat16)[turn],
-                sink=(0, 4, 70)[number % 3],
-                softcap=(None, 5.0)[number % 2],
-                max_len=720,
-            )
-            if number % 3 == 0:
-                layer = dataclasses.replace(layer, sliding_window=150)
-            lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
-            cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[turn], planes=True))
+    for number, ((key_bits, value_bits), axis) in enumerate(itertools.product(widths, ("token", "channel"))):
+        layer = Case(
+            head_dim=(64, 96, 128)[number % 3],
+            group=(3, 7, 8)[number % 3],
+            heads=1 + number % 2,
+            key_axis=axis,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            dtype=(torch.float16, torch.bfloat16)[number % 2],
+            sink=(0, 4, 70)[(number + 1) % 3],
+            softcap=(None, 5.0)[number % 4 == 1],
+            has_sinks=number % 4 == 2,
+            sliding_window=(150, None)[number % 3 > 0],
+            max_len=720,
+        )
+        lengths = ((330, 1, 70), (140, 65, 0), (1, 190, 100), (190, 1, 1), (1, 1, 1))
+        cases.append(PagedCase(layer, lengths, tuning=(LIBRARY, CONSERVATIVE)[number % 2], tiers=True))
+    others = [
+        Case(head_dim=256, group=1, key_bits=2, value_bits=2, block=128, window=128, max_len=720),
+        Case(head_dim=64, group=12, key_bits=4, value_bits=4, max_len=720),
+        Case(key_bits=8, value_bits=4, max_len=720),
+    ]
+    cases += [PagedCase(layer, ((530, 1), (1, 270), (1, 1)), tiers=True) for layer in others]
     for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
-        layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
-        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), planes=True, one_program=True))
+        layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=4610)
+        cases.append(PagedCase(layer, ((4600,), (1,), (1,)), tiers=True, two_programs=True))
     return cases
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", with_planes(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
-def test_planes_in_pages_on_the_device_are_the_reference(case: PagedCase) -> None:
+@pytest.mark.parametrize("case", with_tiers(), ids=lambda case: f"K{case.layer.key_bits} V{case.layer.value_bits}")
+def test_pages_of_several_tiers_on_the_device_are_the_reference(case: PagedCase) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.layer.key_bits} bits")
-def test_planes_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
+def test_further_blocks_are_found_behind_more_bytes_than_32_bits_count(case: PagedCase) -> None:
     check_far_blocks(case, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_pages_of_several_tiers_where_they_lie_when_it_is_replayed() -> None:
+    layer = Case(key_bits=2, value_bits=2, max_len=720)
+    check_graph(PagedCase(layer, ((600, 300), (1, 1)), tiers=True), torch.device("cuda"))
 
 
 @pytest.mark.gpu

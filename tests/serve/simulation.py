@@ -3,6 +3,7 @@ a real one would read."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.vllm.attach import pool_on
 from pmkvq_compiler.runtime.vllm.layout import Group, PagedLayer
-from pmkvq_compiler.runtime.vllm.planes import CHANGES
 from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveAsyncScheduler, ProgressiveScheduler
 from pmkvq_compiler.runtime.vllm.specs import spec_of
+from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes
 
 from .engines import ENGINE
 
@@ -77,16 +78,16 @@ class Worker:
 
     def __init__(self, config: Any, kv_cache_config: Any, folder: Any) -> None:
         self.layers, _, pool = pool_on(config, runtime.open_artifact(folder).manifest.plan)
-        self.groups = [pool.groups[group.kv_cache_spec.group] for group in kv_cache_config.kv_cache_groups]
+        self.numbers = [group.kv_cache_spec.group for group in kv_cache_config.kv_cache_groups]
+        self.groups = [pool.groups[number] for number in self.numbers]
         self.written: dict[Any, Any] = {}
         self.ties: dict[int, tuple[int, ...]] = {}
         self.sequences: dict[str, Running] = {}
-        self.planes_read = 0
+        self.further_read = self.lowered = 0
 
     def step(self, output: Any, arrivals: dict[str, Arrival], idle: set[int]) -> list[str]:
         """Do a step while these blocks hold nothing; the requests that get a token from it."""
-        for block, *planes in getattr(output, CHANGES, ()):
-            self.ties[block] = tuple(plane for plane in planes if plane)
+        self._note(getattr(output, TOLD, Changes([], [])))
         for block in idle:
             self.written.pop(block, None)
         self._take_in(output, arrivals)
@@ -98,6 +99,31 @@ class Worker:
         for sequence, new in steps:
             sequence.cached += new
         return list(output.num_scheduled_tokens)
+
+    def _note(self, told: Changes) -> None:
+        """All pages that fall are coded anew at once, so none may touch the blocks of another."""
+        rows, read = iter(told.rows), list[int]()
+        for group, count in told.fallen:
+            for block, *further in itertools.islice(rows, count):
+                old, new = self._lie_in(block), [block, *filter(None, further)]
+                page = self.written[block][0][:-2]
+                assert self.numbers[page[0]] == group
+                assert [self.written[one][0] for one in old] == parts_of(page, len(old)), f"page in block {block} falls"
+                assert len(new) < len(old)
+                assert new == old[: len(new)]
+                self._write_page(page, new)
+                self.lowered += 1
+                read += old
+        assert len(read) == len({*read})
+        self.ties |= {block: tuple(filter(None, further)) for block, *further in told.rows}
+
+    def _lie_in(self, block: int) -> list[int]:
+        """The blocks in which a page lies."""
+        return [block, *self.ties.get(block, ())]
+
+    def _write_page(self, page: tuple[int, int, int], blocks: list[int]) -> None:
+        for block, part in zip(blocks, parts_of(page, len(blocks)), strict=True):
+            self.written[block] = (part, {})
 
     def _take_in(self, output: Any, arrivals: dict[str, Arrival]) -> None:
         for name in output.finished_req_ids:
@@ -136,10 +162,7 @@ class Worker:
         for page in range(*layer.pages_between(sequence.cached, end).indices(len(sequence.tables[number]))):
             block = sequence.tables[number][page]
             if block:
-                record = (number, page, sequence.stamp(self._last(layer, page)))
-                self.written[block] = (record, {})
-                for plane, held in enumerate(self.ties.get(block, ()), start=1):
-                    self.written[held] = ((*record, plane), {})
+                self._write_page((number, page, sequence.stamp(self._last(layer, page))), self._lie_in(block))
 
     @staticmethod
     def _last(layer: PagedLayer, page: int) -> int:
@@ -161,12 +184,10 @@ class Worker:
                 self._read_page(sequence, page, layer, number)
 
     def _read_page(self, sequence: Running, page: int, layer: PagedLayer, number: int) -> None:
-        block = sequence.tables[number][page]
-        record = (number, page, sequence.stamp(self._last(layer, page)))
-        assert self.written.get(block, (None,))[0] == record, f"page {page} in block {block}"
-        for plane, held in enumerate(self.ties.get(block, ()), start=1):
-            assert self.written.get(held, (None,))[0] == (*record, plane), f"plane {plane} of page {page}"
-            self.planes_read += 1
+        blocks = self._lie_in(sequence.tables[number][page])
+        expected = parts_of((number, page, sequence.stamp(self._last(layer, page))), len(blocks))
+        assert [self.written.get(block, (None,))[0] for block in blocks] == expected, f"page {page} in blocks {blocks}"
+        self.further_read += len(blocks) - 1
 
     def _read_tokens(self, sequence: Running, start: int, stop: int, number: int, group: Group) -> None:
         """Look at the first and the last token of each block."""
@@ -179,12 +200,19 @@ class Worker:
                     assert held[1].get(position) == sequence.stamp(position), f"token {position} in block {block}"
 
 
+def parts_of(page: tuple[int, int, int], tier: int) -> list[tuple[int, ...]]:
+    """What the blocks of a page hold. A page is the number of its group, its place and what it stands for."""
+    return [(*page, tier, part) for part in range(tier)]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What happened in a run: the tokens of every request in every step and who was preempted; and the planes read."""
+    """What happened in a run: the tokens of every request in every step and who was preempted; how many further blocks
+    were read, and how many pages were lowered."""
 
     steps: list[tuple[dict[str, int], set[str]]]
-    planes_read: int
+    further_read: int
+    lowered: int
 
     @property
     def preemptions(self) -> int:
@@ -192,7 +220,7 @@ class Outcome:
 
 
 class Simulation:
-    """Runs vLLM's own scheduler, with planes and without, on the pool of an artifact."""
+    """Runs vLLM's own scheduler, progressive and not, on the pool of an artifact."""
 
     def __init__(self, folder: Path) -> None:
         init_none_hash(sha256)
@@ -215,13 +243,16 @@ class Simulation:
         fed: int,
         ahead: bool,
         sparing: bool = False,
+        reserve: int = 0,
     ) -> Outcome:
-        """`ahead` schedules a step before the tokens of the one before it are known. A `sparing` scheduler takes
-        no prefix's block for a plane."""
+        """`ahead` schedules a step before the tokens of the one before it are known. A `sparing` scheduler
+        lends no prefix's block."""
         scheduler, hasher = self._scheduler(progressive, blocks, caching, fed, ahead)
+        if progressive:
+            scheduler._pool.reserve = reserve
         if sparing:
-            refine = scheduler._pool.refine
-            scheduler._pool.refine = lambda pages, spare_prefixes: refine(pages, spare_prefixes=True)
+            lift = scheduler._pool.lift
+            scheduler._pool.lift = lambda pages, spare_prefixes: lift(pages, spare_prefixes=True)
         worker, named = Worker(self.config, scheduler.kv_cache_config, self.folder), {one.name: one for one in arrivals}
         steps: list[tuple[dict[str, int], set[str]]] = []
         waiting = sorted(arrivals, key=lambda one: one.step)
@@ -243,7 +274,7 @@ class Simulation:
             assert step < 5000
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == blocks - 1
-        return Outcome(steps, worker.planes_read)
+        return Outcome(steps, worker.further_read, worker.lowered)
 
     def _scheduler(self, progressive: bool, blocks: int, caching: bool, fed: int, ahead: bool) -> tuple[Any, Any]:
         config = copy(self.config)
@@ -283,17 +314,18 @@ def _sampled(scheduler: Any, output: Any, arrivals: dict[str, Arrival]) -> Model
 
 
 def idle_blocks(scheduler: Any, progressive: bool) -> set[int]:
-    """The blocks that hold nothing. Every block is owned, or a plane, or in vLLM's queue, and never two of these."""
+    """The blocks that hold nothing. Every block is owned, or lent, or in vLLM's queue, and never two of these."""
     pool = scheduler.kv_cache_manager.block_pool
     queued = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    planes = [plane for page in scheduler.planes.pages.values() for plane in page.planes] if progressive else []
+    lent = [block for page in scheduler.tiers.pages.values() for block in page.further] if progressive else []
     free = [block.block_id for block in pool.blocks if block.ref_cnt == 0 and not block.is_null]
-    assert sorted(queued + planes) == free
+    assert sorted(queued + lent) == free
     assert len(free) == pool.get_num_free_blocks()
     if progressive:
-        assert len(planes) == len(scheduler.planes)
-        for page in scheduler.planes.pages.values():
+        assert len(lent) == scheduler.tiers.lent
+        for page in scheduler.tiers.pages.values():
             block = pool.blocks[page.block]
+            assert len(page.further) in (0, 1, 3)
             assert page.owned == (block.ref_cnt > 0)
             assert page.owned or block.block_hash is not None
     return {block for block in queued if pool.blocks[block].block_hash is None}

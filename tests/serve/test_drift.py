@@ -79,23 +79,26 @@ def test_a_spec_of_every_group_takes_the_bytes_of_a_block(name: str) -> None:
         assert (spec.page_size_bytes, spec.block_size) == (pool.block_bytes, group.block)
 
 
-def test_the_pool_with_planes_and_what_tells_of_them_have_vllms_signatures() -> None:
+def test_the_pool_that_lends_and_what_tells_of_tiers_have_vllms_signatures() -> None:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from pmkvq_compiler.runtime.vllm.scheduler import PlanePool
+    from pmkvq_compiler.runtime.vllm.scheduler import LendingPool
 
-    own = {name for name, value in vars(PlanePool).items() if isinstance(value, FunctionType)}
+    own = {name for name, value in vars(LendingPool).items() if isinstance(value, FunctionType)}
     overridden = own & set(vars(BlockPool))
-    assert overridden == {"get_num_free_blocks", "get_new_blocks", "free_blocks", "touch", "reset_prefix_cache"}
+    public = {"get_new_blocks", "free_blocks", "touch", "reset_prefix_cache"}
+    assert overridden == public | {"_maybe_evict_cached_block"}
+    assert "_maybe_evict_cached_block" in inspect.getsource(BlockPool.get_new_blocks)
     for name in overridden:
-        assert parameters(getattr(PlanePool, name)) == parameters(getattr(BlockPool, name)), name
+        assert parameters(getattr(LendingPool, name)) == parameters(getattr(BlockPool, name)), name
     assert parameters(GPUModelRunner.execute_model)[:2] == ["self", "scheduler_output"]
     assert {"scheduler_stats", "engine_idx"} <= {*parameters(StatLoggerManager.record)}
     assert SchedulerStats().kv_connector_stats is None
     assert {"_gauge_cls", "_counter_cls"} <= {*vars(PrometheusStatLogger)}
+    assert "return self.free_block_queue.num_free_blocks" in inspect.getsource(BlockPool.get_num_free_blocks)
     others = {*BlockPool.__dict__} - overridden
     assert [name for name in sorted(others) if pops_blocks(vars(BlockPool)[name])] == ["__init__"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 
 from . import engines
 from .engines import Served, all_free, random_prompts
-from .test_progressive import PROGRESSIVE, poison_idle_blocks
+from .test_progressive import FALLING, PROGRESSIVE, assert_fallen_pages_are_final, poison_idle_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -83,13 +84,13 @@ def test_two_ranks_give_the_same_text(served_tiny: Served, options: dict[str, An
 
 
 @pytest.fixture
-def planes_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planes are served here, too."""
+def tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progressive precision is served here, too."""
     monkeypatch.setattr(checks, "UNTRIED", ())
 
 
-def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, planes_tried: None) -> None:
-    """Codes of 2 bits and three planes are those of 8 bits, but that sums are rounded in another order."""
+def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, tried: None) -> None:
+    """Pages of 2 bits at tier 4 are those of 8 bits, but that sums are rounded in another order."""
     found = []
     for bits, options in ((8, {}), (2, PROGRESSIVE)):
         artifact = served_tiny(recipe="uniform", budget="70%", bits=(bits,))
@@ -99,27 +100,57 @@ def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, pla
     assert_alike(*found, SAME)
 
 
-def test_planes_change_neither_with_graphs_nor_with_what_nobody_owns(
-    served_tiny: Served, planes_tried: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", FALLING)
+def test_pages_that_have_fallen_are_those_of_the_final_bits(
+    served_tiny: Served, tried: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """In a pool that is too small: planes fall and requests are preempted. Once with graphs, and once with NaNs in all
-    blocks that hold nothing. There are graphs for every number of requests: with more, sums are rounded otherwise."""
-    artifact = served_tiny(recipe="uniform", bits=(2,), budget="60%", window=64)
-    pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
-    options = {"kv_cache_memory_bytes": pool.bytes_needed(3, 1400, 512), "disable_log_stats": False, **PROGRESSIVE}
-    found = []
+    assert_fallen_pages_are_final(served_tiny(**FALLING[name]), monkeypatch, gpu_memory_utilization=0.1)
+
+
+def in_a_small_pool(artifact: Path, ranks: int = 1) -> dict[str, Any]:
+    """Options of a progressive server whose pages fall, and whose requests are preempted."""
+    pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4, ranks), 1400)
+    return {"kv_cache_memory_bytes": pool.bytes_needed(3, 1400, 512), "disable_log_stats": False, **PROGRESSIVE}
+
+
+def lowered(llm: Any) -> float:
+    return float(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:pmkvq_lowered"))
+
+
+FALLS: dict[str, Any] = {"recipe": "uniform", "bits": (2,), "budget": "60%", "window": 64}
+
+
+def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
+    served_tiny: Served, tried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once with graphs, and once with NaNs in all blocks that hold nothing. There are graphs for every number of
+    requests: with more, sums are rounded otherwise."""
+    artifact, found = served_tiny(**FALLS), []
     for mode, poison in (("NONE", False), ("FULL_DECODE_ONLY", False), ("FULL_DECODE_ONLY", True)):
         compilation = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": [*range(1, 9)]}
-        graphs = {"enforce_eager": False, "compilation_config": compilation}
-        with monkeypatch.context() as patch, engine(artifact, dtype="float32", **graphs, **options) as llm:
+        graphs = {"enforce_eager": False, "compilation_config": compilation, **in_a_small_pool(artifact)}
+        with monkeypatch.context() as patch, engine(artifact, dtype="float32", **graphs) as llm:
             if poison:
                 poison_idle_blocks(llm, patch)
             found.append([list(one.token_ids) for one in continued(llm, random_prompts(LENGTHS))])
-            lowered = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:pmkvq_lowered")
-            assert lowered > 0
+            assert lowered(llm) > 0
             assert all_free(llm)
     assert found[1] == found[2]
     assert found[0] == found[1]
+
+
+def test_each_of_two_ranks_lowers_the_pages_of_its_own_heads(served_tiny: Served, tried: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    artifact, found, falls = served_tiny(**FALLS), [], []
+    for ranks in (1, 2):
+        options = {"tensor_parallel_size": ranks, **in_a_small_pool(artifact, ranks)}
+        with engine(artifact, dtype="float32", **options) as llm:
+            found.append(continued(llm, random_prompts(LENGTHS)))
+            falls.append(lowered(llm))
+            assert all_free(llm)
+    assert falls[0] == falls[1] > 0
+    assert_alike(*found, SAME)
 
 
 def farthest_probability(one: Any, other: Any) -> float:

@@ -69,7 +69,7 @@ def test_what_does_not_go_with_packed_pages_is_named(served_tiny: Served, option
     assert named in sentence(caught.value)
 
 
-def test_planes_are_refused_where_not_all_of_their_tests_have_passed(
+def test_progressive_precision_is_refused_where_not_all_of_its_tests_have_passed(
     served_tiny: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "cuda" in checks.UNTRIED
