@@ -32,6 +32,8 @@ class Chunk:
     def key_scores(self, queries: Tensor) -> Tensor:
         """`key_scores` of all pages, in their order."""
         parts = [(own, key_scores(queries, records)) for own, records in self.tiers]
+        if len(parts) == 1:
+            return parts[0][1]
         block = self.tiers[0][1].key_codes.shape[2]
         scores = queries.new_empty(*queries.shape[:2], self.pages, block)
         for own, part in parts:
@@ -40,6 +42,8 @@ class Chunk:
 
     def value_sums(self, weights: Tensor) -> Tensor:
         """`value_sums` of all pages."""
+        if len(self.tiers) == 1:
+            return value_sums(weights, self.tiers[0][1])
         by_page = weights.unflatten(-1, (self.pages, -1))
         return torch.stack([value_sums(by_page[:, :, own].flatten(2), records) for own, records in self.tiers]).sum(0)
 

@@ -232,9 +232,12 @@ class LayerPages:
 
     def _by_tier(self, pages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each tier which of the pages have it, and their blocks [n, tier]."""
+        if not self.ties.shape[1]:
+            yield torch.arange(len(pages), device=pages.device), pages[:, None]
+            return
         blocks = torch.cat([pages[:, None], self.ties[pages].long()], dim=1)
         tiers = (blocks[:, 1:] != NOBODY).sum(1) + 1
-        for tier in tiers.unique().tolist() if self.ties.shape[1] else [1]:
+        for tier in tiers.unique().tolist():
             own = (tiers == tier).nonzero().flatten()
             yield own, blocks[own, :tier]
 

@@ -109,8 +109,8 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
 
 
 def with_tiers() -> list[PagedCase]:
-    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none; more of them in
-    one program than one page of each."""
+    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none. Programs read
+    few pages, or many and then a share of each of three tiers."""
     widths = ((2, 2), (4, 4), (4, 2), (2, 4))
     cases = []
     for number, ((key_bits, value_bits), axis) in enumerate(itertools.product(widths, ("token", "channel"))):
@@ -137,8 +137,8 @@ def with_tiers() -> list[PagedCase]:
     ]
     cases += [PagedCase(layer, ((530, 1), (1, 270), (1, 1)), tiers=True) for layer in others]
     for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
-        layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
-        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), tiers=True, one_program=True))
+        layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=4610)
+        cases.append(PagedCase(layer, ((4600,), (1,), (1,)), tiers=True, two_programs=True))
     return cases
 
 
