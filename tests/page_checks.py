@@ -406,6 +406,13 @@ SMALL = [
 ]
 """For the interpreter, which is slow."""
 
+LONG = [
+    PagedCase(
+        Case(key_bits=2, value_bits=2, group=1, max_len=4610), ((4600,), (1,), (1,)), tiers=True, two_programs=True
+    )
+]
+"""For the interpreter, where there is time."""
+
 MORE = [
     *SMALL,
     PagedCase(Case(key_bits=4, value_bits=2, key_axis="token"), ((270,), (1,), (1,)), tuning=LIBRARY, tiers=True),
@@ -431,8 +438,9 @@ if __name__ == "__main__":
         check_rotation(case, torch.device("cpu"))
     if not sys.argv[1:]:
         check_far_blocks(FAR[0], torch.device("cpu"))
+    every = [*SMALL, *LONG]
     for number in [int(argument) for argument in sys.argv[1:]] or range(len(SMALL)):
-        found = run_case(SMALL[number], torch.device("cpu"))
-        tolerance = INTERPRETED_BFLOAT16 if SMALL[number].layer.dtype == torch.bfloat16 else TOLERANCE
+        found = run_case(every[number], torch.device("cpu"))
+        tolerance = INTERPRETED_BFLOAT16 if every[number].layer.dtype == torch.bfloat16 else TOLERANCE
         assert max(found) < tolerance, f"case {number}: errors {found}"
         print(f"case {number}: {max(found):.1e}", flush=True)

@@ -12,11 +12,27 @@ from ..fuzz import LONG_ONLY
 from ..interpreted import run_interpreted
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_graph, check_rotation, run_case
+from ..page_checks import (
+    FAR,
+    LONG,
+    MORE,
+    ROTATED,
+    SMALL,
+    PagedCase,
+    check_far_blocks,
+    check_graph,
+    check_rotation,
+    run_case,
+)
 
 
 def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
     run_interpreted("tests.page_checks")
+
+
+@LONG_ONLY
+def test_programs_that_read_many_pages_of_three_tiers_in_the_interpreter_are_the_reference() -> None:
+    run_interpreted("tests.page_checks", *range(len(SMALL), len(SMALL) + len(LONG)))
 
 
 def test_kernels_over_pages_of_several_tiers_compile_without_a_device() -> None:
