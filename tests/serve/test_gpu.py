@@ -19,7 +19,7 @@ from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 
 from . import engines
 from .engines import Served, all_free, random_prompts
-from .test_progressive import FALLING, PROGRESSIVE, assert_fallen_pages_are_final, poison_idle_blocks
+from .test_progressive import FALLING, PROGRESSIVE, ask, assert_fallen_pages_are_final, poison_idle_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -107,14 +107,10 @@ def test_pages_that_have_fallen_are_those_of_the_final_bits(
     assert_fallen_pages_are_final(served_tiny(**FALLING[name]), monkeypatch, gpu_memory_utilization=0.1)
 
 
-def in_a_small_pool(artifact: Path, ranks: int = 1) -> dict[str, Any]:
+def in_a_small_pool(artifact: Path) -> dict[str, Any]:
     """Options of a progressive server whose pages fall, and whose requests are preempted."""
-    pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4, ranks), 1400)
+    pool = pool_of(paged_layers(runtime.open_artifact(artifact).manifest.plan, 4), 1400)
     return {"kv_cache_memory_bytes": pool.bytes_needed(3, 1400, 512), "disable_log_stats": False, **PROGRESSIVE}
-
-
-def lowered(llm: Any) -> float:
-    return float(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:pmkvq_lowered"))
 
 
 FALLS: dict[str, Any] = {"recipe": "uniform", "bits": (2,), "budget": "60%", "window": 64}
@@ -133,24 +129,39 @@ def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
             if poison:
                 poison_idle_blocks(llm, patch)
             found.append([list(one.token_ids) for one in continued(llm, random_prompts(LENGTHS))])
-            assert lowered(llm) > 0
+            lowered = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:pmkvq_lowered")
+            assert lowered > 0
             assert all_free(llm)
     assert found[1] == found[2]
     assert found[0] == found[1]
 
 
 def test_each_of_two_ranks_lowers_the_pages_of_its_own_heads(served_tiny: Served, tried: None) -> None:
+    """Ranks have pools of other layouts, so pages fall when they are told to."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    artifact, found, falls = served_tiny(**FALLS), [], []
+    artifact, found = served_tiny(**FALLS), []
     for ranks in (1, 2):
-        options = {"tensor_parallel_size": ranks, **in_a_small_pool(artifact, ranks)}
-        with engine(artifact, dtype="float32", **options) as llm:
-            found.append(continued(llm, random_prompts(LENGTHS)))
-            falls.append(lowered(llm))
+        with engine(artifact, dtype="float32", tensor_parallel_size=ranks, **PROGRESSIVE) as llm:
+            found.append(continued_while_pages_fall(llm, random_prompts(LENGTHS)))
             assert all_free(llm)
-    assert falls[0] == falls[1] > 0
     assert_alike(*found, SAME)
+
+
+def continued_while_pages_fall(llm: Any, prompts: list[list[int]]) -> list[Any]:
+    """Some pages fall when the last prompt is continued by 20 tokens, and all when it is by 60."""
+    core, done, falls = llm.llm_engine, dict[str, Any](), {20: 15, 60: 10_000}
+    scheduler = core.engine_core.engine_core.scheduler
+    for number, prompt in enumerate(prompts):
+        ask(llm, str(number), prompt, 150, logprobs=2)
+    while core.has_unfinished_requests():
+        done |= {output.request_id: output.outputs[0] for output in core.step() if output.finished}
+        running = {request.num_prompt_tokens: request.num_computed_tokens for request in scheduler.requests.values()}
+        new = running.get(len(prompts[-1]), 0) - len(prompts[-1])
+        if new in falls:
+            scheduler._pool._take_back(scheduler.tiers.fall(falls.pop(new)))
+    assert not falls
+    return [done[str(number)] for number in range(len(prompts))]
 
 
 def farthest_probability(one: Any, other: Any) -> float:

@@ -162,10 +162,10 @@ def assert_fallen_pages_are_final(artifact: Path, patch: pytest.MonkeyPatch, **o
         assert torch.equal(found[1][place], expected), f"layer and page {place}"
 
 
-def ask(llm: Any, name: str, prompt: list[int], new: int) -> None:
+def ask(llm: Any, name: str, prompt: list[int], new: int, **more: Any) -> None:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
     llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
 
 
