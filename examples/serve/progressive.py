@@ -210,9 +210,6 @@ def measure(options: argparse.Namespace) -> None:
 def start(options: argparse.Namespace, kind: str, longest: int) -> Any:
     from vllm import LLM
 
-    from pmkvq_compiler.runtime.vllm import checks
-
-    checks.UNTRIED = ()  # where progressive precision is refused so far, it is measured
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     captured = sorted({1, 2, 4, *range(8, options.sequences + 8, 8)})
     return LLM(

@@ -28,10 +28,6 @@ SUPPORTED = ((0, 30), (0, 32))
 OPTION = "pmkvq"
 """The key of what artifacts are told in vLLM's `--additional-config`."""
 
-UNTRIED = ("cuda",)
-"""Devices on which progressive precision is refused, because not all of its tests and measurements have passed there.
-The tests for GPUs lift this, and so does the benchmark; once they have passed on one, nothing is left to refuse."""
-
 REMOTE_CODE = "modeling_compiled."
 """How the remote code is called in the config of every artifact, by which one is known on a hub."""
 
@@ -89,7 +85,7 @@ def prepare(config: VllmConfig) -> None:
         )
     cache.block_size, cache.user_specified_block_size = block, True
     if is_progressive(config):
-        _make_progressive(config, artifact)
+        _make_progressive(config)
 
 
 def is_progressive(config: VllmConfig) -> bool:
@@ -105,10 +101,8 @@ def is_progressive(config: VllmConfig) -> bool:
     return bool(found)
 
 
-def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
+def _make_progressive(config: VllmConfig) -> None:
     """Have vLLM lend idle blocks to pages, and export what it counts of that. Raises `InputError`."""
-    from vllm.platforms import current_platform
-
     from .metrics import export
 
     scheduler = config.scheduler_config
@@ -116,11 +110,6 @@ def _make_progressive(config: VllmConfig, artifact: Artifact) -> None:
         raise InputError(
             f"--scheduler-cls {scheduler.scheduler_cls} does not go with progressive precision, which has a scheduler "
             f"of its own; leave one of the two out"
-        )
-    if current_platform.device_type in UNTRIED:
-        raise InputError(
-            f"progressive precision is not served on {current_platform.device_type} yet; leave it out of "
-            f"--additional-config, and {artifact.folder} is served at the plan's final bits"
         )
     kind = "ProgressiveAsyncScheduler" if scheduler.async_scheduling else "ProgressiveScheduler"
     scheduler.scheduler_cls = f"{__package__}.scheduler.{kind}"

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here; run make test-serve")
 
 from pmkvq_compiler import runtime
-from pmkvq_compiler.runtime.vllm import checks
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 
 from . import engines
@@ -83,13 +82,7 @@ def test_two_ranks_give_the_same_text(served_tiny: Served, options: dict[str, An
     assert statistics.median(farthest) < 1e-3
 
 
-@pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progressive precision is served here, too."""
-    monkeypatch.setattr(checks, "UNTRIED", ())
-
-
-def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, tried: None) -> None:
+def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served) -> None:
     """Pages of 2 bits at tier 4 are those of 8 bits, but that sums are rounded in another order."""
     found = []
     for bits, options in ((8, {}), (2, PROGRESSIVE)):
@@ -102,7 +95,7 @@ def test_an_idle_pool_gives_the_text_of_the_wide_format(served_tiny: Served, tri
 
 @pytest.mark.parametrize("name", FALLING)
 def test_pages_that_have_fallen_are_those_of_the_final_bits(
-    served_tiny: Served, tried: None, monkeypatch: pytest.MonkeyPatch, name: str
+    served_tiny: Served, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert_fallen_pages_are_final(served_tiny(**FALLING[name]), monkeypatch, gpu_memory_utilization=0.1)
 
@@ -117,7 +110,7 @@ FALLS: dict[str, Any] = {"recipe": "uniform", "bits": (2,), "budget": "60%", "wi
 
 
 def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
-    served_tiny: Served, tried: None, monkeypatch: pytest.MonkeyPatch
+    served_tiny: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once with graphs, and once with NaNs in all blocks that hold nothing. There are graphs for every number of
     requests: with more, sums are rounded otherwise."""
@@ -136,7 +129,7 @@ def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
     assert found[0] == found[1]
 
 
-def test_each_of_two_ranks_lowers_the_pages_of_its_own_heads(served_tiny: Served, tried: None) -> None:
+def test_each_of_two_ranks_lowers_the_pages_of_its_own_heads(served_tiny: Served) -> None:
     """Ranks have pools of other layouts, so pages fall when they are told to."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -69,17 +69,6 @@ def test_what_does_not_go_with_packed_pages_is_named(served_tiny: Served, option
     assert named in sentence(caught.value)
 
 
-def test_progressive_precision_is_refused_where_not_all_of_its_tests_have_passed(
-    served_tiny: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "cuda" in checks.UNTRIED
-    monkeypatch.setattr(checks, "UNTRIED", ("cpu",))
-    with pytest.raises(InputError, match="progressive precision is not served on cpu yet") as caught:
-        configure(served_tiny(), additional_config={"pmkvq": {"progressive": True}})
-    sentence(caught.value)
-    configure(served_tiny(), additional_config={"pmkvq": {"progressive": False}})
-
-
 @pytest.mark.parametrize("option", ["decode_context_parallel_size", "prefill_context_parallel_size"])
 def test_context_parallel_is_named(served_tiny: Served, option: str) -> None:
     """vLLM itself refuses some of it on a CPU; the check is asked about a configuration that is changed afterwards."""
