@@ -42,15 +42,6 @@ class Found:
     parts: Sequence[tuple[Tensor, Tensor]]
     everything: bool = False
 
-    @property
-    def columns(self) -> int:
-        return self.parts[0][0].shape[1]
-
-    def tensors(self, first_query_head: int) -> tuple[Tensor, ...]:
-        """What the generated kernel is given, from a query head on: two parts, which may be the same one."""
-        first, last = self.parts[0], self.parts[-1]
-        return tuple(part[first_query_head:] for part in (*first, *last))
-
 
 @dataclass(frozen=True)
 class Prefill:
@@ -165,6 +156,7 @@ class Prefill:
         warps, rest = tuning.prefill_warps, found is None or not found.everything
         if not rest:  # parts are only put together, for which small programs are best
             tile, warps = ROWS_JOINED, 4
+        parts, found_columns, count = given(found, first_query_head, keys)
         grid = -(-columns // tile), query_heads // plan.num_key_value_heads, heads.stop - heads.start
         self.module.prefill[grid](
             self.q,
@@ -173,7 +165,7 @@ class Prefill:
             self.q if self.sinks is None else self.sinks,
             out,
             self.new.state,
-            *((keys,) * 4 if found is None else found.tensors(first_query_head)),
+            *parts,
             self.q.stride()[:3],
             columns,
             heads.start,
@@ -182,8 +174,8 @@ class Prefill:
             self.store.ring,
             keys.shape[1],
             0 if found is None else found.blocks,
-            0 if found is None else found.columns,
-            0 if found is None else len(found.parts),
+            found_columns,
+            count,
             self.scale,
             FOUND=found is not None,
             REST=rest,
@@ -219,6 +211,15 @@ class Prefill:
             ROWS=ROWS_COPIED,
             num_warps=UNPACK_WARPS,
         )
+
+
+def given(found: Found | None, first_query_head: int, nothing: Tensor) -> tuple[tuple[Tensor, ...], int, int]:
+    """What the generated kernel is given of what was found, from a query head on: two parts, which may be the same one,
+    their columns, and how many parts there are. Where nothing was found, the tensor `nothing` stands for each."""
+    if found is None:
+        return (nothing,) * 4, 0, 0
+    tensors = tuple(part[first_query_head:] for part in (*found.parts[0], *found.parts[-1]))
+    return tensors, tensors[0].shape[1], len(found.parts)
 
 
 def known_to_the_library(module: ModuleType | CompiledKernels, plan: LayerPlan, q: Tensor) -> bool:

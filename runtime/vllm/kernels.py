@@ -19,6 +19,7 @@ from ..prefill import (
     ROWS_COPIED,
     UNPACK_WARPS,
     Found,
+    given,
     halved,
     known_to_the_library,
     over_pieces,
@@ -27,7 +28,7 @@ from ..prefill import (
     scratch_holds,
 )
 from ..tuning import widths_of
-from .layout import TIERS, PagedLayer
+from .layout import PagedLayer, tiers_to
 from .pages import Batch
 from .tiered import order_of
 
@@ -130,7 +131,7 @@ class KernelPages:
                 **self._ties(),
                 MODE=mode,
                 CHUNK=chunk,
-                num_warps=self.kernels.tuning.append_warps_for((self.layer.plan.key_bits, self.layer.plan.value_bits)),
+                num_warps=self.kernels.tuning.append_warps_for(self.layer.widths(1)),
                 enable_fp_fusion=False,  # codes are those of the reference, to the last bit
             )
 
@@ -179,8 +180,7 @@ class KernelPages:
 
     def _tiers(self) -> list[int]:
         """The tiers of the layer's pages."""
-        highest = 1 if self.ties is None else self.layer.highest_tier
-        return [tier for tier in TIERS if tier <= highest]
+        return tiers_to(1 if self.ties is None else self.layer.highest_tier)
 
     def _order(self, batch: Batch) -> dict[str, Any]:
         """In which order sequences of one new token read pages of several tiers. The first layer of a step finds it for
@@ -307,7 +307,7 @@ class KernelPages:
             some = min(at_once, last - head)
             where = (head, capacity, recent_at, skipped)
             self._unpack(new, scratch, batch, where, pieces, some)
-            given = (scratch[0],) * 4 if found is None else found.tensors((head - first) * group)
+            parts, columns, count = given(found, (head - first) * group, scratch[0])
             module.prefill_pages[(tiles, group, some)](
                 queries,
                 *scratch,
@@ -315,13 +315,13 @@ class KernelPages:
                 out,
                 batch.starts,
                 batch.lengths,
-                *given,
+                *parts,
                 queries.stride(0),
                 layer.window,
                 layer.heads,
                 *where,
-                0 if found is None else found.columns,
-                0 if found is None else len(found.parts),
+                columns,
+                count,
                 scale,
                 FOUND=found is not None,
                 EXACT=layer.exact,

@@ -50,6 +50,11 @@ TIERS = (1, 2, 4)
 ENDLESS = 1 << 40
 
 
+def tiers_to(highest: int) -> list[int]:
+    """The tiers up to the highest one that a page may have."""
+    return [tier for tier in TIERS if tier <= highest]
+
+
 @dataclass(frozen=True)
 class PagedLayer:
     """A layer of a plan on one rank, which has `heads` of its key/value heads, in a dtype of `itemsize` bytes."""
@@ -276,7 +281,7 @@ def bits_of(layers: Sequence[PagedLayer]) -> dict[int, float]:
     have."""
     numbers = sum(layer.heads * (layer.plan.key_head_dim + layer.plan.value_head_dim) for layer in layers)
     highest = max((layer.highest_tier for layer in layers), default=1)
-    bits = dict.fromkeys([tier for tier in TIERS if tier <= highest], 0.0)
+    bits = dict.fromkeys(tiers_to(highest), 0.0)
     for layer in layers:
         for tier in bits:
             key_bits, value_bits = layer.widths(tier)
