@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .backend import Attention, NewTokens
 from .cache import Cache
+from .experts import grouped_mm_without_numbers
 from .fused import Ops
 from .fused_kernels import FusedKernels
 from .kernels import LayerKernels
@@ -104,6 +105,7 @@ def observed_calls(
     The model runs with `ops` on weights without memory, whose `groups` lie side by side.
     """
     calls: list[list[Call]] = [[] for _ in plan.layers]
+    ops = replace(ops, grouped_mm=grouped_mm_without_numbers)
     hidden_states, _ = code.bind({**empty, **side_by_side(empty, groups, NOWHERE)})
     whole = roomy(plan, *plan.layers)
     with torch.inference_mode():

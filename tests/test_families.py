@@ -29,6 +29,7 @@ from pmkvq_compiler.unquantized import exact_plan
 from tests.conftest import CompileTiny
 from tests.decode_steps import trace_decode_step
 from tests.families import FAMILIES, HYBRID_FAMILIES, Family
+from tests.first_calls import check_first_calls
 from tests.fuzz import LONG_ONLY, chosen
 from tests.models import tiny_folder
 from tests.programs import captured_once, compiled_model, relative_error
@@ -140,6 +141,10 @@ def test_greedy_text_is_that_of_transformers(compiled: Compiled) -> None:
 def test_a_decode_step_asks_the_host_for_nothing(compiled: Compiled) -> None:
     """So a CUDA graph can hold it."""
     trace_decode_step(compiled.exact)
+
+
+def test_the_first_calls_are_found_in_every_dtype(compiled: Compiled) -> None:
+    check_first_calls(compiled.exact, compiled.program)
 
 
 def test_the_bytes_of_the_plan_are_those_that_the_cache_owns(compiled: Compiled) -> None:

@@ -38,6 +38,7 @@ from pmkvq_compiler.source.capture import capture
 from .conftest import CompileTiny
 from .decode_steps import trace_decode_step
 from .families import HYBRID_FAMILIES
+from .first_calls import check_first_calls
 from .fuzz import LONG, rounds
 from .fuzz.interrupts import Broken, Traced
 from .hybrids import HYBRIDS, at_eight_bits, hybrid, located
@@ -424,6 +425,11 @@ def test_a_decode_step_asks_the_host_for_nothing(
     assert len(launched) == (sum(state.is_recurrence for state in model.plan.states) if known else 0)
     with pytest.raises(AssertionError, match="the host tells the device numbers"):
         trace_decode_step(model, announced=False)
+
+
+@every_family
+def test_the_first_calls_are_found_in_every_dtype(family: str) -> None:
+    check_first_calls(hybrid(family)[1], located(family)[1])
 
 
 @pytest.mark.skipif(not os.environ.get(LONG), reason="Triton's interpreter is slow")

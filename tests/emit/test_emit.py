@@ -29,8 +29,9 @@ from pmkvq_compiler.passes.program import Program, RowScale
 from pmkvq_compiler.runtime.cache import Cache
 from pmkvq_compiler.source.source import open_source
 from tests.conftest import silent
+from tests.first_calls import check_first_calls
 from tests.models import SHAPE, tiny_folder, tiny_model
-from tests.programs import MAX_LEN, full_plan, located, relative_error
+from tests.programs import MAX_LEN, compiled_model, full_plan, located, relative_error
 
 LATENT_ATTENTION = {
     "q_lora_rank": 32,
@@ -45,7 +46,14 @@ LATENT_ATTENTION = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+EXPERTS: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {}),
+    ("qwen3_moe", {"mlp_only_layers": [1]}),
+    ("gpt_oss", {"sliding_window": 8}),
+    ("deepseek_v3", LATENT_ATTENTION),
+]
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
+    *EXPERTS,
     ("llama", {"tie_word_embeddings": True}),
     ("qwen2", {}),
     ("mistral", {"sliding_window": 8}),
@@ -59,10 +67,6 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {}),
     ("stablelm", {"qk_layernorm": True}),  # a list of norms, called by numbers
     ("cohere", {}),
-    ("mixtral", {}),
-    ("qwen3_moe", {"mlp_only_layers": [1]}),
-    ("gpt_oss", {"sliding_window": 8}),
-    ("deepseek_v3", LATENT_ATTENTION),
     ("gpt2", {}),
     ("opt", {}),
 ]
@@ -117,6 +121,16 @@ def test_generated_code_computes_the_logits_of_transformers(model_type: str, ove
     weights |= {constant.name: constant.value for constant in program.constants.values()}
     out = run_in_pieces(module_of(model_source(program)), program, weights, input_ids)
     assert relative_error(out, model(input_ids).logits) <= 1e-6
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), EXPERTS)
+def test_the_first_calls_of_models_with_experts_are_found_in_every_dtype(
+    model_type: str, overrides: dict[str, Any]
+) -> None:
+    program, weights = lowered(model_type, **overrides), tiny_model(model_type, **overrides).state_dict()
+    text = model_source(program)
+    assert "ops.grouped_mm(" in text
+    check_first_calls(compiled_model(module_of(text), full_plan(program.sites), program, weights), program)
 
 
 @torch.no_grad()
