@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from threading import Lock
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from .manifest import brief
 from .records import state_row
 
 _CAPTURING = Lock()
-"""Threads capture one after another: torch has one stream for it."""
+"""Threads capture one after another, as torch demands it of a process."""
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture could not be ended. Torch keeps pointers to them."""
 _WITHOUT_GRAPH: WeakSet[Forward] = WeakSet()
@@ -38,7 +39,7 @@ class NotCapturable(Exception):
 
 
 def capture_cuda_graph(step: Step) -> Step:
-    """Run `step` once, which compiles its kernels, then capture it.
+    """Run `step` once, which compiles its kernels, then capture it. It works on the current device.
 
     Raises `NotCapturable` where that is impossible, for example because the host reads numbers of the device. Stream,
     memory and random numbers are as before then.
@@ -48,7 +49,8 @@ def capture_cuda_graph(step: Step) -> Step:
     failed: list[BaseException] = []
     with _CAPTURING:
         try:
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            side = _side_stream(torch.cuda.current_device())
+            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
                 try:
                     result = step()
                 except BaseException as error:
@@ -69,6 +71,13 @@ def capture_cuda_graph(step: Step) -> Step:
     return replay
 
 
+@lru_cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which a device's work is captured. By default torch has a single one, of the device that this
+    process captured on first."""
+    return torch.cuda.Stream(device)
+
+
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     """Undo what is left of a capture that failed. The captured work has not run.
 
@@ -83,7 +92,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     torch._C._cuda_releasePool(device, pool)
     _ABANDONED.append(graph)
     number = torch.zeros(1, device=device)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_side_stream(device), capture_error_mode="thread_local"):
         number.zero_()
 
 

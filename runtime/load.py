@@ -48,7 +48,8 @@ def load(
     trust_code: bool = True,
     verify: Verify = "digests",
 ) -> CompiledModel:
-    """The model in the artifact folder `path`, by default in its own dtype and on the CPU.
+    """The model in the artifact folder `path`, by default in its own dtype and on the CPU. It stays on the device that
+    "cuda" stands for now, whichever is torch's current one later.
 
     `backend` chooses the attention: "triton" for the artifact's generated kernels, which need a CUDA device, or
     "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere. With
@@ -128,15 +129,16 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    """The device, for "cuda" with its index. Raises `InputError`."""
     try:
         place = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=place)
+        found = torch.empty(0, device=place).device
     except (AssertionError, RuntimeError) as error:  # what torch raises for a device that it was not built for
         reason = str(error).splitlines()[0]
         raise InputError(
             f'device "{device}" cannot be used ({reason}); name one that PyTorch has, such as "cpu"'
         ) from error
-    return place
+    return found if found.type == "cuda" else place
 
 
 def _ids(artifact: Artifact) -> tuple[frozenset[int], int | None]:

@@ -142,13 +142,12 @@ def first_kernels(
     if device.type != "cuda" or not kinds:
         yield
         return
-    index = torch.cuda.current_device() if device.index is None else device.index  # a thread has a device of its own
 
     def compile_all() -> None:
         import triton
 
         with (
-            torch.cuda.device(index),
+            torch.cuda.device(device),  # the current one of this thread, which begins with another
             ThreadPoolExecutor(min(COMPILED_AT_ONCE, os.cpu_count() or 1)) as pool,
             triton.AsyncCompileMode(pool, ignore_errors=True),
         ):

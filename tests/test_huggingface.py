@@ -21,6 +21,7 @@ from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.manifest import file_digest
 
 from .conftest import CompileTiny, silent
+from .devices import EACH_GPU
 from .folders import TEXT, model_folder
 from .fuzz import chosen
 from .models import SHAPE
@@ -377,14 +378,16 @@ def test_a_backend_that_cannot_run_is_refused(artifact: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_that_moves_attends_with_what_is_there(compile_tiny: CompileTiny) -> None:
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("device", EACH_GPU)
+def test_a_model_that_moves_attends_with_what_is_there(compile_tiny: CompileTiny, device: str) -> None:
     artifact = compile_tiny("qwen2", budget="70%", max_len=300, block=64, calib_len=128)
     expected = greedy(load(artifact), prompt())
-    for moved in (load(artifact).to("cuda"), load(artifact, device_map="cuda")):
+    for moved in (load(artifact).to(device), load(artifact, device_map=device)):
         assert moved.compiled.kernels_from == "triton"
-        assert torch.equal(greedy(moved, prompt().to("cuda")).cpu(), expected)
+        assert torch.equal(greedy(moved, prompt().to(device)).cpu(), expected)
     assert moved.to("cpu").compiled.kernels_from == "reference"
-    assert load(artifact, backend="reference").to("cuda").compiled.kernels_from == "reference"
+    assert load(artifact, backend="reference").to(device).compiled.kernels_from == "reference"
 
 
 def test_a_cache_has_two_names_and_no_others(model: Any) -> None:

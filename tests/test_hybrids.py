@@ -37,6 +37,7 @@ from pmkvq_compiler.source.capture import capture
 
 from .conftest import CompileTiny
 from .decode_steps import trace_decode_step
+from .devices import EACH_GPU
 from .families import HYBRID_FAMILIES
 from .first_calls import check_first_calls
 from .fuzz import LONG, rounds
@@ -439,11 +440,12 @@ def test_replayed_steps_leave_the_states_that_calls_leave(artifact: Path) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", EACH_GPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_steps_leave_the_states_that_calls_leave(artifact: Path, dtype: torch.dtype) -> None:
+def test_captured_steps_leave_the_states_that_calls_leave(artifact: Path, dtype: torch.dtype, device: str) -> None:
     from .state_checks import compare
 
-    compare(artifact, "cuda", dtype, steps=40, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-4)
+    compare(artifact, device, dtype, steps=40, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.skipif(not os.environ.get(LONG), reason="each compiles a model")

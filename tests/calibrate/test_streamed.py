@@ -32,6 +32,7 @@ from pmkvq_compiler.problem import Problem, resolve
 from pmkvq_compiler.progress import Steps
 from pmkvq_compiler.source.source import Source
 from tests.conftest import silent, token_lines
+from tests.devices import two_gpus
 from tests.fuzz import LONG
 from tests.models import tiny_folder
 
@@ -297,7 +298,7 @@ def test_a_model_is_on_one_device_or_on_all_or_read_layer_by_layer(needed: int, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 @pytest.mark.parametrize(("model_type", "overrides"), KINDS)
 def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
     tmp_path: Path, model_type: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -315,7 +316,7 @@ def test_a_model_on_two_gpus_has_the_calibration_and_the_plan_of_one(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_is_compiled_on_two_gpus(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "model", "llama", num_hidden_layers=6)

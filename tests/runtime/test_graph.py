@@ -208,16 +208,6 @@ def test_a_step_that_no_graph_can_hold_is_decoded_all_the_same(artifact: Path, w
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_decodes_on_another_device_than_the_current_one(artifact: Path) -> None:
-    models = [runtime.load(artifact, device, torch.float32) for device in ("cuda:0", "cuda:1")]
-    ids = torch.randint(3, 128, (2, 150))
-    with torch.cuda.device(0):
-        texts = [model.generate(ids, 60, eos_token_id=()).cpu() for model in models]
-    assert torch.equal(*texts)
-
-
-@pytest.mark.gpu
 def test_threads_decode_beside_one_whose_step_no_graph_can_hold(artifact: Path) -> None:
     model = runtime.load(artifact, "cuda", torch.float32)
     ids = torch.randint(3, 128, (2, 150), generator=torch.Generator().manual_seed(0))
