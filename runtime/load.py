@@ -48,8 +48,8 @@ def load(
     trust_code: bool = True,
     verify: Verify = "digests",
 ) -> CompiledModel:
-    """The model in the artifact folder `path`, by default in its own dtype and on the CPU. It stays on the device that
-    "cuda" stands for now, whichever is torch's current one later.
+    """The model in the artifact folder `path`, by default in its own dtype and on the CPU. The device "cuda" is the one
+    that is torch's current one during the load; the model stays there.
 
     `backend` chooses the attention: "triton" for the artifact's generated kernels, which need a CUDA device, or
     "reference" for plain PyTorch. The default is the kernels on a CUDA device and the reference elsewhere. With

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmkvq_compiler.runtime.experts import grouped_mm, grouped_mm_on_device
+from pmkvq_compiler.runtime.experts import grouped_mm, grouped_mm_on_device, has_kernel
 from pmkvq_compiler.runtime.fused import PLAIN, Ops
 from pmkvq_compiler.runtime.fused_kernels import FusedKernels
 
@@ -47,6 +47,17 @@ def test_a_product_without_the_host_is_that_of_each_expert(counts: list[int], dt
         out = product(x, weights, ends)
         assert out.dtype == dtype
         assert relative_error(out, exact) <= {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_torch_multiplies_without_the_host_on_two_generations_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: bool
+) -> None:
+    """Elsewhere a graph could not hold its product in bfloat16, either."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_kernel(torch.device("cuda:0")) is has
 
 
 @pytest.mark.parametrize("ops", [PLAIN, FusedKernels(ModuleType("fused"))])
