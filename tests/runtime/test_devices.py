@@ -79,21 +79,20 @@ def test_a_model_stays_on_the_device_that_was_current_when_it_was_loaded(artifac
 
 def test_threads_decode_on_devices_of_their_own(artifact: Path) -> None:
     """A thread begins with the first device as its current one."""
-    devices = ["cuda:0", "cuda:1"] * 3
-    models = {device: runtime.load(artifact, device, torch.float32) for device in devices}
-    expected, found = models["cuda:1"].generate(prompts(), 60, eos_token_id=()).cpu(), []
+    models = [runtime.load(artifact, device, torch.float32) for device in ("cuda:0", "cuda:1")] * 3
+    expected, found = models[1].generate(prompts(), 60, eos_token_id=()).cpu(), []
 
-    def write(device: str) -> None:
-        cache = models[device].new_cache(2)
-        text = models[device].generate(prompts(), 60, cache=cache, eos_token_id=())
+    def write(model: runtime.CompiledModel) -> None:
+        cache = model.new_cache(2)
+        text = model.generate(prompts(), 60, cache=cache, eos_token_id=())
         found.append((text.cpu(), cache.graph))
 
-    threads = [threading.Thread(target=write, args=(device,)) for device in devices]
+    threads = [threading.Thread(target=write, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(300)
-    assert len(found) == len(devices)
+    assert len(found) == len(models)
     assert all(torch.equal(text, expected) and graph is not None for text, graph in found)
 
 
