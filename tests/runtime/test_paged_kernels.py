@@ -12,11 +12,27 @@ from ..fuzz import LONG_ONLY
 from ..interpreted import run_interpreted
 from ..kernel_checks import CONSERVATIVE, LIBRARY, TOLERANCE, Case, steps
 from ..kernel_compile import compile_pages
-from ..page_checks import FAR, MORE, ROTATED, PagedCase, check_far_blocks, check_graph, check_rotation, run_case
+from ..page_checks import (
+    FAR,
+    LONG,
+    MORE,
+    ROTATED,
+    SMALL,
+    PagedCase,
+    check_far_blocks,
+    check_graph,
+    check_rotation,
+    run_case,
+)
 
 
 def test_kernels_over_pages_in_the_interpreter_are_the_reference() -> None:
     run_interpreted("tests.page_checks")
+
+
+@LONG_ONLY
+def test_programs_that_read_many_pages_of_three_tiers_in_the_interpreter_are_the_reference() -> None:
+    run_interpreted("tests.page_checks", *range(len(SMALL), len(SMALL) + len(LONG)))
 
 
 def test_kernels_over_pages_of_several_tiers_compile_without_a_device() -> None:
@@ -109,8 +125,8 @@ def test_kernels_over_pages_on_the_device_are_the_reference(case: PagedCase) -> 
 
 
 def with_tiers() -> list[PagedCase]:
-    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none; more of them in
-    one program than one page of each."""
+    """Batches that have pages of all tiers, of all widths that may have some, and of one that has none. Programs read
+    few pages, or many and then a share of each of three tiers."""
     widths = ((2, 2), (4, 4), (4, 2), (2, 4))
     cases = []
     for number, ((key_bits, value_bits), axis) in enumerate(itertools.product(widths, ("token", "channel"))):
@@ -138,7 +154,7 @@ def with_tiers() -> list[PagedCase]:
     cases += [PagedCase(layer, ((530, 1), (1, 270), (1, 1)), tiers=True) for layer in others]
     for bits, axis in ((2, "channel"), (2, "token"), (4, "channel")):
         layer = Case(head_dim=128, group=7, heads=1, key_bits=bits, value_bits=bits, key_axis=axis, max_len=2510)
-        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), tiers=True, one_program=True))
+        cases.append(PagedCase(layer, ((2500,), (1,), (1,)), tiers=True, two_programs=True))
     return cases
 
 
