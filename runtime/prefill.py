@@ -86,7 +86,7 @@ class Prefill:
         own, plan, unit = self.new.columns[sequence], self.store.plan, self.tuning.library_unit
         if self.new.counts[sequence] < unit:
             return None
-        q, k, v = (halved(self.module, part, sequence, own, unit) for part in (self.q, self.k, self.v))
+        q, k, v = halved(self.module, (self.q, self.k, self.v), sequence, own, unit)
         blocks, rows = self.store.live_blocks(sequence), self.store.rows[sequence]
         pieces, everything = history_of(blocks, rows, plan.block, unit, self._room_of_blocks)
         themselves = library_attention(q, k, v, self.scale, causal=True)
@@ -250,21 +250,23 @@ def scratch_for(module: ModuleType | CompiledKernels, heads: int, tokens: int, l
     return key, value
 
 
-def halved(module: ModuleType | CompiledKernels, part: Tensor, sequence: int, own: slice, unit: int) -> Tensor:
-    """A sequence's own columns of queries, keys or values `part` [B, heads, S, channels] as fp16 [1, heads, columns,
-    channels]: columns of zeros follow, up to a multiple of `unit`."""
-    (_, heads, _, channels), count = part.shape, own.stop - own.start
+def halved(
+    module: ModuleType | CompiledKernels, parts: Sequence[Tensor], sequence: int, own: slice, unit: int
+) -> list[Tensor]:
+    """A sequence's own columns of queries, or of queries, keys and values, `parts` [B, heads, S, channels], as fp16
+    [1, heads, columns, channels]: columns of zeros follow, up to a multiple of `unit`."""
+    count, group = own.stop - own.start, module.GROUP.value
     columns = -(-count // unit) * unit
-    halves = torch.empty(1, heads, columns, channels, dtype=torch.float16, device=part.device)
-    module.halve[(columns // ROWS_JOINED, heads)](
-        part,
-        halves,
-        part.stride()[:3],
+    halves = [part.new_empty(1, part.shape[1], columns, part.shape[3], dtype=torch.float16) for part in parts]
+    read, written = ([*some, *[some[0]] * (3 - len(some))] for some in (parts, halves))
+    module.halve[(columns // ROWS_JOINED, group + len(parts) - 1, parts[0].shape[1] // group)](
+        *read,
+        *written,
+        *(part.stride()[:3] for part in read),
         sequence,
         own.start,
         count,
         columns,
-        CHANNELS=channels,
         TILE=ROWS_JOINED,
         num_warps=4,
     )

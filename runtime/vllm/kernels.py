@@ -262,7 +262,7 @@ class KernelPages:
             return None
         # [1, Hq, T, key_head_dim]
         by_heads = queries.transpose(0, 1).unsqueeze(0)
-        q = halved(self.kernels.module, by_heads, 0, slice(start, stop), tuning.library_unit)
+        (q,) = halved(self.kernels.module, (by_heads,), 0, slice(start, stop), tuning.library_unit)
         unpacked = self._unpacked(keys, values, batch, sequence, pieces)
         found = library_attention(q, *next(unpacked), scale)
         return Found(sum(pieces), over_pieces(self.kernels.module, q, unpacked, scale, found))
