@@ -7,8 +7,9 @@ what remains of the pool, sink and window. The generated kernel does everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -19,6 +20,7 @@ from .cubins import CompiledKernels
 from .layer_cache import LayerCache
 from .library import library_attention, library_has
 from .plan import LayerPlan
+from .streams import side_by_side
 from .tuning import Tuning, widths_of
 
 ROWS_COPIED = 64
@@ -31,15 +33,24 @@ ROWS_JOINED = 32
 """Queries whose numbers a program converts, or puts together, at once."""
 
 
+Part = tuple[Tensor, Tensor]
+"""Attention over some tokens: means of values [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums
+[Hq, columns] (fp32)."""
+
+
+def nothing() -> None:
+    """For the second stream, where there is nothing to do."""
+
+
 @dataclass(frozen=True)
 class Found:
-    """What the library computed for a sequence, in one or two `parts` of what its queries attend to: means of values
-    [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums [Hq, columns] (fp32). Together they cover
-    the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The sequence's
-    queries are the first of these columns. Where it is `everything`, the library has read sink and window as well."""
+    """What the library computed for a sequence, in one or two `parts` of what its queries attend to. Together they
+    cover the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The
+    sequence's queries are the first of the parts' columns. Where it is `everything`, the library has read sink and
+    window as well."""
 
     blocks: int
-    parts: Sequence[tuple[Tensor, Tensor]]
+    parts: Sequence[Part]
     everything: bool = False
 
 
@@ -70,7 +81,8 @@ class Prefill:
             if sequence:
                 found = self._by_the_library(sequence)
             if count:
-                self._attend_rest(range(sequence, sequence + 1), found, out)
+                finish = partial(self._attend_rest, range(sequence, sequence + 1), found, out)
+                side_by_side(self.q.device, finish, nothing)
         return out
 
     def _result(self) -> Tensor:
@@ -89,9 +101,9 @@ class Prefill:
         q, k, v = halved(self.module, (self.q, self.k, self.v), sequence, own, unit)
         blocks, rows = self.store.live_blocks(sequence), self.store.rows[sequence]
         pieces, everything = history_of(blocks, rows, plan.block, unit, self._room_of_blocks)
-        themselves = library_attention(q, k, v, self.scale, causal=True)
-        found = over_pieces(self.module, q, self._unpacked(sequence, pieces, everything), self.scale, themselves)
-        return Found(sum(pieces), found, everything)
+        themselves = partial(library_attention, q, k, v, self.scale, causal=True)
+        unpacked = self._unpacked(sequence, pieces, everything)
+        return Found(sum(pieces), over_pieces(self.module, q, unpacked, self.scale, themselves), everything)
 
     @property
     def _room_of_blocks(self) -> int:
@@ -306,14 +318,18 @@ def over_pieces(
     q: Tensor,
     pieces: Iterable[tuple[Tensor, Tensor]],
     scale: float,
-    found: tuple[Tensor, Tensor],
-) -> list[tuple[Tensor, Tensor]]:
+    themselves: Callable[[], Part] | None = None,
+) -> list[Part]:
     """Attention of `q` [1, Hq, columns, dk] over keys and values [1, Hkv, T, channels] in pieces, all of which every
-    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them, in
-    one or two parts, which the generated kernel puts together as it goes on from them."""
-    parts = [found]
+    query sees, and, where the library has that, too, over the new tokens `themselves`: in one or two parts, which the
+    generated kernel puts together as it goes on from them. The first may be of a second stream, see `side_by_side`."""
+    parts: list[Part] = []
     for k, v in pieces:
         if len(parts) == 2:
-            module.join[(found[1].numel() // ROWS_JOINED,)](*found, *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
-        parts.append(library_attention(q, k, v, scale))
-    return parts
+            module.join[(parts[0][1].numel() // ROWS_JOINED,)](*parts[0], *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
+        history = partial(library_attention, q, k, v, scale)
+        if parts or themselves is None:
+            parts.append(history())
+        else:  # programs over history take long: those over new tokens fill the multiprocessors as the last of them end
+            parts = [*reversed(side_by_side(q.device, history, themselves))]
+    return parts if parts or themselves is None else [themselves()]
