@@ -39,7 +39,7 @@ Part = tuple[Tensor, Tensor]
 
 
 def nothing() -> None:
-    """For the second stream, where there is nothing to do."""
+    """For the second stream, or for a layer to which nothing is added."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ class Prefill:
     scale: float
     sinks: Tensor | None
 
-    def attend(self) -> Tensor:
-        """Attention [B, Hq, S, dv] in the dtype of `q`."""
+    def attend(self, append: Callable[[], None] = nothing) -> Tensor:
+        """Attention [B, Hq, S, dv] in the dtype of `q`. `append` adds the new tokens to the layer; it is called when
+        all that reads what is stored has been launched."""
         unit, counts = self.tuning.library_unit, self.new.counts
         if not unit or max(counts) < unit or not known_to_the_library(self.module, self.store.plan, self.q):
             out = self._result()
             self._attend_rest(range(len(counts)), None, out)
+            append()
             return out
         found = self._by_the_library(0)
         out = self._result()  # only now, when the memory that the library needed in between is free again
@@ -81,8 +83,11 @@ class Prefill:
             if sequence:
                 found = self._by_the_library(sequence)
             if count:
-                finish = partial(self._attend_rest, range(sequence, sequence + 1), found, out)
-                side_by_side(self.q.device, finish, nothing)
+                finish, aside = partial(self._attend_rest, range(sequence, sequence + 1), found, out), nothing
+                if found is not None and found.everything and sequence == len(counts) - 1:
+                    aside, append = append, nothing  # few programs, which wait for each other
+                side_by_side(self.q.device, finish, aside)
+        append()
         return out
 
     def _result(self) -> Tensor:

@@ -41,10 +41,16 @@ class Counting(Recorder):
 
 
 def launched(
-    case: Case, stored: list[int], columns: list[slice], pieces: list[int], module: Counting | None = None
+    case: Case,
+    stored: list[int],
+    columns: list[slice],
+    pieces: list[int],
+    module: Counting | None = None,
+    appended: bool = False,
 ) -> Counter[str]:
-    """Launches of a prefill of `columns` by sequences that have `stored` tokens. What the library attends to is added
-    to `pieces`: the tokens of a piece, and below zero the new tokens with their padding."""
+    """Launches of a prefill of `columns` by sequences that have `stored` tokens, to which they may be `appended`. What
+    the library attends to is added to `pieces`: the tokens of a piece, and below zero the new tokens with their
+    padding."""
     plan = dataclasses.replace(case.plan(), arena_bytes=1 << 40)
     whole = cache_plan(plan, max_len=1 << 17, batch_size=len(stored))
     module = module or Counting(render_module(case))
@@ -65,7 +71,10 @@ def launched(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "library_attention", noted)
-        cache.attention[0].read(q, (k, v), store, cache.new_tokens, 0.1, case.softcap, None)
+        if appended:
+            cache.attention[0].attend(q, k, v, store, cache.new_tokens, 0.1, case.softcap, None)
+        else:
+            cache.attention[0].read(q, (k, v), store, cache.new_tokens, 0.1, case.softcap, None)
     return module.counted
 
 
@@ -108,7 +117,9 @@ def note_streams(found: list[Any], patch: pytest.MonkeyPatch) -> None:
         found.append("side")
         one = first()
         found.append("by side")
-        return one, second()
+        other = second()
+        found.append("both")
+        return one, other
 
     patch.setattr(prefill, "side_by_side", noted)
 
@@ -117,8 +128,8 @@ def note_streams(found: list[Any], patch: pytest.MonkeyPatch) -> None:
     ("stored", "expected"),
     [
         (0, [-4096]),
-        (4096, ["side", 4096, "by side", -4096]),
-        (69632, ["side", 32768, "by side", -4096, 32768, 4096]),
+        (4096, ["side", 4096, "by side", -4096, "both"]),
+        (69632, ["side", 32768, "by side", -4096, "both", 32768, 4096]),
     ],
 )
 def test_new_tokens_are_read_beside_the_oldest_piece(
@@ -129,7 +140,45 @@ def test_new_tokens_are_read_beside_the_oldest_piece(
     found: list[Any] = []
     note_streams(found, monkeypatch)
     launched(Case(tuning=WHOLE), [stored], [slice(0, 4096)], found)
-    assert found == [*expected, "side", "by side"]
+    assert found == [*expected, "side", "by side", "both"]
+
+
+@dataclasses.dataclass
+class Noting(Counting):
+    """Notes the order of launches, too."""
+
+    found: list[Any] = dataclasses.field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        kernel = super().__getattr__(name)
+        if isinstance(kernel, RecordedKernel):
+            self.found.append(name)
+        return kernel
+
+
+APPENDED = ["append", "append"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "count", "expected"),
+    [
+        ([0], 4096, ["side", "prefill", "by side", *APPENDED, "both"]),
+        ([4096], 4096, ["side", "prefill", "by side", *APPENDED, "both"]),
+        ([0, 0], 4096, ["both", "halve", -4096, "side", "prefill", "by side", *APPENDED, "both"]),
+        ([4112], 4096, ["unpack", "prefill", "by side", "both", *APPENDED]),
+        ([4096], 100, ["unpack", "prefill", *APPENDED]),
+    ],
+)
+def test_new_tokens_are_added_when_nothing_stored_is_read_any_more(
+    stored: list[int], count: int, expected: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are while parts are put together, where only that remains."""
+    found: list[Any] = []
+    note_streams(found, monkeypatch)
+    module = Noting(render_module(Case()), found=found)
+    launched(Case(tuning=WHOLE), stored, [slice(0, count)] * len(stored), found, module, appended=True)
+    assert found[-len(expected) :] == expected
+    assert found.count("append") == 2
 
 
 def test_pieces_fit_the_scratch() -> None:
