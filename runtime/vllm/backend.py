@@ -145,7 +145,7 @@ class Store(AttentionLayerBase):
         self.served.tie(len(kv_cache), kv_cache.device)
 
     def lower(self, told: Tensor) -> None:
-        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, 1 + most] (int32, on the device)
+        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, 1 + most] (int64, on the device)
         are their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are
         in `Served.ties`."""
         if not self._lowers:
@@ -257,7 +257,7 @@ class Impl(AttentionImpl[Metadata]):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
         for one in lowering([attends]):
-            one.lower(zeros.new_zeros(1, 1 + further))
+            one.lower(torch.zeros(1, 1 + further, dtype=torch.int64, device=query.device))
         # where the library attends: queries as fp16, and means over two pieces of history
         halves = 3 * query.numel() * 2 if self.kernels.tuning.library_unit else 0
         torch.empty(self.kernels.tuning.prefill_scratch + halves, dtype=torch.uint8, device=query.device)

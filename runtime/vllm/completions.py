@@ -7,7 +7,7 @@ several tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ class Completions:
         self._step = 0
         self._due: dict[int, dict[str, None]] = {}
 
-    def of(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> Iterator[tuple[str, int, int]]:
+    def of(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> list[tuple[str, int, int]]:
         """The requests that may complete a block in the next step, which has tokens, and how many tokens each has
         before and after it."""
         self._step += 1
         new = output.num_scheduled_tokens
         names = self._due.pop(self._step, {})
+        found = []
         if output.total_num_scheduled_tokens > len(new):
             names.update((name, None) for name, count in new.items() if count > 1)
         for request in output.scheduled_new_reqs:
@@ -40,7 +41,8 @@ class Completions:
             if name not in requests:
                 continue
             end = requests[name].num_computed_tokens
-            lacking = min(self.block - (end - sink) % self.block for sink in self.sinks)
+            lacking = min([self.block - (end - sink) % self.block for sink in self.sinks])
             self._due.setdefault(self._step + lacking, {})[name] = None
             if name in new:
-                yield name, end - new[name], end
+                found.append((name, end - new[name], end))
+        return found

@@ -11,7 +11,7 @@ waits, which may begin as they do: it would need more of the pool if they were g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -58,18 +58,19 @@ class LendingPool(BlockPool):
         """Lend new pages as many blocks as there are: every page its first one, then every page two more, but not from
         the reserve. Cached prefixes keep their blocks where they are to be spared."""
         for height, number, kept in ((1, 1, 0), (2, 2, self.reserve)):
-            for page in pages:
-                if page.height == height - 1 and len(page.further) + number <= page.limit:
-                    blocks = self._idle_blocks(number, kept, self.tiers.turn(True, height), spare_prefixes)
-                    if not blocks:
-                        return
-                    self.tiers.lend(page, blocks)
-                    self.free_block_queue.num_free_blocks += number
+            rising = [page for page in pages if len(page.further) == number - 1 and page.limit >= number]
+            count = self._room(len(rising), number, kept, self.tiers.turn(True, height), spare_prefixes)
+            if count:
+                blocks = self.free_block_queue.popleft_n(count * number)
+                self.free_block_queue.num_free_blocks += count * number
+                self.tiers.lend(rising[:count], [block.block_id for block in blocks])
+            if count < len(rising):
+                return
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks that hold nothing, then those that are lent, then those of cached prefixes."""
         if self.tiers.lent:
-            missing = num_blocks - self._empty_blocks(num_blocks)
+            missing = num_blocks - self._empty_blocks(num_blocks)[0]
             if missing > 0:
                 self._fall(missing)
         return super().get_new_blocks(num_blocks)
@@ -97,13 +98,29 @@ class LendingPool(BlockPool):
                 self._forget(self.blocks[page])
         return done
 
-    def _idle_blocks(self, number: int, kept: int, turn: int, spare_prefixes: bool) -> list[int]:
-        """So many blocks that hold nothing, of which others are kept; pages whose turn comes before this one fall for
-        them, or prefixes are forgotten. None where there are not as many."""
-        while self._empty_blocks(kept + number) < kept + number:
-            if not self._fall(number, turn) and (spare_prefixes or not self._forget_prefix(number)):
-                return []
-        return [block.block_id for block in self.free_block_queue.popleft_n(number)]
+    def _room(self, count: int, number: int, kept: int, turn: int, spare_prefixes: bool) -> int:
+        """How often, `count` times at most, there are so many blocks that hold nothing while others are kept. Pages
+        whose turn comes before this one fall for them, or prefixes are forgotten."""
+        wanted = count * number
+        empty, block = self._empty_blocks(kept + wanted)
+        while empty < kept + wanted:
+            lent = self.tiers.lent
+            if not self._fall(wanted - empty, turn):
+                more = (max(0, empty - kept) // number + 1) * number
+                if spare_prefixes or not self._forget_prefix(block, more):
+                    break
+                empty, block = empty + 1, block.next_free_block
+            empty += lent - self.tiers.lent  # what pages give back comes to the head of the queue
+        return min(count, max(0, empty - kept) // number)
+
+    def _empty_blocks(self, most: int) -> tuple[int, KVCacheBlock]:
+        """How many of the first blocks in the queue, `most` at most, hold nothing, and the block behind them. Cached
+        prefixes come behind all that hold nothing, and after these the end of the queue, which is no block."""
+        queue = self.free_block_queue
+        block, count = queue.fake_free_list_head.next_free_block, 0
+        while count < most and block is not queue.fake_free_list_tail and block.block_hash is None:
+            block, count = block.next_free_block, count + 1
+        return count, block
 
     def _fall(self, number: int, turn: int | None = None) -> bool:
         """Lower pages for so many blocks and the reserve, if there are any whose turn comes before this one."""
@@ -111,16 +128,10 @@ class LendingPool(BlockPool):
         self._take_back(given)
         return bool(given)
 
-    def _forget_prefix(self, number: int) -> bool:
-        """Forget the oldest cached prefix, if there is any and half of the free blocks are left to such after so many
+    def _forget_prefix(self, block: KVCacheBlock, number: int) -> bool:
+        """Forget a cached prefix, should the block hold one, if half of the free blocks are left to such after so many
         more have been lent."""
-        queue = self.free_block_queue
-        if 2 * (self.tiers.lent + number) > queue.num_free_blocks:
-            return False
-        block = queue.fake_free_list_head.next_free_block
-        while block is not queue.fake_free_list_tail and block.block_hash is None:
-            block = block.next_free_block
-        if block is queue.fake_free_list_tail:
+        if 2 * (self.tiers.lent + number) > self.free_block_queue.num_free_blocks:
             return False
         return self._maybe_evict_cached_block(block)
 
@@ -129,14 +140,6 @@ class LendingPool(BlockPool):
         if block.ref_cnt == 0:
             self._forget(block)
         return super()._maybe_evict_cached_block(block)
-
-    def _empty_blocks(self, most: int) -> int:
-        """How many of the first blocks in the queue, `most` at most, hold nothing; cached prefixes come behind."""
-        queue = self.free_block_queue
-        block, count = queue.fake_free_list_head.next_free_block, 0
-        while count < most and block is not queue.fake_free_list_tail and block.block_hash is None:
-            block, count = block.next_free_block, count + 1
-        return count
 
     def _forget(self, block: KVCacheBlock) -> None:
         """A block is no page any more, should it have been one."""
@@ -176,20 +179,22 @@ class ProgressiveScheduler(Scheduler):
 
     def _lend(self, output: SchedulerOutput) -> None:
         """Lend blocks to the pages that a step quantizes, and say in the step's output what has changed."""
-        pages = list(self._quantized(output))
+        pages = self._quantized(output)
         if pages:
             self._pool.lift(pages, spare_prefixes=bool(self.waiting))
         changes = self.tiers.changes()
         if changes is not None:
             setattr(output, TOLD, changes)
 
-    def _quantized(self, output: SchedulerOutput) -> Iterator[Page]:
+    def _quantized(self, output: SchedulerOutput) -> list[Page]:
         """The pages that a step quantizes."""
+        found = []
         for request_id, cached, end in self._completions.of(output, self.requests):
             for layer, group, manager in self._pages:
                 for block in manager.req_to_blocks[request_id][layer.pages_between(cached, end)]:
                     if not block.is_null and block.block_id not in self.tiers.pages:
-                        yield self.tiers.add(block.block_id, group)
+                        found.append(self.tiers.add(block.block_id, group))
+        return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

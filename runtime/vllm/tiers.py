@@ -11,6 +11,8 @@ these those of the highest tier, whose lowest bits are worth least; and of these
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +23,12 @@ TOLD = "pmkvq_tiers"
 
 @dataclass(frozen=True)
 class Changes:
-    """What workers must know before a step. `rows` are blocks of pages and of all their further blocks, 0 where one has
-    none. The first ones are of pages that have fallen, group by group: `fallen` are groups and how many these are."""
+    """What workers must know before a step. `rows` have `width` numbers of 64 bits each, one row behind the other: the
+    block of a page and all its further blocks, 0 where it has none. The first ones are of pages that have fallen, group
+    by group: `fallen` are groups and how many these are."""
 
-    rows: list[tuple[int, ...]]
+    rows: array[int]
+    width: int
     fallen: list[tuple[int, int]]
 
 
@@ -74,15 +78,18 @@ class Tiers:
             self._changed[block] = page
         return page
 
-    def lend(self, page: Page, blocks: Sequence[int]) -> None:
-        """Lift a page, which was quantized in this step, to the next tier."""
-        height, counts = page.height, self.counts[page.group]
-        counts[height] -= page.owned
-        counts[height + 1] += page.owned
-        page.further.extend(blocks)
+    def lend(self, pages: Sequence[Page], blocks: Sequence[int]) -> None:
+        """Lift pages, which were quantized in this step and are all as high, to the next tier. Each gets as many of
+        these blocks as any other, one or two."""
+        number = len(blocks) // len(pages)
+        falling = self._falling[self.turn(True, number)]
+        for page, first in zip(pages, range(0, len(blocks), number), strict=True):
+            page.further += blocks[first : first + number]
+            counts = self.counts[page.group]
+            counts[number - 1] -= 1
+            counts[number] += 1
+            falling[page.block] = self._changed[page.block] = page
         self.lent += len(blocks)
-        self._falling[self.turn(page.owned, height + 1)][page.block] = page
-        self._changed[page.block] = page
 
     def turn(self, owned: bool, height: int) -> int:
         """When it is the turn of pages to fall from a height: 0 comes first."""
@@ -137,13 +144,14 @@ class Tiers:
         """What has changed since this was last asked; None where nothing has."""
         if not self._changed:
             return None
-        fallen: dict[int, list[tuple[int, ...]]] = {}
-        others: list[tuple[int, ...]] = []
+        width, none = 1 + self.most, [0] * self.most
+        fallen: dict[int, list[int]] = {}
+        others: list[int] = []
         for block, page in self._changed.items():
-            row = (block, *page.further, *[0] * (self.most - len(page.further)))
             has_fallen = page.told is not None and self.pages.get(block) is page
-            (fallen.setdefault(page.group, []) if has_fallen else others).append(row)
+            rows = fallen.setdefault(page.group, []) if has_fallen else others
+            rows += (block, *page.further, *none[len(page.further) :])
             page.told = len(page.further)
         self._changed.clear()
-        first = [row for rows in fallen.values() for row in rows]
-        return Changes([*first, *others], [(group, len(rows)) for group, rows in fallen.items()])
+        counts = [(group, len(rows) // width) for group, rows in fallen.items()]
+        return Changes(array("q", [*itertools.chain(*fallen.values()), *others]), width, counts)

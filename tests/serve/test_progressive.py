@@ -31,6 +31,7 @@ from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, _limit
 from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes, Tiers
 from tests.fuzz import rounds
 from tests.runtime.test_pages import HEADS, layer_plan
+from tests.runtime.test_tiers import NOTHING, rows_of
 
 from .engines import Served, all_free, engine, greedy, random_prompts
 from .simulation import MAX_FED, VOCABULARY, Arrival, Simulation, idle_blocks
@@ -125,7 +126,7 @@ def test_what_lowers_pages_is_compiled_when_a_server_starts(served_tiny: Served)
                 q, k, v = (torch.zeros(2, *shape) for shape in zip(heads, widths, strict=True))
                 impl._try(q, k, v, torch.zeros(2, impl.num_heads, plan.value_head_dim))
         tried = {*kernels.lowering.launches}
-        rows = torch.tensor([(block, 0, 0, 0) for block in (1, 2, 3)], dtype=torch.int32)
+        rows = torch.tensor([(block, 0, 0, 0) for block in (1, 2, 3)])
         for store in stores:
             for some in (rows, rows[1:2]):
                 store.lower(some)
@@ -248,7 +249,7 @@ def poison_idle_blocks(llm: Any, patch: pytest.MonkeyPatch) -> None:
     def scheduled(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         idle.append(sorted(idle_blocks(core.scheduler, progressive=True)))
-        setattr(output, TOLD, getattr(output, TOLD, Changes([], [])))
+        setattr(output, TOLD, getattr(output, TOLD, NOTHING))
         return output
 
     def noted(config: Any, changes: Changes) -> None:
@@ -375,7 +376,7 @@ def test_pages_fall_before_they_must_so_that_few_steps_lower_some() -> None:
     assert further(pages) == [3, 3, 3, 1, 1], "four blocks are in reserve"
     told = pool.tiers.changes()
     assert told is not None
-    assert len(told.rows) == 5
+    assert len(rows_of(told)) == 5
     for wanted, fallen in ((4, 0), (1, 3), (5, 0), (2, 5)):
         pool.get_new_blocks(wanted)
         changes = pool.tiers.changes()
@@ -419,7 +420,7 @@ def test_a_prefix_that_is_found_again_keeps_the_tier_that_it_still_has() -> None
     assert further([page, other]) == [1, 0]
     changes = pool.tiers.changes()
     assert changes is not None
-    assert sorted(changes.rows) == [(page.block, page.further[0], 0, 0), (other.block, 0, 0, 0)]
+    assert sorted(rows_of(changes)) == [(page.block, page.further[0], 0, 0), (other.block, 0, 0, 0)]
 
 
 def test_a_page_whose_prefix_is_forgotten_gives_its_blocks_back() -> None:
