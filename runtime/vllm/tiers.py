@@ -17,18 +17,24 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .layout import TIERS
+
 TOLD = "pmkvq_tiers"
 """The attribute of vLLM's `SchedulerOutput` in which workers find `Changes`."""
+
+ROW = TIERS[-1]
+"""The blocks that a page may have."""
+
+NONE = (0,) * (ROW - 1)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What workers must know before a step. `rows` have `width` numbers of 64 bits each, one row behind the other: the
+    """What workers must know before a step. `rows` have ROW numbers of 64 bits each, one row behind the other: the
     block of a page and all its further blocks, 0 where it has none. The first ones are of pages that have fallen, group
     by group: `fallen` are groups and how many these are."""
 
     rows: array[int]
-    width: int
     fallen: list[tuple[int, int]]
 
 
@@ -144,14 +150,13 @@ class Tiers:
         """What has changed since this was last asked; None where nothing has."""
         if not self._changed:
             return None
-        width, none = 1 + self.most, [0] * self.most
         fallen: dict[int, list[int]] = {}
         others: list[int] = []
         for block, page in self._changed.items():
             has_fallen = page.told is not None and self.pages.get(block) is page
             rows = fallen.setdefault(page.group, []) if has_fallen else others
-            rows += (block, *page.further, *none[len(page.further) :])
+            rows += (block, *page.further, *NONE[len(page.further) :])
             page.told = len(page.further)
         self._changed.clear()
-        counts = [(group, len(rows) // width) for group, rows in fallen.items()]
-        return Changes(array("q", [*itertools.chain(*fallen.values()), *others]), width, counts)
+        counts = [(group, len(rows) // ROW) for group, rows in fallen.items()]
+        return Changes(array("q", [*itertools.chain(*fallen.values()), *others]), counts)

@@ -8,23 +8,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .tiers import TOLD, Changes
 
 if TYPE_CHECKING:
-    from array import array
-
     from vllm.config import VllmConfig
 
     from .attach import Served
 
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 """Modules of a `GPUModelRunner`, of which a worker has one; that for CPUs is derived from it."""
-
-PINNED = 1024
-"""Numbers in the piece of pinned memory through which they go to the device. PyTorch uses such a piece again when the
-device has read it; to make one of another size takes long."""
 
 _following: set[type] = set()
 
@@ -55,25 +48,16 @@ def _note(config: VllmConfig, changes: Changes) -> None:
     """Code pages that have fallen anew, and write where pages lie to the table that kernels read. Both happen after
     what was launched before, and before this step."""
     served = _served(config)
-    ties = served.ties
-    assert ties is not None
-    with torch.inference_mode():
-        told = _sent(changes.rows, ties.device).view(-1, changes.width)
-        first = 0
-        for group, count in changes.fallen:
-            served.stores[group].lower(told[first : first + count])
-            first += count
-        further = told.view(torch.int32)[:, 2::2]  # the lower halves of numbers
-        ties[:, : changes.width - 1].index_copy_(0, told[:, 0], further)
-
-
-def _sent(numbers: array[int], device: torch.device) -> Tensor:
-    """Numbers of 64 bits on the device, where they are when it comes to what is launched next."""
-    found = torch.frombuffer(numbers, dtype=torch.int64)
-    if device.type != "cuda":
-        return found
-    pinned = torch.empty(max(PINNED, len(numbers)), dtype=torch.int64, pin_memory=True)[: len(numbers)]
-    return pinned.copy_(found).to(device, non_blocking=True)
+    table = served.table
+    assert table is not None
+    told = table.told(changes.rows)
+    if changes.fallen:
+        with torch.inference_mode():
+            first = 0
+            for group, count in changes.fallen:
+                served.stores[group].lower(told.rows[first : first + count])
+                first += count
+    told.note()
 
 
 def _served(config: VllmConfig) -> Served:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from pmkvq_compiler.runtime.vllm.tiers import Changes, Page, Tiers
+from pmkvq_compiler.runtime.vllm.tiers import ROW, Changes, Page, Tiers
 
-NOTHING = Changes(array("q"), 4, [])
+NOTHING = Changes(array("q"), [])
 
 
 def rows_of(changes: Changes) -> list[tuple[int, ...]]:
-    return [*zip(*[iter(changes.rows)] * changes.width, strict=True)]
+    return [*zip(*[iter(changes.rows)] * ROW, strict=True)]
 
 
 def told(tiers: Tiers) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]] | None:
