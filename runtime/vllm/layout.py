@@ -128,7 +128,8 @@ class PagedLayer:
 
     def whole_blocks(self, length: int) -> int:
         """Blocks behind the sink all of whose tokens a sequence of `length` tokens has."""
-        return max(0, (length - self.plan.sink) // self.plan.block)
+        plan = self.plan
+        return (length - plan.sink) // plan.block if length > plan.sink else 0
 
 
 @dataclass(frozen=True)

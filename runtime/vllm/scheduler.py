@@ -11,7 +11,7 @@ waits, which may begin as they do: it would need more of the pool if they were g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -29,7 +29,6 @@ from .tiers import TOLD, Page, Tiers
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.metrics.stats import SchedulerStats
 
 
@@ -114,9 +113,11 @@ class LendingPool(BlockPool):
         return min(count, max(0, empty - kept) // number)
 
     def _empty_blocks(self, most: int) -> tuple[int, KVCacheBlock]:
-        """How many of the first blocks in the queue, `most` at most, hold nothing, and the block behind them. Cached
-        prefixes come behind all that hold nothing, and after these the end of the queue, which is no block."""
+        """How many of the first blocks in the queue hold nothing, counted up to `most` at least, and the block behind
+        them. Cached prefixes come behind all that hold nothing, and then the end of the queue, which is no block."""
         queue = self.free_block_queue
+        if not self.enable_caching:
+            return queue.num_free_blocks - self.tiers.lent, queue.fake_free_list_tail
         block, count = queue.fake_free_list_head.next_free_block, 0
         while count < most and block is not queue.fake_free_list_tail and block.block_hash is None:
             block, count = block.next_free_block, count + 1
@@ -160,13 +161,13 @@ class ProgressiveScheduler(Scheduler):
         layers, _, pool = pool_on(self.vllm_config, artifact_of(self.vllm_config).manifest.plan)
         coded = [[layers[index] for index in group.layers if not layers[index].exact] for group in pool.groups]
         self._bits = [bits_of(members) for members in coded]
-        self._pages: list[tuple[PagedLayer, int, SingleTypeKVCacheManager]] = []
-        """Of each group of pages a layer, its number and its manager."""
+        self._pages: list[tuple[PagedLayer, int, Mapping[str, Sequence[KVCacheBlock]]]] = []
+        """Of each group of pages a layer, its number and the blocks of requests."""
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for group, manager in zip(self.kv_cache_config.kv_cache_groups, managers, strict=True):
             if isinstance(group.kv_cache_spec, PagesSpec | SlidingPagesSpec) and coded[group.kv_cache_spec.group]:
                 number = group.kv_cache_spec.group
-                self._pages.append((coded[number][0], number, manager))
+                self._pages.append((coded[number][0], number, manager.req_to_blocks))
         self.tiers = Tiers([_limit(members) for members in coded])
         self._pool = LendingPool.take_over(self.kv_cache_manager.block_pool, self.tiers)
         self._completions = Completions(layers[0].plan.block, [layer.plan.sink for layer, *_ in self._pages])
@@ -179,21 +180,21 @@ class ProgressiveScheduler(Scheduler):
 
     def _lend(self, output: SchedulerOutput) -> None:
         """Lend blocks to the pages that a step quantizes, and say in the step's output what has changed."""
-        pages = self._quantized(output)
-        if pages:
-            self._pool.lift(pages, spare_prefixes=bool(self.waiting))
+        completions = self._completions.of(output, self.requests)
+        if completions:
+            self._pool.lift(self._quantized(completions), spare_prefixes=bool(self.waiting))
         changes = self.tiers.changes()
         if changes is not None:
             setattr(output, TOLD, changes)
 
-    def _quantized(self, output: SchedulerOutput) -> list[Page]:
+    def _quantized(self, completions: Sequence[tuple[str, int, int]]) -> list[Page]:
         """The pages that a step quantizes."""
-        found = []
-        for request_id, cached, end in self._completions.of(output, self.requests):
-            for layer, group, manager in self._pages:
-                for block in manager.req_to_blocks[request_id][layer.pages_between(cached, end)]:
-                    if not block.is_null and block.block_id not in self.tiers.pages:
-                        found.append(self.tiers.add(block.block_id, group))
+        found, tiers = [], self.tiers
+        for request_id, cached, end in completions:
+            for layer, group, blocks in self._pages:
+                for block in blocks[request_id][layer.pages_between(cached, end)]:
+                    if not block.is_null and block.block_id not in tiers.pages:
+                        found.append(tiers.add(block.block_id, group))
         return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -25,7 +25,8 @@ TOLD = "pmkvq_tiers"
 ROW = TIERS[-1]
 """The blocks that a page may have."""
 
-NONE = (0,) * (ROW - 1)
+FILLING = tuple((0,) * (ROW - 1 - count) for count in range(ROW))
+"""What follows so many further blocks in a row."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,16 @@ class Tiers:
     def lend(self, pages: Sequence[Page], blocks: Sequence[int]) -> None:
         """Lift pages, which were quantized in this step and are all as high, to the next tier. Each gets as many of
         these blocks as any other, one or two."""
-        number = len(blocks) // len(pages)
-        falling = self._falling[self.turn(True, number)]
-        for page, first in zip(pages, range(0, len(blocks), number), strict=True):
+        number, first = len(blocks) // len(pages), 0
+        falling, changed = self._falling[self.turn(True, number)], self._changed
+        for page in pages:
             page.further += blocks[first : first + number]
+            first += number
             counts = self.counts[page.group]
             counts[number - 1] -= 1
             counts[number] += 1
-            falling[page.block] = self._changed[page.block] = page
-        self.lent += len(blocks)
+            falling[page.block] = changed[page.block] = page
+        self.lent += first
 
     def turn(self, owned: bool, height: int) -> int:
         """When it is the turn of pages to fall from a height: 0 comes first."""
@@ -105,20 +107,20 @@ class Tiers:
         """Lower pages, those that lose least first, until they have given back so many blocks, or one more: which these
         are. There are fewer where no other page's turn comes `before` this one."""
         given: list[int] = []
-        for falling in self._falling[:before]:
+        for turn, falling in enumerate(self._falling[:before]):
+            owned, height = divmod(turn, self._top)
+            height = self._top - height
+            left = (1 << height - 1) - 1
             while falling and len(given) < number:
-                given += self._lower(*falling.popitem(last=False))
-        return given
-
-    def _lower(self, block: int, page: Page) -> list[int]:
-        height, counts, left = page.height, self.counts[page.group], len(page.further) >> 1
-        counts[height] -= page.owned
-        counts[height - 1] += page.owned
-        given = page.further[left:]
-        del page.further[left:]
-        self.lowered += page.owned
+                block, page = falling.popitem(last=False)
+                given += page.further[left:]
+                del page.further[left:]
+                counts = self.counts[page.group]
+                counts[height] -= owned
+                counts[height - 1] += owned
+                self.lowered += owned
+                self._changed[block] = page
         self.lent -= len(given)
-        self._changed[block] = page
         return given
 
     def own(self, block: int, owned: bool) -> None:
@@ -153,10 +155,11 @@ class Tiers:
         fallen: dict[int, list[int]] = {}
         others: list[int] = []
         for block, page in self._changed.items():
-            has_fallen = page.told is not None and self.pages.get(block) is page
-            rows = fallen.setdefault(page.group, []) if has_fallen else others
-            rows += (block, *page.further, *NONE[len(page.further) :])
-            page.told = len(page.further)
+            rows, count = others, len(page.further)
+            if page.told is not None and self.pages.get(block) is page:
+                rows = fallen.setdefault(page.group, [])
+            rows += (block, *page.further, *FILLING[count])
+            page.told = count
         self._changed.clear()
         counts = [(group, len(rows) // ROW) for group, rows in fallen.items()]
         return Changes(array("q", [*itertools.chain(*fallen.values()), *others]), counts)
