@@ -7,8 +7,6 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .tiers import TOLD, Changes
 
 if TYPE_CHECKING:
@@ -50,13 +48,10 @@ def _note(config: VllmConfig, changes: Changes) -> None:
     served = _served(config)
     table = served.table
     assert table is not None
-    told = table.told(changes.rows)
-    if changes.fallen:
-        with torch.inference_mode():
-            first = 0
-            for group, count in changes.fallen:
-                served.stores[group].lower(told.rows[first : first + count])
-                first += count
+    told, first = table.told(changes.rows), 0
+    for group, count in changes.fallen:
+        served.stores[group].lower(told.rows[first : first + count])
+        first += count
     told.note()
 
 
