@@ -146,9 +146,9 @@ class Store(AttentionLayerBase):
         self.served.tie(len(kv_cache), kv_cache.device)
 
     def lower(self, told: Tensor) -> None:
-        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, 1 + most] (int64, on the device)
-        are their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are
-        in `Table.ties`."""
+        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, ROW] (int64, on the device) are
+        their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are in
+        `Table.ties`."""
         if not self._lowers:
             self._lowers = lowering([member.attends() for member in self.members])
         for one in self._lowers:

@@ -58,6 +58,8 @@ class LendingPool(BlockPool):
         the reserve. Cached prefixes keep their blocks where they are to be spared."""
         for height, number, kept in ((1, 1, 0), (2, 2, self.reserve)):
             rising = [page for page in pages if len(page.further) == number - 1 and page.limit >= number]
+            if not rising:
+                continue
             count = self._room(len(rising), number, kept, self.tiers.turn(True, height), spare_prefixes)
             if count:
                 blocks = self.free_block_queue.popleft_n(count * number)

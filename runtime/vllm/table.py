@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .tiers import ROW
 
-AT_ONCE = 64
+AT_ONCE = 256
 """Rows that most steps write at most."""
 
 NOTHING = array("q")
@@ -45,7 +45,7 @@ class Told:
         self._ties = ties
         self.rows = torch.zeros(most, ROW, dtype=torch.int64, device=ties.device)
         self._blocks, self._further = self.rows[:, 0], self.rows.view(torch.int32)[:, 2::2]  # the lower halves
-        # one more than are in flight: what the device reads late must not have been written again
+        # for each step in flight and one more: none is written while the device may still read it
         pinned = [torch.zeros(most, ROW, dtype=torch.int64, pin_memory=ties.is_cuda) for _ in range(in_flight + 1)]
         self._pinned = itertools.cycle([(one, one.view(-1).numpy()) for one in pinned])
 

@@ -335,8 +335,8 @@ def pool_with(blocks: int, cached: int, reserve: int = 0) -> LendingPool:
     return pool
 
 
-def new_pages(pool: LendingPool, count: int) -> list[Any]:
-    return [pool.tiers.add(block.block_id, 0) for block in pool.get_new_blocks(count)]
+def new_pages(pool: LendingPool, count: int, group: int = 0) -> list[Any]:
+    return [pool.tiers.add(block.block_id, group) for block in pool.get_new_blocks(count)]
 
 
 def cached_blocks(pool: LendingPool) -> int:
@@ -397,6 +397,21 @@ def test_half_of_the_free_blocks_are_left_to_cached_prefixes() -> None:
     assert cached_blocks(pool) == 0
     with pytest.raises(ValueError, match="free blocks"):
         pool.get_new_blocks(1)
+
+
+def test_nothing_makes_room_for_pages_that_may_have_no_more_blocks() -> None:
+    """Neither prefixes nor pages that nobody owns, even where the reserve is gone."""
+    pool = LendingPool.take_over(BlockPool(21, True, 64), Tiers([1, 3]))
+    pool.reserve = 6
+    (old,) = new_pages(pool, 1, group=1)
+    held = [pool.blocks[old.block], *pool.get_new_blocks(4)]
+    pool.lift([old])
+    for number, block in enumerate(held):
+        pool._insert_block_hash(make_block_hash_with_group_id(bytes([number]), 0), block, num_tokens=64)
+    pool.free_blocks(held)
+    pages = new_pages(pool, 6)
+    pool.lift(pages)
+    assert (further([old, *pages]), cached_blocks(pool)) == ([3, *[1] * 6], 5)
 
 
 def test_no_prefix_is_forgotten_for_a_page_while_a_request_waits() -> None:
