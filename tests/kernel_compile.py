@@ -21,7 +21,8 @@ POINTERS = {
     "rotation": "*fp32",
     **dict.fromkeys(("found", "half_queries", "half_keys", "half_values", "means", "others"), "*fp16"),
     **dict.fromkeys(("found_sums", "log_sums", "other_sums"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties", "order", "told", "offsets"), "*i32"),
+    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties", "order", "offsets"), "*i32"),
+    "told": "*i64",
 }
 ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"strides", "query_strides", "key_strides", "value_strides"}
