@@ -87,9 +87,7 @@ class LayerKernels:
         if q.shape[2] == 1:
             self.append(k, v, store, new)
             return self.read(q, None, store, new, scale, softcap, sinks)
-        out = self.read(q, (k, v), store, new, scale, softcap, sinks)
-        self.append(k, v, store, new)
-        return out
+        return self._prefill(q, k, v, store, new, scale, sinks).attend(lambda: self.append(k, v, store, new))
 
     def read(
         self,
@@ -102,11 +100,16 @@ class LayerKernels:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `Attention`."""
-        assert new.state is not None
         if waiting is None:
+            assert new.state is not None
             return self.decode(q, store.plan.value_head_dim, store, new.state, scale, sinks)
-        q, k, v = map(_with_dense_channels, (q, *waiting))
-        return Prefill(self.module, self.tuning, q, k, v, store, new, scale, sinks).attend()
+        return self._prefill(q, *waiting, store, new, scale, sinks).attend()
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens, scale: float, sinks: Tensor | None
+    ) -> Prefill:
+        q, k, v = map(_with_dense_channels, (q, k, v))
+        return Prefill(self.module, self.tuning, q, k, v, store, new, scale, sinks)
 
     def append(self, k: Tensor, v: Tensor, store: LayerCache, new: NewTokens) -> None:
         """Add new tokens (`k` [B, Hkv, S, key_head_dim], `v` [B, Hkv, S, value_head_dim]) to the layer, which is

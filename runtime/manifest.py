@@ -26,7 +26,7 @@ import torch
 from .errors import ArtifactError
 from .plan import CODE_BITS, CachePlan, LayerPlan, sequence_bytes
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 MANIFEST = "pmkvq.json"
 LARGEST_JSON = 64 << 20
 """A JSON file with more bytes is not read. The manifest of a model with 100,000 tensors has a tenth of this."""

@@ -7,8 +7,9 @@ what remains of the pool, sink and window. The generated kernel does everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -19,6 +20,7 @@ from .cubins import CompiledKernels
 from .layer_cache import LayerCache
 from .library import library_attention, library_has
 from .plan import LayerPlan
+from .streams import side_by_side
 from .tuning import Tuning, widths_of
 
 ROWS_COPIED = 64
@@ -31,15 +33,24 @@ ROWS_JOINED = 32
 """Queries whose numbers a program converts, or puts together, at once."""
 
 
+Part = tuple[Tensor, Tensor]
+"""Attention over some tokens: means of values [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums
+[Hq, columns] (fp32)."""
+
+
+def nothing() -> None:
+    """For the second stream, or for a layer to which nothing is added."""
+
+
 @dataclass(frozen=True)
 class Found:
-    """What the library computed for a sequence, in one or two `parts` of what its queries attend to: means of values
-    [Hq, columns, dv] (fp16), and the natural logarithms of the weights' sums [Hq, columns] (fp32). Together they cover
-    the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The sequence's
-    queries are the first of these columns. Where it is `everything`, the library has read sink and window as well."""
+    """What the library computed for a sequence, in one or two `parts` of what its queries attend to. Together they
+    cover the oldest `blocks` of the pool, and in the single-process cache the new tokens that each query sees. The
+    sequence's queries are the first of the parts' columns. Where it is `everything`, the library has read sink and
+    window as well."""
 
     blocks: int
-    parts: Sequence[tuple[Tensor, Tensor]]
+    parts: Sequence[Part]
     everything: bool = False
 
 
@@ -57,12 +68,14 @@ class Prefill:
     scale: float
     sinks: Tensor | None
 
-    def attend(self) -> Tensor:
-        """Attention [B, Hq, S, dv] in the dtype of `q`."""
+    def attend(self, append: Callable[[], None] = nothing) -> Tensor:
+        """Attention [B, Hq, S, dv] in the dtype of `q`. `append` adds the new tokens to the layer; it is called when
+        all that reads what is stored has been launched."""
         unit, counts = self.tuning.library_unit, self.new.counts
         if not unit or max(counts) < unit or not known_to_the_library(self.module, self.store.plan, self.q):
             out = self._result()
             self._attend_rest(range(len(counts)), None, out)
+            append()
             return out
         found = self._by_the_library(0)
         out = self._result()  # only now, when the memory that the library needed in between is free again
@@ -70,7 +83,11 @@ class Prefill:
             if sequence:
                 found = self._by_the_library(sequence)
             if count:
-                self._attend_rest(range(sequence, sequence + 1), found, out)
+                finish, aside = partial(self._attend_rest, range(sequence, sequence + 1), found, out), nothing
+                if found is not None and found.everything and sequence == len(counts) - 1:
+                    aside, append = append, nothing  # few programs, which wait for each other
+                side_by_side(self.q.device, finish, aside)
+        append()
         return out
 
     def _result(self) -> Tensor:
@@ -86,12 +103,12 @@ class Prefill:
         own, plan, unit = self.new.columns[sequence], self.store.plan, self.tuning.library_unit
         if self.new.counts[sequence] < unit:
             return None
-        q, k, v = (halved(self.module, part, sequence, own, unit) for part in (self.q, self.k, self.v))
+        q, k, v = halved(self.module, (self.q, self.k, self.v), sequence, own, unit)
         blocks, rows = self.store.live_blocks(sequence), self.store.rows[sequence]
         pieces, everything = history_of(blocks, rows, plan.block, unit, self._room_of_blocks)
-        themselves = library_attention(q, k, v, self.scale, causal=True)
-        found = over_pieces(self.module, q, self._unpacked(sequence, pieces, everything), self.scale, themselves)
-        return Found(sum(pieces), found, everything)
+        themselves = partial(library_attention, q, k, v, self.scale, causal=True)
+        unpacked = self._unpacked(sequence, pieces, everything)
+        return Found(sum(pieces), over_pieces(self.module, q, unpacked, self.scale, themselves), everything)
 
     @property
     def _room_of_blocks(self) -> int:
@@ -250,21 +267,23 @@ def scratch_for(module: ModuleType | CompiledKernels, heads: int, tokens: int, l
     return key, value
 
 
-def halved(module: ModuleType | CompiledKernels, part: Tensor, sequence: int, own: slice, unit: int) -> Tensor:
-    """A sequence's own columns of queries, keys or values `part` [B, heads, S, channels] as fp16 [1, heads, columns,
-    channels]: columns of zeros follow, up to a multiple of `unit`."""
-    (_, heads, _, channels), count = part.shape, own.stop - own.start
+def halved(
+    module: ModuleType | CompiledKernels, parts: Sequence[Tensor], sequence: int, own: slice, unit: int
+) -> list[Tensor]:
+    """A sequence's own columns of queries, or of queries, keys and values, `parts` [B, heads, S, channels], as fp16
+    [1, heads, columns, channels]: columns of zeros follow, up to a multiple of `unit`."""
+    count, group = own.stop - own.start, module.GROUP.value
     columns = -(-count // unit) * unit
-    halves = torch.empty(1, heads, columns, channels, dtype=torch.float16, device=part.device)
-    module.halve[(columns // ROWS_JOINED, heads)](
-        part,
-        halves,
-        part.stride()[:3],
+    halves = [part.new_empty(1, part.shape[1], columns, part.shape[3], dtype=torch.float16) for part in parts]
+    read, written = ([*some, *[some[0]] * (3 - len(some))] for some in (parts, halves))
+    module.halve[(columns // ROWS_JOINED, group + len(parts) - 1, parts[0].shape[1] // group)](
+        *read,
+        *written,
+        *(part.stride()[:3] for part in read),
         sequence,
         own.start,
         count,
         columns,
-        CHANNELS=channels,
         TILE=ROWS_JOINED,
         num_warps=4,
     )
@@ -304,14 +323,18 @@ def over_pieces(
     q: Tensor,
     pieces: Iterable[tuple[Tensor, Tensor]],
     scale: float,
-    found: tuple[Tensor, Tensor],
-) -> list[tuple[Tensor, Tensor]]:
+    themselves: Callable[[], Part] | None = None,
+) -> list[Part]:
     """Attention of `q` [1, Hq, columns, dk] over keys and values [1, Hkv, T, channels] in pieces, all of which every
-    query sees, and over what was `found` already: means and logarithms of sums, as `library_attention` returns them, in
-    one or two parts, which the generated kernel puts together as it goes on from them."""
-    parts = [found]
+    query sees, and, where the library has that, too, over the new tokens `themselves`: in one or two parts, which the
+    generated kernel puts together as it goes on from them. The first may be of a second stream, see `side_by_side`."""
+    parts: list[Part] = []
     for k, v in pieces:
         if len(parts) == 2:
-            module.join[(found[1].numel() // ROWS_JOINED,)](*found, *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
-        parts.append(library_attention(q, k, v, scale))
-    return parts
+            module.join[(parts[0][1].numel() // ROWS_JOINED,)](*parts[0], *parts.pop(), TILE=ROWS_JOINED, num_warps=4)
+        history = partial(library_attention, q, k, v, scale)
+        if parts or themselves is None:
+            parts.append(history())
+        else:  # programs over history take long: those over new tokens fill the multiprocessors as the last of them end
+            parts = [*reversed(side_by_side(q.device, history, themselves))]
+    return parts if parts or themselves is None else [themselves()]

@@ -19,11 +19,12 @@ POINTERS = {
     "keys": "*fp16",
     "values": "*fp16",
     "rotation": "*fp32",
-    **dict.fromkeys(("found", "halves", "means", "others"), "*fp16"),
+    **dict.fromkeys(("found", "half_queries", "half_keys", "half_values", "means", "others"), "*fp16"),
     **dict.fromkeys(("found_sums", "log_sums", "other_sums"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties", "order", "told", "offsets"), "*i32"),
+    **dict.fromkeys(("starts", "lengths", "page_table", "row_table", "ties", "order", "offsets"), "*i32"),
+    "told": "*i64",
 }
-ROWS = {"numbers", "queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
+ROWS = {"queries", "rows", "new_keys", "new_values", "sinks", "out", "turned_queries", "turned_keys"}
 STRIDES = {"strides", "query_strides", "key_strides", "value_strides"}
 
 
@@ -57,7 +58,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "decode": (module.decode, 1, {**widths, "CELLS": 1, "PREFETCH": 2}),
         "merge": (module.merge, 2, {"SPLITS_PADDED": 32, "CHUNK": 32}),
         "unpack": (module.unpack, 4, {**widths, "ROWS": 64}),
-        "halve": (module.halve, 4, {"CHANNELS": case.head_dim, "TILE": 32}),
+        "halve": (module.halve, 4, {"TILE": 32}),
         "join": (module.join, 4, {"TILE": 32}),
         "prefill": (module.prefill, 4, {"FOUND": True, "REST": True, "TILE": 64, "STEP": 64}),
     }

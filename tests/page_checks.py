@@ -110,14 +110,14 @@ class Pool:
         before = (self.ties[pages] > 0).sum(1)
         after = torch.where(torch.rand(len(pages), generator=generator) < 1 / 2, before // 2, 0)
         kept = torch.arange(self.ties.shape[1]) < after[:, None]
-        return torch.cat([pages[:, None], torch.where(kept, self.ties[pages], 0)], dim=1).to(torch.int32)
+        return torch.cat([pages[:, None], torch.where(kept, self.ties[pages], 0)], dim=1)
 
     def note(self, told: Tensor) -> None:
         """Pages have fallen. Nothing reads the blocks that they have given away."""
-        pages = told[:, 0].long()
+        pages = told[:, 0]
         given = torch.where(told[:, 1:] == 0, self.ties[pages], 0)
         self.memory[given[given > 0].long()] = POISON
-        self.ties[pages] = told[:, 1:]
+        self.ties[pages] = told[:, 1:].int()
 
     def place(self, memory: Tensor) -> dict[str, Any]:
         """Where the layer lies in these blocks, as its classes want to know."""
@@ -365,7 +365,7 @@ def check_graph(case: PagedCase, device: torch.device) -> None:
     told = pool.fall(generator).to(device)
     assert len(told)
     plain.lower(told)
-    place["ties"][told[:, 0].long()] = told[:, 1:]
+    place["ties"][told[:, 0]] = told[:, 1:].int()
     graph.replay()
     expected = torch.empty_like(out, dtype=torch.float32)
     plain.attend_batch(given[0].float(), *given[1:], batch, 1.0, None, None, expected)

@@ -29,6 +29,7 @@ from ..manifest import AGAIN, FORMAT_VERSION, MANIFEST, Artifact
 from ..plan import CachePlan
 from .checks import artifact_folder, artifact_of, is_paged, is_progressive, is_supported, prepare, rotations_of
 from .layout import PagedLayer, Pool, offsets, paged_layers, pool_of
+from .table import Table
 from .worker import follow_scheduler
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ def _copy_for(config: VllmConfig | None, copies: dict[int, Any]) -> Any:
 @dataclass
 class Served:
     """The part of an artifact that this process serves: its layers on this rank of a tensor-parallel group, the
-    pipeline stage whose layers they are, and the pool that keeps them. Pages have up to `most_further` further
-    blocks, which are named in `ties` [blocks, most_further] (int32, see `pages`)."""
+    pipeline stage whose layers they are, and the pool that keeps them. Where the server is progressive, `table` has
+    the further blocks of pages."""
 
     folder: Path
     layers: list[PagedLayer]
@@ -128,8 +129,9 @@ class Served:
     dtype: torch.dtype
     cache: CacheConfig
     kernels: list[LayerKernels] | None
-    most_further: int
-    ties: Tensor | None = None
+    steps_in_flight: int
+    progressive: bool
+    table: Table | None = None
     stores: list[Store] = field(default_factory=list)
     attached: set[int] = field(default_factory=set)
 
@@ -145,8 +147,8 @@ class Served:
     def tie(self, blocks: int, device: torch.device) -> None:
         """Make the table of further blocks for a pool of so many, unless it is there: kernels of captured graphs read
         it where it lies."""
-        if self.most_further and (self.ties is None or len(self.ties) != blocks):
-            self.ties = torch.zeros(blocks, self.most_further, dtype=torch.int32, device=device)
+        if self.progressive and (self.table is None or len(self.table.ties) != blocks):
+            self.table = Table(blocks, device, self.steps_in_flight)
 
     def check_size(self, blocks: int) -> None:
         """Raises `InputError` where a sequence of the longest length could never be read into so many blocks.
@@ -240,7 +242,8 @@ def _made(config: VllmConfig, artifact: Artifact) -> Served:
         dtype=config.model_config.dtype,
         cache=config.cache_config,
         kernels=_kernels(artifact),
-        most_further=max(layer.highest_tier for layer in layers) - 1 if is_progressive(config) else 0,
+        steps_in_flight=config.max_in_flight_tokens // config.scheduler_config.max_num_batched_tokens,
+        progressive=is_progressive(config),
     )
 
 

@@ -25,6 +25,7 @@ from ..rotation import rotate_heads
 from .kernels import KernelPages
 from .layout import PagedLayer
 from .pages import Batch, LayerPages
+from .table import NOTHING, Table
 from .tiered import Falling, falling
 
 if TYPE_CHECKING:
@@ -145,9 +146,9 @@ class Store(AttentionLayerBase):
         self.served.tie(len(kv_cache), kv_cache.device)
 
     def lower(self, told: Tensor) -> None:
-        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, 1 + most] (int32, on the device)
-        are their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are
-        in `Served.ties`."""
+        """Re-code pages of this group that lie in fewer blocks than before. `told` [n, ROW] (int64, on the device) are
+        their blocks, and of each those of its further blocks from now on, 0 where it has none. Those of before are in
+        `Table.ties`."""
         if not self._lowers:
             self._lowers = lowering([member.attends() for member in self.members])
         for one in self._lowers:
@@ -230,7 +231,9 @@ class Impl(AttentionImpl[Metadata]):
         """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
         pages, rows = self.stores
         if self._seen is not pages.blocks:
-            self._made = self._over(pages.blocks, None if rows is None else rows.blocks, pages.served.ties)
+            table = pages.served.table
+            ties = None if table is None else table.ties
+            self._made = self._over(pages.blocks, None if rows is None else rows.blocks, ties)
             self._seen = pages.blocks
         return self._made
 
@@ -251,13 +254,14 @@ class Impl(AttentionImpl[Metadata]):
             return
         nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
         zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
-        further = self.stores[0].served.most_further
-        attends = self._over(nobody, nobody, zeros.new_zeros(1, further) if further else None)
+        table = Table(1, query.device) if self.stores[0].served.progressive else None
+        attends = self._over(nobody, nobody, None if table is None else table.ties)
         for new in (1, 2):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)
-        for one in lowering([attends]):
-            one.lower(zeros.new_zeros(1, 1 + further))
+        if table is not None:
+            for one in lowering([attends]):
+                one.lower(table.told(NOTHING).rows[:1])
         # where the library attends: queries as fp16, and means over two pieces of history
         halves = 3 * query.numel() * 2 if self.kernels.tuning.library_unit else 0
         torch.empty(self.kernels.tuning.prefill_scratch + halves, dtype=torch.uint8, device=query.device)

@@ -7,7 +7,7 @@ several tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,23 +24,31 @@ class Completions:
         self._step = 0
         self._due: dict[int, dict[str, None]] = {}
 
-    def of(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> Iterator[tuple[str, int, int]]:
+    def of(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> list[tuple[str, int, int]]:
         """The requests that may complete a block in the next step, which has tokens, and how many tokens each has
         before and after it."""
         self._step += 1
-        new = output.num_scheduled_tokens
         names = self._due.pop(self._step, {})
+        new = output.num_scheduled_tokens
         if output.total_num_scheduled_tokens > len(new):
             names.update((name, None) for name, count in new.items() if count > 1)
         for request in output.scheduled_new_reqs:
             names[request.req_id] = None
         for name in output.scheduled_cached_reqs.resumed_req_ids:
             names[name] = None
+        return self._noted(names, new, requests) if names else []
+
+    def _noted(
+        self, names: Iterable[str], new: Mapping[str, int], requests: Mapping[str, Request]
+    ) -> list[tuple[str, int, int]]:
+        """Note these requests for the next step that may complete a block of theirs."""
+        step, block, found = self._step, self.block, []
         for name in names:
-            if name not in requests:
-                continue
-            end = requests[name].num_computed_tokens
-            lacking = min(self.block - (end - sink) % self.block for sink in self.sinks)
-            self._due.setdefault(self._step + lacking, {})[name] = None
-            if name in new:
-                yield name, end - new[name], end
+            request = requests.get(name)
+            if request is not None:
+                end = request.num_computed_tokens
+                lacking = min([block - (end - sink) % block for sink in self.sinks])
+                self._due.setdefault(step + lacking, {})[name] = None
+                if name in new:
+                    found.append((name, end - new[name], end))
+        return found

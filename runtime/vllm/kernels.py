@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import LayerKernels, merge_launch, overlap, places_of, splits_of
-from ..library import library_attention
 from ..prefill import (
     ROWS_COPIED,
     UNPACK_WARPS,
@@ -262,10 +261,9 @@ class KernelPages:
             return None
         # [1, Hq, T, key_head_dim]
         by_heads = queries.transpose(0, 1).unsqueeze(0)
-        q = halved(self.kernels.module, by_heads, 0, slice(start, stop), tuning.library_unit)
+        (q,) = halved(self.kernels.module, (by_heads,), 0, slice(start, stop), tuning.library_unit)
         unpacked = self._unpacked(keys, values, batch, sequence, pieces)
-        found = library_attention(q, *next(unpacked), scale)
-        return Found(sum(pieces), over_pieces(self.kernels.module, q, unpacked, scale, found))
+        return Found(sum(pieces), over_pieces(self.kernels.module, q, unpacked, scale))
 
     def _unpacked(
         self, keys: Tensor, values: Tensor, batch: Batch, sequence: int, pieces: Sequence[int]

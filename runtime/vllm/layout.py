@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ..plan import ALIGNMENT, CachePlan, LayerPlan, block_bytes, blocks_needed
@@ -63,7 +64,7 @@ class PagedLayer:
     heads: int
     itemsize: int
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         """Whether the layer is never quantized, however long a sequence grows."""
         return not self.plan.quantized or blocks_needed(self.plan, ENDLESS) == 0
@@ -78,7 +79,7 @@ class PagedLayer:
         """Bytes of a token of one head in the model's dtype."""
         return (self.plan.key_head_dim + self.plan.value_head_dim) * self.itemsize
 
-    @property
+    @cached_property
     def sink_pages(self) -> int:
         return 0 if self.exact else -(-self.plan.sink // self.plan.block)
 
@@ -127,7 +128,8 @@ class PagedLayer:
 
     def whole_blocks(self, length: int) -> int:
         """Blocks behind the sink all of whose tokens a sequence of `length` tokens has."""
-        return max(0, (length - self.plan.sink) // self.plan.block)
+        plan = self.plan
+        return (length - plan.sink) // plan.block if length > plan.sink else 0
 
 
 @dataclass(frozen=True)

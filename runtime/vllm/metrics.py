@@ -41,11 +41,11 @@ def export() -> None:
     original = StatLoggerManager.record
     if hasattr(original, STATS):
         return
-    signature = inspect.signature(original)
+    _, *names = inspect.signature(original).parameters
 
     @functools.wraps(original)
     def record(self: StatLoggerManager, *args: Any, **kwargs: Any) -> None:
-        told = signature.bind(self, *args, **kwargs).arguments
+        told = {**dict(zip(names, args, strict=False)), **kwargs}
         counts = _taken_out(told["scheduler_stats"])
         for logger in self.stat_loggers:
             if counts is not None and isinstance(logger, PrometheusStatLogger):
@@ -71,6 +71,8 @@ class Metrics:
 
     def __init__(self, logger: PrometheusStatLogger) -> None:
         self._labels = logger.per_engine_labelvalues
+        self._labelled: dict[int, tuple[dict[int, Any], Any, Any]] = {}
+        """The metrics of each engine, pages by tier: to look them up takes longer than to set them."""
         names = ["model_name", "engine"]
         shared = {"multiprocess_mode": "mostrecent"}
         self._pages = logger._gauge_cls(
@@ -92,8 +94,12 @@ class Metrics:
         )
 
     def record(self, counts: dict[str, Any], engine: int) -> None:
-        labels = self._labels[engine]
+        if engine not in self._labelled:
+            labels = self._labels[engine]
+            by_tier = {tier: self._pages.labels(*labels, str(tier)) for tier in counts["pages"]}
+            self._labelled[engine] = by_tier, self._lowered.labels(*labels), self._bits.labels(*labels)
+        by_tier, lowered, bits = self._labelled[engine]
         for tier, pages in counts["pages"].items():
-            self._pages.labels(*labels, str(tier)).set(pages)
-        self._lowered.labels(*labels).inc(counts["lowered"])
-        self._bits.labels(*labels).set(counts["bits"])
+            by_tier[tier].set(pages)
+        lowered.inc(counts["lowered"])
+        bits.set(counts["bits"])

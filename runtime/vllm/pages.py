@@ -205,13 +205,14 @@ class LayerPages:
             write_codes(records, encode(values[:, own], value_groups[:, own], value_bits), value_bits, "value")
             self.pages[blocks, :, : self.record] = raw.movedim(0, 2)
 
+    @torch.inference_mode()
     def lower(self, told: Tensor) -> None:
-        """Re-code pages that lie in fewer blocks than before: `told` [n, most + 1] are their blocks and those of their
-        further blocks from now on, 0 where they have none. Those of before are in `ties`.
+        """Re-code pages that lie in fewer blocks than before: `told` [n, most + 1] (int64) are their blocks and
+        those of their further blocks from now on, 0 where they have none. Those of before are in `ties`.
 
         A page is left alone where it keeps other blocks than its first ones: it is another page meanwhile.
         """
-        pages = told[:, 0].long()
+        pages = told[:, 0]
         before = self.ties[pages]
         after = torch.zeros_like(before)
         after[:, : told.shape[1] - 1] = told[:, 1 : 1 + before.shape[1]]

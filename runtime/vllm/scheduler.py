@@ -11,7 +11,7 @@ waits, which may begin as they do: it would need more of the pool if they were g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -29,7 +29,6 @@ from .tiers import TOLD, Page, Tiers
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.metrics.stats import SchedulerStats
 
 
@@ -58,18 +57,21 @@ class LendingPool(BlockPool):
         """Lend new pages as many blocks as there are: every page its first one, then every page two more, but not from
         the reserve. Cached prefixes keep their blocks where they are to be spared."""
         for height, number, kept in ((1, 1, 0), (2, 2, self.reserve)):
-            for page in pages:
-                if page.height == height - 1 and len(page.further) + number <= page.limit:
-                    blocks = self._idle_blocks(number, kept, self.tiers.turn(True, height), spare_prefixes)
-                    if not blocks:
-                        return
-                    self.tiers.lend(page, blocks)
-                    self.free_block_queue.num_free_blocks += number
+            rising = [page for page in pages if len(page.further) == number - 1 and page.limit >= number]
+            if not rising:
+                continue
+            count = self._room(len(rising), number, kept, self.tiers.turn(True, height), spare_prefixes)
+            if count:
+                blocks = self.free_block_queue.popleft_n(count * number)
+                self.free_block_queue.num_free_blocks += count * number
+                self.tiers.lend(rising[:count], [block.block_id for block in blocks])
+            if count < len(rising):
+                return
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks that hold nothing, then those that are lent, then those of cached prefixes."""
         if self.tiers.lent:
-            missing = num_blocks - self._empty_blocks(num_blocks)
+            missing = num_blocks - self._empty_blocks(num_blocks)[0]
             if missing > 0:
                 self._fall(missing)
         return super().get_new_blocks(num_blocks)
@@ -97,13 +99,31 @@ class LendingPool(BlockPool):
                 self._forget(self.blocks[page])
         return done
 
-    def _idle_blocks(self, number: int, kept: int, turn: int, spare_prefixes: bool) -> list[int]:
-        """So many blocks that hold nothing, of which others are kept; pages whose turn comes before this one fall for
-        them, or prefixes are forgotten. None where there are not as many."""
-        while self._empty_blocks(kept + number) < kept + number:
-            if not self._fall(number, turn) and (spare_prefixes or not self._forget_prefix(number)):
-                return []
-        return [block.block_id for block in self.free_block_queue.popleft_n(number)]
+    def _room(self, count: int, number: int, kept: int, turn: int, spare_prefixes: bool) -> int:
+        """How often, `count` times at most, there are so many blocks that hold nothing while others are kept. Pages
+        whose turn comes before this one fall for them, or prefixes are forgotten."""
+        wanted = count * number
+        empty, block = self._empty_blocks(kept + wanted)
+        while empty < kept + wanted:
+            lent = self.tiers.lent
+            if not self._fall(wanted - empty, turn):
+                more = (max(0, empty - kept) // number + 1) * number
+                if spare_prefixes or not self._forget_prefix(block, more):
+                    break
+                empty, block = empty + 1, block.next_free_block
+            empty += lent - self.tiers.lent  # what pages give back comes to the head of the queue
+        return min(count, max(0, empty - kept) // number)
+
+    def _empty_blocks(self, most: int) -> tuple[int, KVCacheBlock]:
+        """How many of the first blocks in the queue hold nothing, counted up to `most` at least, and the block behind
+        them. Cached prefixes come behind all that hold nothing, and then the end of the queue, which is no block."""
+        queue = self.free_block_queue
+        if not self.enable_caching:
+            return queue.num_free_blocks - self.tiers.lent, queue.fake_free_list_tail
+        block, count = queue.fake_free_list_head.next_free_block, 0
+        while count < most and block is not queue.fake_free_list_tail and block.block_hash is None:
+            block, count = block.next_free_block, count + 1
+        return count, block
 
     def _fall(self, number: int, turn: int | None = None) -> bool:
         """Lower pages for so many blocks and the reserve, if there are any whose turn comes before this one."""
@@ -111,16 +131,10 @@ class LendingPool(BlockPool):
         self._take_back(given)
         return bool(given)
 
-    def _forget_prefix(self, number: int) -> bool:
-        """Forget the oldest cached prefix, if there is any and half of the free blocks are left to such after so many
+    def _forget_prefix(self, block: KVCacheBlock, number: int) -> bool:
+        """Forget a cached prefix, should the block hold one, if half of the free blocks are left to such after so many
         more have been lent."""
-        queue = self.free_block_queue
-        if 2 * (self.tiers.lent + number) > queue.num_free_blocks:
-            return False
-        block = queue.fake_free_list_head.next_free_block
-        while block is not queue.fake_free_list_tail and block.block_hash is None:
-            block = block.next_free_block
-        if block is queue.fake_free_list_tail:
+        if 2 * (self.tiers.lent + number) > self.free_block_queue.num_free_blocks:
             return False
         return self._maybe_evict_cached_block(block)
 
@@ -129,14 +143,6 @@ class LendingPool(BlockPool):
         if block.ref_cnt == 0:
             self._forget(block)
         return super()._maybe_evict_cached_block(block)
-
-    def _empty_blocks(self, most: int) -> int:
-        """How many of the first blocks in the queue, `most` at most, hold nothing; cached prefixes come behind."""
-        queue = self.free_block_queue
-        block, count = queue.fake_free_list_head.next_free_block, 0
-        while count < most and block is not queue.fake_free_list_tail and block.block_hash is None:
-            block, count = block.next_free_block, count + 1
-        return count
 
     def _forget(self, block: KVCacheBlock) -> None:
         """A block is no page any more, should it have been one."""
@@ -157,13 +163,13 @@ class ProgressiveScheduler(Scheduler):
         layers, _, pool = pool_on(self.vllm_config, artifact_of(self.vllm_config).manifest.plan)
         coded = [[layers[index] for index in group.layers if not layers[index].exact] for group in pool.groups]
         self._bits = [bits_of(members) for members in coded]
-        self._pages: list[tuple[PagedLayer, int, SingleTypeKVCacheManager]] = []
-        """Of each group of pages a layer, its number and its manager."""
+        self._pages: list[tuple[PagedLayer, int, Mapping[str, Sequence[KVCacheBlock]]]] = []
+        """Of each group of pages a layer, its number and the blocks of requests."""
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for group, manager in zip(self.kv_cache_config.kv_cache_groups, managers, strict=True):
             if isinstance(group.kv_cache_spec, PagesSpec | SlidingPagesSpec) and coded[group.kv_cache_spec.group]:
                 number = group.kv_cache_spec.group
-                self._pages.append((coded[number][0], number, manager))
+                self._pages.append((coded[number][0], number, manager.req_to_blocks))
         self.tiers = Tiers([_limit(members) for members in coded])
         self._pool = LendingPool.take_over(self.kv_cache_manager.block_pool, self.tiers)
         self._completions = Completions(layers[0].plan.block, [layer.plan.sink for layer, *_ in self._pages])
@@ -176,20 +182,22 @@ class ProgressiveScheduler(Scheduler):
 
     def _lend(self, output: SchedulerOutput) -> None:
         """Lend blocks to the pages that a step quantizes, and say in the step's output what has changed."""
-        pages = list(self._quantized(output))
-        if pages:
-            self._pool.lift(pages, spare_prefixes=bool(self.waiting))
+        completions = self._completions.of(output, self.requests)
+        if completions:
+            self._pool.lift(self._quantized(completions), spare_prefixes=bool(self.waiting))
         changes = self.tiers.changes()
         if changes is not None:
             setattr(output, TOLD, changes)
 
-    def _quantized(self, output: SchedulerOutput) -> Iterator[Page]:
+    def _quantized(self, completions: Sequence[tuple[str, int, int]]) -> list[Page]:
         """The pages that a step quantizes."""
-        for request_id, cached, end in self._completions.of(output, self.requests):
-            for layer, group, manager in self._pages:
-                for block in manager.req_to_blocks[request_id][layer.pages_between(cached, end)]:
-                    if not block.is_null and block.block_id not in self.tiers.pages:
-                        yield self.tiers.add(block.block_id, group)
+        found, tiers = [], self.tiers
+        for request_id, cached, end in completions:
+            for layer, group, blocks in self._pages:
+                for block in blocks[request_id][layer.pages_between(cached, end)]:
+                    if not block.is_null and block.block_id not in tiers.pages:
+                        found.append(tiers.add(block.block_id, group))
+        return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,30 +43,36 @@ def order_of(kernels: LayerKernels, layer: PagedLayer, ties: Tensor, batch: Batc
 
 @dataclass(frozen=True)
 class Falling:
-    """Layers of a group whose pages fall in one launch, because they have the same kernels and final bits: one of them,
-    and where each begins in a block of pages (`offsets`, bytes)."""
+    """Layers of a group whose pages fall in one launch, because they have the same kernels and final bits: what they
+    are launched with, which is the same every time but for the pages."""
 
-    one: KernelPages
-    offsets: Tensor
+    kernel: Any
+    grid: tuple[int, int]
+    words: Tensor
+    others: tuple[Any, ...]
+    constants: dict[str, int]
+
+    @classmethod
+    def of(cls, layers: Sequence[KernelPages]) -> Falling:
+        one = layers[0]
+        layer, pages, ties = one.layer, one.pages, one.ties
+        assert ties is not None
+        offsets = torch.tensor([some.page_offset for some in layers], dtype=torch.int32, device=pages.device)
+        constants = {
+            "tie_width": ties.stride(0),
+            "KEY_BITS": layer.plan.key_bits,
+            "VALUE_BITS": layer.plan.value_bits,
+            "HIGHEST": layer.highest_tier,
+            "num_warps": one.kernels.tuning.lower_warps,
+        }
+        others = (ties, offsets, pages.stride(0), layer.record_bytes)
+        grid = (layer.heads, 2 * len(layers))
+        return cls(one.kernels.module.lower_pages, grid, pages.view(torch.int16), others, constants)
 
     def lower(self, told: Tensor) -> None:
         """`LayerPages.lower` of all these layers."""
-        layer, pages, ties = self.one.layer, self.one.pages, self.one.ties
-        assert ties is not None
-        self.one.kernels.module.lower_pages[(len(told), layer.heads, 2 * len(self.offsets))](
-            pages.view(torch.int16),
-            told,
-            ties,
-            self.offsets,
-            pages.stride(0),
-            layer.record_bytes,
-            told_width=told.stride(0),
-            tie_width=ties.stride(0),
-            KEY_BITS=layer.plan.key_bits,
-            VALUE_BITS=layer.plan.value_bits,
-            HIGHEST=layer.highest_tier,
-            num_warps=self.one.kernels.tuning.lower_warps,
-        )
+        grid = (len(told), *self.grid)
+        self.kernel[grid](self.words, told, *self.others, told_width=told.stride(0), **self.constants)
 
 
 def falling(layers: Sequence[KernelPages]) -> list[Falling]:
@@ -76,9 +82,4 @@ def falling(layers: Sequence[KernelPages]) -> list[Falling]:
         if one.ties is not None and one.layer.highest_tier > 1:
             plan = one.layer.plan
             alike.setdefault((id(one.kernels.module), plan.key_bits, plan.value_bits), []).append(one)
-    return [
-        Falling(
-            some[0], torch.tensor([one.page_offset for one in some], dtype=torch.int32, device=some[0].pages.device)
-        )
-        for some in alike.values()
-    ]
+    return [Falling.of(some) for some in alike.values()]

@@ -11,20 +11,31 @@ these those of the highest tier, whose lowest bits are worth least; and of these
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .layout import TIERS
+
 TOLD = "pmkvq_tiers"
 """The attribute of vLLM's `SchedulerOutput` in which workers find `Changes`."""
+
+ROW = TIERS[-1]
+"""The blocks that a page may have."""
+
+FILLING = tuple((0,) * (ROW - 1 - count) for count in range(ROW))
+"""What follows so many further blocks in a row."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What workers must know before a step. `rows` are blocks of pages and of all their further blocks, 0 where one has
-    none. The first ones are of pages that have fallen, group by group: `fallen` are groups and how many these are."""
+    """What workers must know before a step. `rows` have ROW numbers of 64 bits each, one row behind the other: the
+    block of a page and all its further blocks, 0 where it has none. The first ones are of pages that have fallen, group
+    by group: `fallen` are groups and how many these are."""
 
-    rows: list[tuple[int, ...]]
+    rows: array[int]
     fallen: list[tuple[int, int]]
 
 
@@ -74,15 +85,19 @@ class Tiers:
             self._changed[block] = page
         return page
 
-    def lend(self, page: Page, blocks: Sequence[int]) -> None:
-        """Lift a page, which was quantized in this step, to the next tier."""
-        height, counts = page.height, self.counts[page.group]
-        counts[height] -= page.owned
-        counts[height + 1] += page.owned
-        page.further.extend(blocks)
-        self.lent += len(blocks)
-        self._falling[self.turn(page.owned, height + 1)][page.block] = page
-        self._changed[page.block] = page
+    def lend(self, pages: Sequence[Page], blocks: Sequence[int]) -> None:
+        """Lift pages, which were quantized in this step and are all as high, to the next tier. Each gets as many of
+        these blocks as any other, one or two."""
+        number, first = len(blocks) // len(pages), 0
+        falling, changed = self._falling[self.turn(True, number)], self._changed
+        for page in pages:
+            page.further += blocks[first : first + number]
+            first += number
+            counts = self.counts[page.group]
+            counts[number - 1] -= 1
+            counts[number] += 1
+            falling[page.block] = changed[page.block] = page
+        self.lent += first
 
     def turn(self, owned: bool, height: int) -> int:
         """When it is the turn of pages to fall from a height: 0 comes first."""
@@ -92,20 +107,20 @@ class Tiers:
         """Lower pages, those that lose least first, until they have given back so many blocks, or one more: which these
         are. There are fewer where no other page's turn comes `before` this one."""
         given: list[int] = []
-        for falling in self._falling[:before]:
+        for turn, falling in enumerate(self._falling[:before]):
+            owned, height = divmod(turn, self._top)
+            height = self._top - height
+            left = (1 << height - 1) - 1
             while falling and len(given) < number:
-                given += self._lower(*falling.popitem(last=False))
-        return given
-
-    def _lower(self, block: int, page: Page) -> list[int]:
-        height, counts, left = page.height, self.counts[page.group], len(page.further) >> 1
-        counts[height] -= page.owned
-        counts[height - 1] += page.owned
-        given = page.further[left:]
-        del page.further[left:]
-        self.lowered += page.owned
+                block, page = falling.popitem(last=False)
+                given += page.further[left:]
+                del page.further[left:]
+                counts = self.counts[page.group]
+                counts[height] -= owned
+                counts[height - 1] += owned
+                self.lowered += owned
+                self._changed[block] = page
         self.lent -= len(given)
-        self._changed[block] = page
         return given
 
     def own(self, block: int, owned: bool) -> None:
@@ -137,13 +152,14 @@ class Tiers:
         """What has changed since this was last asked; None where nothing has."""
         if not self._changed:
             return None
-        fallen: dict[int, list[tuple[int, ...]]] = {}
-        others: list[tuple[int, ...]] = []
+        fallen: dict[int, list[int]] = {}
+        others: list[int] = []
         for block, page in self._changed.items():
-            row = (block, *page.further, *[0] * (self.most - len(page.further)))
-            has_fallen = page.told is not None and self.pages.get(block) is page
-            (fallen.setdefault(page.group, []) if has_fallen else others).append(row)
-            page.told = len(page.further)
+            rows, count = others, len(page.further)
+            if page.told is not None and self.pages.get(block) is page:
+                rows = fallen.setdefault(page.group, [])
+            rows += (block, *page.further, *FILLING[count])
+            page.told = count
         self._changed.clear()
-        first = [row for rows in fallen.values() for row in rows]
-        return Changes([*first, *others], [(group, len(rows)) for group, rows in fallen.items()])
+        counts = [(group, len(rows) // ROW) for group, rows in fallen.items()]
+        return Changes(array("q", [*itertools.chain(*fallen.values()), *others]), counts)

@@ -7,8 +7,6 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .tiers import TOLD, Changes
 
 if TYPE_CHECKING:
@@ -48,15 +46,13 @@ def _note(config: VllmConfig, changes: Changes) -> None:
     """Code pages that have fallen anew, and write where pages lie to the table that kernels read. Both happen after
     what was launched before, and before this step."""
     served = _served(config)
-    ties = served.ties
-    assert ties is not None
-    told = torch.tensor(changes.rows, dtype=torch.int32, pin_memory=ties.is_cuda).to(ties.device, non_blocking=True)
-    with torch.inference_mode():
-        first = 0
-        for group, count in changes.fallen:
-            served.stores[group].lower(told[first : first + count])
-            first += count
-        ties[:, : told.shape[1] - 1].index_copy_(0, told[:, 0].long(), told[:, 1:])
+    table = served.table
+    assert table is not None
+    told, first = table.told(changes.rows), 0
+    for group, count in changes.fallen:
+        served.stores[group].lower(told.rows[first : first + count])
+        first += count
+    told.note()
 
 
 def _served(config: VllmConfig) -> Served:

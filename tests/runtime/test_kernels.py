@@ -238,6 +238,14 @@ def test_history_read_by_the_library_on_the_device_equals_float64(case: Case) ->
 
 
 @pytest.mark.gpu
+def test_history_read_by_the_library_in_a_stream_of_ones_own_equals_float64() -> None:
+    """The library's second stream waits for that one, and that one for it."""
+    case = Case(steps=RAGGED_HISTORY, heads=2, group=3, tuning=LIBRARY)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert max(run_case(case, torch.device("cuda"))) < TOLERANCE
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_kernels_on_the_device_equal_float64(case: Case) -> None:
     assert max(run_case(case, torch.device("cuda"))) < TOLERANCE

@@ -63,7 +63,7 @@ class Tiered(Paged):
 
     def fall(self, tiers: dict[int, int]) -> None:
         """Pages fall to these tiers. What they give away is somebody else's at once."""
-        told = torch.zeros(len(tiers), 1 + self.ties.shape[1], dtype=torch.int32)
+        told = torch.zeros(len(tiers), 1 + self.ties.shape[1], dtype=torch.int64)
         for row, (page, tier) in zip(told, tiers.items(), strict=True):
             row[0], row[1:tier] = page, self.further[page, : tier - 1]
         self.pages.lower(told)
@@ -144,7 +144,7 @@ def test_a_block_that_is_another_page_meanwhile_is_left_alone() -> None:
     paged.step({0: (q, k, v)})
     page, other = paged.coded[:2]
     before = paged.memory.clone()
-    paged.pages.lower(torch.tensor([[page, int(paged.further[other, 2]), 0, 0]], dtype=torch.int32))
+    paged.pages.lower(torch.tensor([[page, int(paged.further[other, 2]), 0, 0]]))
     assert torch.equal(paged.memory, before)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from pmkvq_compiler.emit import launches
 from pmkvq_compiler.emit.launches import RecordedKernel, Recorder
 from pmkvq_compiler.runtime import prefill
 from pmkvq_compiler.runtime.kernels import LayerKernels
-from pmkvq_compiler.runtime.vllm import kernels as paged
 from pmkvq_compiler.runtime.vllm.kernels import KernelPages
 from pmkvq_compiler.runtime.vllm.layout import PagedLayer
 from pmkvq_compiler.runtime.vllm.pages import Batch
@@ -40,10 +41,16 @@ class Counting(Recorder):
 
 
 def launched(
-    case: Case, stored: list[int], columns: list[slice], pieces: list[int], module: Counting | None = None
+    case: Case,
+    stored: list[int],
+    columns: list[slice],
+    pieces: list[int],
+    module: Counting | None = None,
+    appended: bool = False,
 ) -> Counter[str]:
-    """Launches of a prefill of `columns` by sequences that have `stored` tokens. What the library attends to is added
-    to `pieces`: the tokens of a piece, and below zero the new tokens with their padding."""
+    """Launches of a prefill of `columns` by sequences that have `stored` tokens, to which they may be `appended`. What
+    the library attends to is added to `pieces`: the tokens of a piece, and below zero the new tokens with their
+    padding."""
     plan = dataclasses.replace(case.plan(), arena_bytes=1 << 40)
     whole = cache_plan(plan, max_len=1 << 17, batch_size=len(stored))
     module = module or Counting(render_module(case))
@@ -64,7 +71,10 @@ def launched(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "library_attention", noted)
-        cache.attention[0].read(q, (k, v), store, cache.new_tokens, 0.1, case.softcap, None)
+        if appended:
+            cache.attention[0].attend(q, k, v, store, cache.new_tokens, 0.1, case.softcap, None)
+        else:
+            cache.attention[0].read(q, (k, v), store, cache.new_tokens, 0.1, case.softcap, None)
     return module.counted
 
 
@@ -74,11 +84,11 @@ WHOLE = dataclasses.replace(CONSERVATIVE, library_unit=1024)
 def test_the_library_reads_new_tokens_and_the_oldest_blocks_in_few_lengths() -> None:
     pieces: list[int] = []
     found = launched(Case(tuning=WHOLE), [40000], [slice(0, 4096)], pieces)
-    assert pieces == [-4096, 32768, 7168]
-    assert found == {"halve": 3, "unpack": 2 + 1, "join": 1, "prefill": 1}
+    assert pieces == [32768, -4096, 7168]
+    assert found == {"halve": 1, "unpack": 2 + 1, "join": 1, "prefill": 1}
     pieces.clear()
     launched(Case(block=128, window=128, tuning=WHOLE), [8000], [slice(0, 1100)], pieces)
-    assert pieces == [-2048, 7680]
+    assert pieces == [7680, -2048]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +101,84 @@ def test_the_library_reads_sink_and_window_of_a_history_of_whole_pieces(stored: 
     for case in (Case(tuning=WHOLE), Case(block=128, window=200, tuning=WHOLE), Case(sink=0, window=256, tuning=WHOLE)):
         module = Counting(render_module(case))
         found = launched(case, [stored], [slice(0, 4096)], pieces, module)
-        assert pieces == [-4096, *expected]
-        assert found == Counter(halve=3, unpack=len(expected), join=max(0, len(expected) - 1), prefill=1)
+        assert pieces == [*expected[:1], -4096, *expected[1:]]
+        assert found == Counter(halve=1, unpack=len(expected), join=max(0, len(expected) - 1), prefill=1)
         assert ['"REST": false' in key for key, one in module.launches.items() if one.kernel == "prefill"] == [True]
         pieces.clear()
     launched(Case(tuning=WHOLE), [stored + 16], [slice(0, 4096)], pieces)
     assert sum(pieces[1:]) <= stored, "there are no lengths but multiples of 512"
+
+
+def note_streams(found: list[Any], patch: pytest.MonkeyPatch) -> None:
+    """Add to `found` what is done side by side."""
+
+    def noted(device: torch.device, first: Callable[[], object], second: Callable[[], object]) -> tuple[object, object]:
+        assert device == NOWHERE
+        found.append("side")
+        one = first()
+        found.append("by side")
+        other = second()
+        found.append("both")
+        return one, other
+
+    patch.setattr(prefill, "side_by_side", noted)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (0, [-4096]),
+        (4096, ["side", 4096, "by side", -4096, "both"]),
+        (69632, ["side", 32768, "by side", -4096, "both", 32768, 4096]),
+    ],
+)
+def test_new_tokens_are_read_beside_the_oldest_piece(
+    stored: int, expected: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs over history take long, so they are launched first. What the second stream allocated is kept until all
+    that reads it has been launched."""
+    found: list[Any] = []
+    note_streams(found, monkeypatch)
+    launched(Case(tuning=WHOLE), [stored], [slice(0, 4096)], found)
+    assert found == [*expected, "side", "by side", "both"]
+
+
+@dataclasses.dataclass
+class Noting(Counting):
+    """Notes the order of launches, too."""
+
+    found: list[Any] = dataclasses.field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        kernel = super().__getattr__(name)
+        if isinstance(kernel, RecordedKernel):
+            self.found.append(name)
+        return kernel
+
+
+APPENDED = ["append", "append"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "count", "expected"),
+    [
+        ([0], 4096, ["side", "prefill", "by side", *APPENDED, "both"]),
+        ([4096], 4096, ["side", "prefill", "by side", *APPENDED, "both"]),
+        ([0, 0], 4096, ["both", "halve", -4096, "side", "prefill", "by side", *APPENDED, "both"]),
+        ([4112], 4096, ["unpack", "prefill", "by side", "both", *APPENDED]),
+        ([4096], 100, ["unpack", "prefill", *APPENDED]),
+    ],
+)
+def test_new_tokens_are_added_when_nothing_stored_is_read_any_more(
+    stored: list[int], count: int, expected: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are while parts are put together, where only that remains."""
+    found: list[Any] = []
+    note_streams(found, monkeypatch)
+    module = Noting(render_module(Case()), found=found)
+    launched(Case(tuning=WHOLE), stored, [slice(0, count)] * len(stored), found, module, appended=True)
+    assert found[-len(expected) :] == expected
+    assert found.count("append") == 2
 
 
 def test_pieces_fit_the_scratch() -> None:
@@ -104,7 +186,7 @@ def test_pieces_fit_the_scratch() -> None:
         pieces: list[int] = []
         tuning = dataclasses.replace(WHOLE, prefill_scratch=scratch)
         launched(Case(heads=4, head_dim=128, tuning=tuning), [9100], [slice(0, 1024)], pieces)
-        assert pieces == [-1024, *expected]
+        assert pieces == [expected[0], -1024, *expected[1:]]
         assert all(4 * tokens * 2 * 128 * 2 <= scratch for tokens in expected)
 
 
@@ -112,8 +194,8 @@ def test_every_sequence_has_its_own_history() -> None:
     pieces: list[int] = []
     columns = [slice(0, 1200), slice(88, 1200), slice(1200, 1200), slice(1100, 1200), slice(0, 1200)]
     found = launched(Case(tuning=WHOLE), [2000, 5000, 3000, 3000, 100], columns, pieces)
-    assert pieces == [-2048, 1536, -2048, 4608, -2048]
-    assert found == {"halve": 9, "unpack": 2 + 4, "prefill": 4}
+    assert pieces == [1536, -2048, 4608, -2048, -2048]
+    assert found == {"halve": 3, "unpack": 2 + 4, "prefill": 4}
 
 
 @pytest.mark.parametrize(
@@ -191,8 +273,7 @@ def served(case: Case, known: list[tuple[int, int, int]], exact: bool = False) -
         return library_attention(q, k, v, scale)
 
     with pytest.MonkeyPatch.context() as patch:
-        for used in (prefill, paged):
-            patch.setattr(used, "library_attention", noted)
+        patch.setattr(prefill, "library_attention", noted)
         pages.attend_batch(q, k, k, batch, 0.1, case.softcap, None, q)
     return module.counted, pieces
 

@@ -29,6 +29,7 @@ from pmkvq_compiler.runtime.vllm.layout import Group, PagedLayer
 from pmkvq_compiler.runtime.vllm.scheduler import ProgressiveAsyncScheduler, ProgressiveScheduler
 from pmkvq_compiler.runtime.vllm.specs import spec_of
 from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes
+from tests.runtime.test_tiers import NOTHING, rows_of
 
 from .engines import ENGINE
 
@@ -87,7 +88,7 @@ class Worker:
 
     def step(self, output: Any, arrivals: dict[str, Arrival], idle: set[int]) -> list[str]:
         """Do a step while these blocks hold nothing; the requests that get a token from it."""
-        self._note(getattr(output, TOLD, Changes([], [])))
+        self._note(getattr(output, TOLD, NOTHING))
         for block in idle:
             self.written.pop(block, None)
         self._take_in(output, arrivals)
@@ -102,7 +103,7 @@ class Worker:
 
     def _note(self, told: Changes) -> None:
         """All pages that fall are coded anew at once, so none may touch the blocks of another."""
-        rows, read = iter(told.rows), list[int]()
+        rows, read = iter(rows_of(told)), list[int]()
         for group, count in told.fallen:
             for block, *further in itertools.islice(rows, count):
                 old, new = self._lie_in(block), [block, *filter(None, further)]
@@ -115,7 +116,7 @@ class Worker:
                 self.lowered += 1
                 read += old
         assert len(read) == len({*read})
-        self.ties |= {block: tuple(filter(None, further)) for block, *further in told.rows}
+        self.ties |= {block: tuple(filter(None, further)) for block, *further in rows_of(told)}
 
     def _lie_in(self, block: int) -> list[int]:
         """The blocks in which a page lies."""

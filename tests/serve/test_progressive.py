@@ -31,6 +31,7 @@ from pmkvq_compiler.runtime.vllm.scheduler import LendingPool, _limit
 from pmkvq_compiler.runtime.vllm.tiers import TOLD, Changes, Tiers
 from tests.fuzz import rounds
 from tests.runtime.test_pages import HEADS, layer_plan
+from tests.runtime.test_tiers import NOTHING, rows_of
 
 from .engines import Served, all_free, engine, greedy, random_prompts
 from .simulation import MAX_FED, VOCABULARY, Arrival, Simulation, idle_blocks
@@ -125,7 +126,7 @@ def test_what_lowers_pages_is_compiled_when_a_server_starts(served_tiny: Served)
                 q, k, v = (torch.zeros(2, *shape) for shape in zip(heads, widths, strict=True))
                 impl._try(q, k, v, torch.zeros(2, impl.num_heads, plan.value_head_dim))
         tried = {*kernels.lowering.launches}
-        rows = torch.tensor([(block, 0, 0, 0) for block in (1, 2, 3)], dtype=torch.int32)
+        rows = torch.tensor([(block, 0, 0, 0) for block in (1, 2, 3)])
         for store in stores:
             for some in (rows, rows[1:2]):
                 store.lower(some)
@@ -248,7 +249,7 @@ def poison_idle_blocks(llm: Any, patch: pytest.MonkeyPatch) -> None:
     def scheduled(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         idle.append(sorted(idle_blocks(core.scheduler, progressive=True)))
-        setattr(output, TOLD, getattr(output, TOLD, Changes([], [])))
+        setattr(output, TOLD, getattr(output, TOLD, NOTHING))
         return output
 
     def noted(config: Any, changes: Changes) -> None:
@@ -334,8 +335,8 @@ def pool_with(blocks: int, cached: int, reserve: int = 0) -> LendingPool:
     return pool
 
 
-def new_pages(pool: LendingPool, count: int) -> list[Any]:
-    return [pool.tiers.add(block.block_id, 0) for block in pool.get_new_blocks(count)]
+def new_pages(pool: LendingPool, count: int, group: int = 0) -> list[Any]:
+    return [pool.tiers.add(block.block_id, group) for block in pool.get_new_blocks(count)]
 
 
 def cached_blocks(pool: LendingPool) -> int:
@@ -375,7 +376,7 @@ def test_pages_fall_before_they_must_so_that_few_steps_lower_some() -> None:
     assert further(pages) == [3, 3, 3, 1, 1], "four blocks are in reserve"
     told = pool.tiers.changes()
     assert told is not None
-    assert len(told.rows) == 5
+    assert len(rows_of(told)) == 5
     for wanted, fallen in ((4, 0), (1, 3), (5, 0), (2, 5)):
         pool.get_new_blocks(wanted)
         changes = pool.tiers.changes()
@@ -396,6 +397,21 @@ def test_half_of_the_free_blocks_are_left_to_cached_prefixes() -> None:
     assert cached_blocks(pool) == 0
     with pytest.raises(ValueError, match="free blocks"):
         pool.get_new_blocks(1)
+
+
+def test_nothing_makes_room_for_pages_that_may_have_no_more_blocks() -> None:
+    """Neither prefixes nor pages that nobody owns, even where the reserve is gone."""
+    pool = LendingPool.take_over(BlockPool(21, True, 64), Tiers([1, 3]))
+    pool.reserve = 6
+    (old,) = new_pages(pool, 1, group=1)
+    held = [pool.blocks[old.block], *pool.get_new_blocks(4)]
+    pool.lift([old])
+    for number, block in enumerate(held):
+        pool._insert_block_hash(make_block_hash_with_group_id(bytes([number]), 0), block, num_tokens=64)
+    pool.free_blocks(held)
+    pages = new_pages(pool, 6)
+    pool.lift(pages)
+    assert (further([old, *pages]), cached_blocks(pool)) == ([3, *[1] * 6], 5)
 
 
 def test_no_prefix_is_forgotten_for_a_page_while_a_request_waits() -> None:
@@ -419,7 +435,7 @@ def test_a_prefix_that_is_found_again_keeps_the_tier_that_it_still_has() -> None
     assert further([page, other]) == [1, 0]
     changes = pool.tiers.changes()
     assert changes is not None
-    assert sorted(changes.rows) == [(page.block, page.further[0], 0, 0), (other.block, 0, 0, 0)]
+    assert sorted(rows_of(changes)) == [(page.block, page.further[0], 0, 0), (other.block, 0, 0, 0)]
 
 
 def test_a_page_whose_prefix_is_forgotten_gives_its_blocks_back() -> None:
