@@ -22,9 +22,10 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     """A copy of a JSON value with one or two changes somewhere inside."""
     root = [copy.deepcopy(value)]
     for _ in range(rng.choice((1, 1, 2))):
-        holder, key = rng.choice(_places(root))
-        holder[key] = _other(holder[key], rng)
-        _rearrange(holder, key, rng)
+        if root:  # a first change may take the whole value
+            holder, key = rng.choice(_places(root))
+            holder[key] = _other(holder[key], rng)
+            _rearrange(holder, key, rng)
     return root[0] if root else None
 
 
