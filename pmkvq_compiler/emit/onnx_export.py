@@ -34,7 +34,6 @@ from pmkvq_compiler.errors import CompileError, first_line
 from pmkvq_compiler.passes.bake_plan import layer_plans
 from pmkvq_compiler.passes.ops import cached_attention
 from pmkvq_compiler.passes.program import Program
-from pmkvq_compiler.runtime.rotation import rotate_heads
 
 FILE = "model.onnx"
 INPUTS = ("input_ids", "position_ids")
@@ -156,9 +155,15 @@ class _Interpreter(Interpreter):
         if target is cached_attention:
             query, key, value, _, layer = args
             if kwargs.get("key_rotation") is not None:
-                query, key = (rotate_heads(x, kwargs["key_rotation"]) for x in (query, key))
+                query, key = (_rotated(x, kwargs["key_rotation"]) for x in (query, key))
             return _mark(query, key, value, layer, kwargs["sinks"])
         return super().call_function(target, map_aggregate(args, _placed), map_aggregate(kwargs, _placed))
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """`rotate_heads`, with a matrix for each head: torch 2.11 cannot export its view of heads in groups."""
+    each = rotation.repeat_interleave(x.shape[1] // len(rotation), 0)
+    return torch.matmul(x.to(rotation.dtype), each).to(x.dtype)
 
 
 def _mark(q: Tensor, k: Tensor, v: Tensor, layer: int, sinks: Tensor | None) -> Tensor:
