@@ -230,11 +230,11 @@ class Prefill:
         )
 
 
-def given(found: Found | None, first_query_head: int, nothing: Tensor) -> tuple[tuple[Tensor, ...], int, int]:
+def given(found: Found | None, first_query_head: int, absent: Tensor) -> tuple[tuple[Tensor, ...], int, int]:
     """What the generated kernel is given of what was found, from a query head on: two parts, which may be the same one,
-    their columns, and how many parts there are. Where nothing was found, the tensor `nothing` stands for each."""
+    their columns, and how many parts there are. Where nothing was found, the tensor `absent` stands for each."""
     if found is None:
-        return (nothing,) * 4, 0, 0
+        return (absent,) * 4, 0, 0
     tensors = tuple(part[first_query_head:] for part in (*found.parts[0], *found.parts[-1]))
     return tensors, tensors[0].shape[1], len(found.parts)
 

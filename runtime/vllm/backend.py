@@ -231,22 +231,19 @@ class Impl(AttentionImpl[Metadata]):
         """What attends over the layer's part of the pool, made anew when vLLM has made another pool."""
         pages, rows = self.stores
         if self._seen is not pages.blocks:
-            table = pages.served.table
-            ties = None if table is None else table.ties
-            self._made = self._over(pages.blocks, None if rows is None else rows.blocks, ties)
+            self._made = self._over(pages.blocks, None if rows is None else rows.blocks, pages.served.table)
             self._seen = pages.blocks
         return self._made
 
-    def _over(self, pages: Tensor, rows: Tensor | None, ties: Tensor | None) -> LayerPages | KernelPages:
-        served = self.stores[0].served
-        placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0]}
+    def _over(self, pages: Tensor, rows: Tensor | None, table: Table | None) -> LayerPages | KernelPages:
+        served, ties = self.stores[0].served, None if table is None else table.ties
+        placed: dict[str, Any] = {"pages": pages, "page_offset": self.places[0], "ties": ties}
         if self.stores[1] is not None:
             placed |= {"rows": rows, "row_offset": self.places[1], "row_block": self.stores[1].group.block}
         if self.kernels is None:
-            return LayerPages.of(self.layer, served.dtype, **placed, ties=ties)
+            return LayerPages.of(self.layer, served.dtype, **placed)
         rotation = None if self.rotation is None else self.rotation.to(pages.device, torch.float32)
-        placed |= {"rotation": rotation, "ties": ties}
-        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed)
+        return KernelPages(self.layer, self.kernels, served.dtype, served.max_len, **placed, rotation=rotation)
 
     def _try(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Compile the kernels, on a batch of nothing, and take the memory that a prefill takes at most."""
@@ -255,7 +252,7 @@ class Impl(AttentionImpl[Metadata]):
         nobody = torch.zeros(1, self.stores[0].served.pool.block_bytes, dtype=torch.uint8, device=query.device)
         zeros = torch.zeros(2, 16, dtype=torch.int32, device=query.device)
         table = Table(1, query.device) if self.stores[0].served.progressive else None
-        attends = self._over(nobody, nobody, None if table is None else table.ties)
+        attends = self._over(nobody, nobody, table)
         for new in (1, 2):
             batch = Batch(zeros[0, :2], zeros[0, :1], zeros[:1], zeros[:1], new, 1, range(new - 1), single=True)
             attends.attend_batch(query, key, value, batch, self.scale, self.softcap, self.sinks, output)

@@ -6,7 +6,6 @@ memory on both sides, and views of it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from array import array
 
@@ -47,8 +46,10 @@ class Told:
         self.rows = torch.zeros(most, ROW, dtype=torch.int64, device=ties.device)
         self._blocks, self._further = self.rows[:, 0], self.rows.view(torch.int32)[:, 2::2]  # the lower halves
         # for each step in flight and one more: none is written while the device may still read it
-        pin = functools.partial(torch.zeros, dtype=torch.int64, device="cpu", pin_memory=ties.is_cuda)
-        pinned = [pin(most, ROW) for _ in range(in_flight + 1)]
+        pinned = [
+            torch.zeros(most, ROW, dtype=torch.int64, device="cpu", pin_memory=ties.is_cuda)
+            for _ in range(in_flight + 1)
+        ]
         self._pinned = itertools.cycle([(one, one.view(-1).numpy()) for one in pinned])
 
     def send(self, numbers: array[int]) -> None:

@@ -2,7 +2,6 @@
 captured graphs and by the library."""
 
 import copy
-import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime import prefill
-from pmkvq_compiler.runtime.cache import Cache
-from pmkvq_compiler.runtime.fused import Ops
 
 from ..conftest import CompileTiny
 from ..devices import two_gpus
-from .test_graph import OPTIONS, SHAPE, by_calls
+from .test_graph import OPTIONS, SHAPE, by_calls, run_all, waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,10 +85,7 @@ def test_threads_decode_on_devices_of_their_own(artifact: Path) -> None:
         found.append((text.cpu(), cache.graph))
 
     threads = [threading.Thread(target=write, args=(model,)) for model in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
+    run_all(threads)
     assert len(found) == len(models)
     assert all(torch.equal(text, expected) and graph is not None for text, graph in found)
 
@@ -99,14 +93,8 @@ def test_threads_decode_on_devices_of_their_own(artifact: Path) -> None:
 def test_a_step_that_no_graph_can_hold_changes_nothing_on_any_device(artifact: Path, replays: list[Any]) -> None:
     models = {device: runtime.load(artifact, device, torch.float32) for device in ("cuda:0", "cuda:1")}
     model = models["cuda:1"]
-
-    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
-        torch.cuda.current_stream().synchronize()
-        return model.hidden_states(ids, positions, cache, ops)
-
-    curious = dataclasses.replace(model, hidden_states=hidden_states)
     with pytest.warns(RuntimeWarning, match="no CUDA graph can hold this model's decode step"):
-        text = curious.generate(prompts(), 60, eos_token_id=())
+        text = waiting(model).generate(prompts(), 60, eos_token_id=())
     assert torch.equal(text, by_calls(model, prompts(), 60))
     assert torch.cuda.current_device() == 0
     assert all(torch.cuda.current_stream(index) == torch.cuda.default_stream(index) for index in (0, 1))

@@ -213,11 +213,7 @@ def test_threads_decode_beside_one_whose_step_no_graph_can_hold(artifact: Path) 
     ids = torch.randint(3, 128, (2, 150), generator=torch.Generator().manual_seed(0))
     expected, found = model.generate(ids, 60, eos_token_id=()), []
 
-    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
-        torch.cuda.current_stream().synchronize()
-        return model.hidden_states(ids, positions, cache, ops)
-
-    models = [dataclasses.replace(model, hidden_states=hidden_states) if n % 2 else model for n in range(6)]
+    models = [waiting(model) if n % 2 else model for n in range(6)]
     threads = [
         threading.Thread(target=lambda one=one: found.append(one.generate(ids, 60, eos_token_id=())))  # type: ignore[misc]
         for one in models
@@ -226,6 +222,16 @@ def test_threads_decode_beside_one_whose_step_no_graph_can_hold(artifact: Path) 
         run_all(threads)
     assert len(found) == len(threads)
     assert all(torch.equal(text, expected) for text in found)
+
+
+def waiting(model: runtime.CompiledModel) -> runtime.CompiledModel:
+    """A copy whose steps wait for the device, which no graph can hold."""
+
+    def hidden_states(ids: Tensor, positions: Tensor, cache: Cache, ops: Ops) -> Tensor:
+        torch.cuda.current_stream().synchronize()
+        return model.hidden_states(ids, positions, cache, ops)
+
+    return dataclasses.replace(model, hidden_states=hidden_states)
 
 
 def run_all(threads: list[threading.Thread]) -> None:

@@ -28,15 +28,15 @@ from ..kernel_checks import CONSERVATIVE, Case, render_module
 
 
 @dataclasses.dataclass
-class Counting(Recorder):
-    """Counts launches, which are not made."""
+class Noting(Recorder):
+    """Notes launches in their order. None is made."""
 
-    counted: Counter[str] = dataclasses.field(default_factory=Counter)
+    noted: list[Any] = dataclasses.field(default_factory=list)
 
     def __getattr__(self, name: str) -> object:
         found = super().__getattr__(name)
         if isinstance(found, RecordedKernel):
-            self.counted[name] += 1
+            self.noted.append(name)
         return found
 
 
@@ -45,7 +45,7 @@ def launched(
     stored: list[int],
     columns: list[slice],
     pieces: list[int],
-    module: Counting | None = None,
+    module: Noting | None = None,
     appended: bool = False,
 ) -> Counter[str]:
     """Launches of a prefill of `columns` by sequences that have `stored` tokens, to which they may be `appended`. What
@@ -53,7 +53,7 @@ def launched(
     padding."""
     plan = dataclasses.replace(case.plan(), arena_bytes=1 << 40)
     whole = cache_plan(plan, max_len=1 << 17, batch_size=len(stored))
-    module = module or Counting(render_module(case))
+    module = module or Noting(render_module(case))
     cache = Cache(whole, len(stored), 1 << 17, case.dtype, NOWHERE, [LayerKernels(module, case.tuning)])  # type: ignore[arg-type]
     cache.begin(columns)
     store = cache.layers[0]
@@ -75,7 +75,7 @@ def launched(
             cache.attention[0].attend(q, k, v, store, cache.new_tokens, 0.1, case.softcap, None)
         else:
             cache.attention[0].read(q, (k, v), store, cache.new_tokens, 0.1, case.softcap, None)
-    return module.counted
+    return Counter(module.noted)
 
 
 WHOLE = dataclasses.replace(CONSERVATIVE, library_unit=1024)
@@ -99,7 +99,7 @@ def test_the_library_reads_sink_and_window_of_a_history_of_whole_pieces(stored: 
     """Prompts that are fed in chunks have such histories: nothing remains for the generated kernel but to finish."""
     pieces: list[int] = []
     for case in (Case(tuning=WHOLE), Case(block=128, window=200, tuning=WHOLE), Case(sink=0, window=256, tuning=WHOLE)):
-        module = Counting(render_module(case))
+        module = Noting(render_module(case))
         found = launched(case, [stored], [slice(0, 4096)], pieces, module)
         assert pieces == [*expected[:1], -4096, *expected[1:]]
         assert found == Counter(halve=1, unpack=len(expected), join=max(0, len(expected) - 1), prefill=1)
@@ -143,19 +143,6 @@ def test_new_tokens_are_read_beside_the_oldest_piece(
     assert found == [*expected, "side", "by side", "both"]
 
 
-@dataclasses.dataclass
-class Noting(Counting):
-    """Notes the order of launches, too."""
-
-    found: list[Any] = dataclasses.field(default_factory=list)
-
-    def __getattr__(self, name: str) -> object:
-        kernel = super().__getattr__(name)
-        if isinstance(kernel, RecordedKernel):
-            self.found.append(name)
-        return kernel
-
-
 APPENDED = ["append", "append"]
 
 
@@ -175,7 +162,7 @@ def test_new_tokens_are_added_when_nothing_stored_is_read_any_more(
     """They are while parts are put together, where only that remains."""
     found: list[Any] = []
     note_streams(found, monkeypatch)
-    module = Noting(render_module(Case()), found=found)
+    module = Noting(render_module(Case()), noted=found)
     launched(Case(tuning=WHOLE), stored, [slice(0, count)] * len(stored), found, module, appended=True)
     assert found[-len(expected) :] == expected
     assert found.count("append") == 2
@@ -227,7 +214,7 @@ def test_few_tokens_are_not_worth_a_call_of_the_library() -> None:
 def test_the_launches_around_the_library_are_foreseen(case: Case) -> None:
     """What is compiled with an artifact is what a long prompt launches."""
     plan = dataclasses.replace(case.plan(), arena_bytes=1 << 40)
-    foreseen, made = (Counting(render_module(case)) for _ in range(2))
+    foreseen, made = (Noting(render_module(case)) for _ in range(2))
     q = torch.empty(2, case.heads * case.group, 4096, case.head_dim, dtype=case.dtype, device=NOWHERE)
     few = q[:, :, :3].contiguous()
     calls = [
@@ -255,7 +242,7 @@ def served(case: Case, known: list[tuple[int, int, int]], exact: bool = False) -
     piece that the library reads."""
     plan = dataclasses.replace(case.plan(), stages=() if exact else ((case.key_bits, case.value_bits),))
     layer = PagedLayer(plan, case.heads, case.dtype.itemsize)
-    module, pieces, lengths = Counting(render_module(case, paged=True)), [], [length for _, _, length in known]
+    module, pieces, lengths = Noting(render_module(case, paged=True)), [], [length for _, _, length in known]
     kernels = LayerKernels(module, case.tuning)  # type: ignore[arg-type]
     blocks = torch.empty(9, 1 << 20, dtype=torch.uint8, device=NOWHERE)
     pages = KernelPages(layer, kernels, case.dtype, max(lengths), blocks, 0, *(() if exact else (blocks, 0, 16)))
@@ -275,7 +262,7 @@ def served(case: Case, known: list[tuple[int, int, int]], exact: bool = False) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "library_attention", noted)
         pages.attend_batch(q, k, k, batch, 0.1, case.softcap, None, q)
-    return module.counted, pieces
+    return Counter(module.noted), pieces
 
 
 def test_a_server_lets_the_library_read_what_all_new_tokens_see_as_codes() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; run make test-serve")
 
 from pmkvq_compiler import runtime
 from pmkvq_compiler.runtime.vllm.layout import paged_layers, pool_of
 
+from ..devices import two_gpus
 from . import engines
 from .engines import Served, all_free, random_prompts
 from .test_progressive import FALLING, PROGRESSIVE, ask, assert_fallen_pages_are_final, poison_idle_blocks
@@ -61,14 +61,13 @@ def test_graphs_and_compilation_choose_other_tokens_only_where_two_are_as_good(s
     assert_alike(*found, SAME)
 
 
+@two_gpus
 @pytest.mark.parametrize(
     "options", [{}, {"recipe": "rotation", "bits": (4,), "budget": "45%"}], ids=["2 bits", "rotated keys"]
 )
 def test_two_ranks_give_the_same_text(served_tiny: Served, options: dict[str, Any]) -> None:
     """Each has half of the heads, on a GPU of its own. Ranks add up in another order, after which a number may be
     rounded to the next code; texts without such a number have the same probabilities, too."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     artifact, found = served_tiny(**options), []
     compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8]}
     for ranks in (1, 2):
@@ -129,10 +128,9 @@ def test_tiers_change_neither_with_graphs_nor_with_what_nobody_owns(
     assert found[0] == found[1]
 
 
+@two_gpus
 def test_each_of_two_ranks_lowers_the_pages_of_its_own_heads(served_tiny: Served) -> None:
     """Ranks have pools of other layouts, so pages fall when they are told to."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     artifact, found = served_tiny(**FALLS), []
     for ranks in (1, 2):
         with engine(artifact, dtype="float32", tensor_parallel_size=ranks, **PROGRESSIVE) as llm:
